@@ -1,0 +1,19 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/installed        ## plan, train and compare the example on this machine
+	$(BIN)/weft compare examples/code_lm.py --devices 4
+
+test: .venv/installed        ## the whole suite: style, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+bench: .venv/installed       ## against hand-written PyTorch
+	$(BIN)/python benchmarks/handwritten.py

@@ -1,0 +1,168 @@
+"""Profile: what a workload costs, per call of a unit. Plain numbers, no torch.
+
+Costs grow with the samples of a microbatch as ``fixed + per_sample * samples``: the workload is captured at two sizes and
+every operation is put on the line through both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+LOSS = "loss"
+"""Name of the last pseudo-call: the glue after the last unit, which ends in the loss. It is on the last stage."""
+
+NO_GROUP = -1
+
+
+class Affine(NamedTuple):
+    """A quantity that grows with the samples of a microbatch: ``fixed + per_sample * samples``."""
+
+    fixed: float
+    per_sample: float
+
+    def at(self, samples: float) -> float:
+        """The quantity for this many samples."""
+        return self.fixed + self.per_sample * samples
+
+
+class Operation(NamedTuple):
+    """One operation on tensors, as the dispatcher saw it.
+
+    Attributes:
+        name: for example ``"aten.addmm"``.
+        kind: ``"matmul"``, ``"attention"``, ``"convolution"``, ``"pointwise"`` (memory bound), ``"transcendental"`` (exp, tanh, erf
+            per element), ``"reduction"``, ``"normalization"``, ``"softmax"``, ``"gather"``, ``"random"`` or ``"copy"``.
+        flops: floating-point operations (a multiply-add counts two); 0 for what is not a matrix product.
+        bytes: bytes read and written.
+        group: index into ``Profile.tensor_groups`` of the group that divides this operation under tensor parallelism,
+            or NO_GROUP: every rank of the tensor-parallel group repeats it.
+    """
+
+    name: str
+    kind: str
+    flops: Affine
+    bytes: Affine
+    group: int = NO_GROUP
+
+
+class Saved(NamedTuple):
+    """Activations a call keeps for its backward, in bytes; ``group`` as in Operation."""
+
+    bytes: Affine
+    group: int = NO_GROUP
+
+
+class Source(NamedTuple):
+    """A tensor that comes from an earlier call: leaf number ``leaf`` of the outputs of call number ``call``."""
+
+    call: int
+    leaf: int
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor among the outputs of a call."""
+
+    bytes: Affine
+    requires_grad: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a unit, with the glue that leads to it.
+
+    Attributes:
+        name: ``"h.0"``, ``"h.0@2"`` for the second call of the unit in a forward, LOSS for the last.
+        unit: name of the module, "" for LOSS.
+        kind: equal for calls that cost the same (the repeated blocks); an index of first occurrence.
+        forward, backward: operations, in order. ``backward`` leaves out recomputation and gradient accumulation.
+        saved: what is kept from forward to backward, parameters left out, each storage once.
+        inputs: which outputs of earlier calls this call or its glue reads.
+        outputs: the tensors the call returns, in pytree order.
+        parameters: names of the parameters (and ``buffers``) that the call or its glue reads.
+        workspace_bytes: largest sum of live temporaries while the call runs (forward or backward), above what is saved.
+    """
+
+    name: str
+    unit: str
+    kind: int
+    forward: tuple[Operation, ...]
+    backward: tuple[Operation, ...]
+    saved: tuple[Saved, ...]
+    inputs: tuple[Source, ...]
+    outputs: tuple[Output, ...]
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    workspace_bytes: Affine
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter or buffer under its first single-device name.
+
+    Attributes:
+        names: every name it has; more than one where it is tied.
+        shape: full shape, on one device.
+        bytes: full size.
+        trainable: whether it gets a gradient; False for buffers.
+        tensor_dim: the dimension tensor parallelism divides, None if it is replicated.
+        group: the tensor group that divides it, or NO_GROUP.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    bytes: int
+    trainable: bool
+    tensor_dim: int | None = None
+    group: int = NO_GROUP
+
+
+@dataclass(frozen=True, slots=True)
+class TensorGroup:
+    """Modules that tensor parallelism divides together, between one column and one row projection.
+
+    Attributes:
+        unit: the unit they belong to.
+        styles: module name to style (plan.STYLES).
+        sizes: what the degree must divide: ``(("key/value heads", 2), ("features", 256))``. Where it does not, the group stays replicated.
+        forward_bytes: bytes of the tensors all-reduced (or gathered) in a forward of each call.
+        backward_bytes: likewise in the backward.
+    """
+
+    unit: str
+    styles: tuple[tuple[str, str], ...]
+    sizes: tuple[tuple[str, int], ...]
+    forward_bytes: Affine
+    backward_bytes: Affine
+
+    def divisible_by(self, degree: int) -> bool:
+        """Whether the degree divides every size."""
+        return all(size % degree == 0 for _, size in self.sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What one forward and backward of a workload costs.
+
+    Attributes:
+        calls: every call of a unit in order of the forward; the last is LOSS.
+        parameters: parameters and buffers by first name.
+        tensor_groups: what tensor parallelism can divide.
+        tensor_refused: ``(what, reason)`` of modules that look divisible but are not.
+        optimizer_state_bytes: bytes of optimizer state per byte of trainable parameter (AdamW: 2.0).
+        optimizer_passes: bytes an optimizer step reads and writes, per byte of trainable parameter.
+        batch_size: global batch size of the workload, in samples.
+        sample_bytes: bytes of one sample of the batch.
+        capture_s: seconds the capture took.
+    """
+
+    calls: tuple[Call, ...]
+    parameters: dict[str, Parameter]
+    tensor_groups: tuple[TensorGroup, ...]
+    tensor_refused: tuple[tuple[str, str], ...]
+    optimizer_state_bytes: float
+    optimizer_passes: float
+    batch_size: int
+    sample_bytes: int
+    capture_s: float

@@ -1,0 +1,80 @@
+"""Every error weft raises on purpose.
+
+    WeftError
+    ├── InputError              what the user gave is wrong: one line, exit code 2, nothing written
+    │   ├── TargetError         TARGET is missing, has no workload, or raised
+    │   ├── PlanError           degrees, plan file, schedule
+    │   ├── ClusterError        cluster file or preset
+    │   ├── BatchError          a batch that cannot be divided
+    │   ├── LossError           a loss that is neither a scalar nor (sum, count)
+    │   ├── ModelError          the model cannot be run on fake tensors, or cannot be divided as asked
+    │   ├── MemoryLimitError    nothing fits in the memory given
+    │   └── CheckpointError     a checkpoint that is missing, broken or another model's
+    └── JobError                the work itself failed: exit code 1
+        └── WorkerError         a process of the job died (rank, stage, cause)
+
+Each message says what we got, what we expected and what to type instead.
+"""
+
+
+class WeftError(Exception):
+    """Base of all errors weft raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(WeftError):
+    """What the user gave is wrong; the message names the remedy."""
+
+    exit_code = 2
+
+
+class TargetError(InputError):
+    """A TARGET that is missing, has no workload, or raises."""
+
+
+class PlanError(InputError):
+    """A plan, or a degree asked for, that cannot be."""
+
+
+class ClusterError(InputError):
+    """A cluster file or preset that cannot be read."""
+
+
+class BatchError(InputError):
+    """A batch that cannot be divided."""
+
+
+class LossError(InputError):
+    """A loss that is neither a scalar nor ``(sum, count)``."""
+
+
+class ModelError(InputError):
+    """A model that cannot be captured, or cannot be divided as asked."""
+
+
+class MemoryLimitError(InputError):
+    """Nothing fits in the memory given; the message says the least that would do."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint that is missing, broken, or of another model."""
+
+
+class JobError(WeftError):
+    """The work itself failed."""
+
+
+class WorkerError(JobError):
+    """A process of the job died.
+
+    Attributes:
+        rank: global rank of the first process that failed.
+        stage: its pipeline stage, or None where there was no plan yet.
+        cause: what it died of, in one line.
+    """
+
+    def __init__(self, *, rank: int, stage: int | None, cause: str) -> None:
+        self.rank, self.stage, self.cause = rank, stage, cause
+        where = f"rank {rank}" if stage is None else f"rank {rank} (stage {stage})"
+        super().__init__(f"{where} failed: {cause}")

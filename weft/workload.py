@@ -1,0 +1,67 @@
+"""Workload: what to compute, as the user wrote it for one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from weft.errors import BatchError, InputError
+
+Loss = Tensor | tuple[Tensor, Tensor | int | float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A model, its loss, its data and its optimizer, written for one device.
+
+    Args:
+        model: factory of the model. It is called on fake tensors, so it costs no memory, and its random
+            draws are repeated for real by the processes that own the weights.
+        loss: ``loss(model, batch)``: a scalar mean over the samples of ``batch``, or ``(sum, count)`` for an exact
+            weighted mean over the global batch (padding, for example).
+        data: map-style data set (``len`` and ``[i]``); a sample is a tensor, a tuple or a dict.
+        optimizer: factory of the optimizer from an iterable of parameters.
+        batch_size: global batch size, in samples.
+        units: names of the modules to place as a whole; None finds them (the repeated blocks).
+        seed: seeds the weights, the order of the samples and the random streams.
+        shuffle: draw the samples of every epoch in a new order.
+        collate: makes a batch of a list of samples; every tensor in it has the samples in dimension 0.
+        max_grad_norm: clip gradients to this global L2 norm; None leaves them.
+
+    Raises:
+        InputError: a value of the wrong kind.
+    """
+
+    model: Callable[[], nn.Module]
+    loss: Callable[[nn.Module, Any], Loss]
+    data: Any
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    batch_size: int
+    units: Sequence[str] | None = None
+    seed: int = 0
+    shuffle: bool = True
+    collate: Callable[[list[Any]], Any] = default_collate
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("model", "loss", "optimizer", "collate"):
+            if not callable(getattr(self, name)):
+                hint = " (pass a factory: model=lambda: MyModel())" if name == "model" else ""
+                raise InputError(f"Workload.{name} must be callable, got {type(getattr(self, name)).__name__}{hint}")
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise InputError(f"Workload.batch_size must be a whole number of samples of at least 1, got {self.batch_size!r}")
+        if not (hasattr(self.data, "__len__") and hasattr(self.data, "__getitem__")):
+            raise InputError(f"Workload.data must be a map-style data set with len() and [i], got {type(self.data).__name__}")
+        if len(self.data) < 1:
+            raise BatchError("Workload.data is empty; weft needs at least one sample")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise InputError(f"Workload.max_grad_norm must be positive, got {self.max_grad_norm!r}")
+
+    def sample_batch(self, samples: int) -> Any:
+        """The first ``samples`` samples as a batch, repeated from the start where the data set is shorter."""
+        return self.collate([self.data[i % len(self.data)] for i in range(samples)])
