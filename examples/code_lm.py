@@ -79,7 +79,9 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch["x"]).flatten(0, 1), batch["y"].flatten())
 
 
-def workload(layers: int = 8, hidden: int = 256, heads: int = 8, context: int = 128, batch_size: int = 32, lr: float = 1e-3):
+def workload(
+    layers: int = 8, hidden: int = 256, heads: int = 8, context: int = 128, batch_size: int = 32, lr: float = 1e-3
+):
     import weft
 
     return weft.Workload(

@@ -72,9 +72,10 @@ class WorkerError(JobError):
         rank: global rank of the first process that failed.
         stage: its pipeline stage, or None where there was no plan yet.
         cause: what it died of, in one line.
+        traceback: where, as Python prints it; empty where the process left none (a signal).
     """
 
-    def __init__(self, *, rank: int, stage: int | None, cause: str) -> None:
-        self.rank, self.stage, self.cause = rank, stage, cause
+    def __init__(self, *, rank: int, stage: int | None, cause: str, traceback: str = "") -> None:
+        self.rank, self.stage, self.cause, self.traceback = rank, stage, cause, traceback
         where = f"rank {rank}" if stage is None else f"rank {rank} (stage {stage})"
         super().__init__(f"{where} failed: {cause}")

@@ -56,14 +56,14 @@ class Measurement:
     Attributes:
         step_time_s: median seconds per step, on the slowest rank.
         peak_memory_bytes: per rank, above what a process needs before it has a model.
-        bytes_sent: bytes the busiest rank sent per step.
+        bytes_sent: bytes a rank sent per step; None where it was not measured.
         idle_share: mean share of the step in which a rank waited, 0 to 1.
         samples_per_s: global samples over step time.
     """
 
     step_time_s: float
     peak_memory_bytes: list[int]
-    bytes_sent: float
+    bytes_sent: float | None
     idle_share: float
     samples_per_s: float
 

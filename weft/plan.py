@@ -16,9 +16,16 @@ VERSION = 1
 SCHEDULES = ("gpipe", "1f1b")
 DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Mesh dimensions, outermost first: neighbours in rank order differ in the innermost, the chattiest."""
-STYLES = ("colwise", "rowwise", "colwise_gather", "embedding_rowwise")
+STYLES = (
+    "colwise",
+    "rowwise",
+    "colwise_gather",
+    "embedding_rowwise",
+    "colwise_transposed",
+    "rowwise_transposed",
+)
 """How tensor parallelism divides a module: over its outputs, over its inputs, over its outputs which are then
-gathered, over the rows of an embedding table."""
+gathered, over the rows of an embedding table. ``_transposed``: the weight is stored [in, out] instead of [out, in]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +89,8 @@ class Plan:
         if self.batch_size < self.replicas * self.microbatches:
             raise PlanError(
                 f"plan: a batch of {self.batch_size} samples cannot be divided over {self.replicas} replicas x "
-                f"{self.microbatches} microbatches; raise batch_size to {self.replicas * self.microbatches} or lower one of them"
+                f"{self.microbatches} microbatches; raise batch_size to {self.replicas * self.microbatches} "
+                "or lower one of them"
             )
         object.__setattr__(self, "tensor", MappingProxyType(dict(sorted(self.tensor.items()))))
 
@@ -139,7 +147,9 @@ class Plan:
         if missing := sorted(expected - set(data)):
             raise PlanError(f"{source}: key {missing[0]!r} is missing")
         if data["version"] != VERSION:
-            raise PlanError(f"{source}: version {data['version']!r} is not {VERSION}; make the plan again with `weft plan`")
+            raise PlanError(
+                f"{source}: version {data['version']!r} is not {VERSION}; make the plan again with `weft plan`"
+            )
         stages, tensor = data["stages"], data["tensor"]
         if not isinstance(stages, list) or not all(
             isinstance(stage, list) and all(isinstance(call, str) for call in stage) for stage in stages
@@ -168,4 +178,3 @@ class Plan:
         except ValueError as error:
             raise PlanError(f"{path}: is not JSON: {error}") from error
         return cls.from_json(data, source=str(path))
-

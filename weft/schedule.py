@@ -1,16 +1,17 @@
 """A pipeline's schedule: one list of actions per stage.
 
-The planner's timeline simulates these lists and the runtime executes them, so this room belongs to neither. Two steps make
-a list: an *order* of forwards and backwards, then ``lower`` adds what travels between stages.
+The planner's timeline simulates these lists and the runtime executes them, so this room belongs to neither. Two steps
+make a list: an *order* of forwards and backwards, then ``lower`` adds what travels between stages.
 
-GPipe (Huang et al. 2019): all forwards, then all backwards in the order of the forwards. Three stages, four microbatches, time to the right::
+GPipe (Huang et al. 2019): all forwards, then all backwards in the order of the forwards. Three stages, four
+microbatches, time to the right::
 
     stage 0   F0 F1 F2 F3 .  .  .  .  B0 B1 B2 B3
     stage 1   .  F0 F1 F2 F3 .  .  B0 B1 B2 B3
     stage 2   .  .  F0 F1 F2 F3 B0 B1 B2 B3
 
-1F1B (Narayanan et al. 2019, PipeDream-flush): stage s of S warms up with S-1-s forwards, then alternates, so it keeps at most
-S-s microbatches alive::
+1F1B (Narayanan et al. 2019, PipeDream-flush): stage s of S warms up with S-1-s forwards, then alternates, so it keeps
+at most S-s microbatches alive::
 
     stage 0   F0 F1 F2 .  .  B0 F3 .  B1 .  B2 .  B3
     stage 1   .  F0 F1 .  B0 F2 B1 F3 B2 .  B3
@@ -105,7 +106,8 @@ def actions(schedule: str, stages: int, microbatches: int, edges: Iterable[Edge]
     assert all(0 <= e.source < e.target < stages for e in edges)
     order = ORDERS[schedule]
     return [
-        [*lower(order(s, stages, microbatches), s, edges), Action(Kind.REDUCE), Action(Kind.STEP)] for s in range(stages)
+        [*lower(order(s, stages, microbatches), s, edges), Action(Kind.REDUCE), Action(Kind.STEP)]
+        for s in range(stages)
     ]
 
 
@@ -119,7 +121,9 @@ def lower(order: Sequence[Action], stage: int, edges: Sequence[Edge]) -> list[Ac
             before.append([Action(Kind.RECEIVE_ACTIVATION, m, e.source) for e in edges if e.target == stage])
             after.append([Action(Kind.SEND_ACTIVATION, m, e.target) for e in edges if e.source == stage])
         else:
-            before.append([Action(Kind.RECEIVE_GRADIENT, m, e.target) for e in edges if e.source == stage and e.gradient])
+            before.append(
+                [Action(Kind.RECEIVE_GRADIENT, m, e.target) for e in edges if e.source == stage and e.gradient]
+            )
             after.append([Action(Kind.SEND_GRADIENT, m, e.source) for e in edges if e.target == stage and e.gradient])
     lowered = list(before[0]) if before else []
     for i, action in enumerate(order):

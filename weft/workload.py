@@ -54,9 +54,13 @@ class Workload:
                 hint = " (pass a factory: model=lambda: MyModel())" if name == "model" else ""
                 raise InputError(f"Workload.{name} must be callable, got {type(getattr(self, name)).__name__}{hint}")
         if not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise InputError(f"Workload.batch_size must be a whole number of samples of at least 1, got {self.batch_size!r}")
+            raise InputError(
+                f"Workload.batch_size must be a whole number of samples of at least 1, got {self.batch_size!r}"
+            )
         if not (hasattr(self.data, "__len__") and hasattr(self.data, "__getitem__")):
-            raise InputError(f"Workload.data must be a map-style data set with len() and [i], got {type(self.data).__name__}")
+            raise InputError(
+                f"Workload.data must be a map-style data set with len() and [i], got {type(self.data).__name__}"
+            )
         if len(self.data) < 1:
             raise BatchError("Workload.data is empty; weft needs at least one sample")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:

@@ -1,7 +1,7 @@
 """Profile: what a workload costs, per call of a unit. Plain numbers, no torch.
 
-Costs grow with the samples of a microbatch as ``fixed + per_sample * samples``: the workload is captured at two sizes and
-every operation is put on the line through both.
+Costs grow with the samples of a microbatch as ``fixed + per_sample * samples``: the workload is captured at two sizes
+and every operation is put on the line through both.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class Operation(NamedTuple):
 
     Attributes:
         name: for example ``"aten.addmm"``.
-        kind: ``"matmul"``, ``"attention"``, ``"convolution"``, ``"pointwise"`` (memory bound), ``"transcendental"`` (exp, tanh, erf
-            per element), ``"reduction"``, ``"normalization"``, ``"softmax"``, ``"gather"``, ``"random"`` or ``"copy"``.
+        kind: ``"matmul"``, ``"attention"``, ``"convolution"``, ``"pointwise"`` (memory bound), ``"transcendental"``
+            (exp, tanh, erf per element), ``"reduction"``, ``"normalization"``, ``"softmax"``, ``"gather"``,
+            ``"random"`` or ``"copy"``.
         flops: floating-point operations (a multiply-add counts two); 0 for what is not a matrix product.
         bytes: bytes read and written.
         group: index into ``Profile.tensor_groups`` of the group that divides this operation under tensor parallelism,
@@ -125,7 +126,8 @@ class TensorGroup:
     Attributes:
         unit: the unit they belong to.
         styles: module name to style (plan.STYLES).
-        sizes: what the degree must divide: ``(("key/value heads", 2), ("features", 256))``. Where it does not, the group stays replicated.
+        sizes: what the degree must divide: ``(("key/value heads", 2), ("features", 256))``. Where it does not, the
+            group stays replicated.
         forward_bytes: bytes of the tensors all-reduced (or gathered) in a forward of each call.
         backward_bytes: likewise in the backward.
     """

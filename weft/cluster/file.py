@@ -1,0 +1,229 @@
+"""Clusters as TOML: what ``weft cluster`` saves and ``--cluster`` reads. Unknown and missing keys are errors.
+
+::
+
+    name = "two cores"
+    calibration = "measured here"
+
+    [[nodes]]
+    count = 1
+    devices = 4
+    cores = 2.0                      # left out where every device computes at full speed
+
+    [nodes.device]
+    name = "CPU process"
+    memory = "2GiB"
+    overhead_s = 4e-06
+    price_per_hour = 0.0
+
+    [nodes.device.matmul.float32]    # flop/s over flops
+    sizes = [...]
+    rates = [...]
+
+    [nodes.device.rates.pointwise]   # bytes/s over bytes
+    ...
+
+    [[links]]                        # innermost first
+    name = "loopback"
+    devices = 4
+    latency_s = 5e-05
+    bytes_per_s = 2e9
+
+    [[links.collectives]]            # may be left out
+    kind = "all_reduce"
+    ranks = 4
+    sizes = [...]
+    rates = [...]
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from weft.cluster.topology import Cluster, Collective, Curve, Device, Link, Nodes
+from weft.errors import ClusterError
+from weft.quantity import parse_size
+
+
+def load(path: str | Path) -> Cluster:
+    """Read a cluster file.
+
+    Raises:
+        ClusterError: missing, not TOML, unknown or missing keys, values that cannot be.
+    """
+    try:
+        data = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise ClusterError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ClusterError(f"{path}: is not TOML: {error}") from error
+    return read_cluster(Table(data, str(path)))
+
+
+def save(cluster: Cluster, path: str | Path) -> None:
+    """Write a cluster file that ``load`` reads back equal."""
+    Path(path).write_bytes(tomli_w.dumps(write_cluster(cluster)).encode())
+
+
+@dataclass(frozen=True)
+class Table:
+    """A TOML table being read: every key is asked for once by kind, ``close`` refuses what nobody asked for."""
+
+    data: Mapping[str, Any]
+    where: str
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number."""
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ClusterError(f"{self.where}: {key} must be a number, got {value!r}")
+        return float(value)
+
+    def whole(self, key: str) -> int:
+        """A whole number."""
+        value = self._value(key, None)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ClusterError(f"{self.where}: {key} must be a whole number, got {value!r}")
+        return value
+
+    def text(self, key: str) -> str:
+        """A string."""
+        value = self._value(key, None)
+        if not isinstance(value, str):
+            raise ClusterError(f"{self.where}: {key} must be text, got {value!r}")
+        return value
+
+    def table(self, key: str) -> Table:
+        """A table inside this one."""
+        value = self._value(key, None)
+        if not isinstance(value, dict):
+            raise ClusterError(f"{self.where}: {key} must be a table, got {value!r}")
+        return Table(value, f"{self.where}: {key}")
+
+    def tables(self, key: str, *, optional: bool = False) -> list[Table]:
+        """An array of tables."""
+        value = self._value(key, [] if optional else None)
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise ClusterError(f"{self.where}: {key} must be an array of tables, got {value!r}")
+        return [Table(item, f"{self.where}: {key}[{i}]") for i, item in enumerate(value)]
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """An array of numbers."""
+        value = self._value(key, None)
+        if not isinstance(value, list) or not all(isinstance(v, (int, float)) for v in value):
+            raise ClusterError(f"{self.where}: {key} must be an array of numbers, got {value!r}")
+        return tuple(map(float, value))
+
+    def close(self, *known: str) -> None:
+        """Refuse keys other than these."""
+        if unknown := sorted(set(self.data) - set(known)):
+            raise ClusterError(f"{self.where}: unknown key {unknown[0]!r}; known keys are {', '.join(known)}")
+
+    def _value(self, key: str, default: Any) -> Any:
+        if key not in self.data and default is None:
+            raise ClusterError(f"{self.where}: key {key!r} is missing")
+        return self.data.get(key, default)
+
+
+def read_cluster(table: Table) -> Cluster:
+    """A cluster of a table."""
+    table.close("name", "calibration", "nodes", "links")
+    return Cluster(
+        name=table.text("name"),
+        calibration=table.text("calibration"),
+        nodes=tuple(map(_read_nodes, table.tables("nodes"))),
+        links=tuple(map(_read_link, table.tables("links", optional=True))),
+    )
+
+
+def _read_nodes(table: Table) -> Nodes:
+    table.close("count", "devices", "cores", "device")
+    return Nodes(
+        count=table.whole("count"),
+        devices=table.whole("devices"),
+        cores=table.number("cores") if "cores" in table.data else None,
+        device=_read_device(table.table("device")),
+    )
+
+
+def _read_device(table: Table) -> Device:
+    table.close("name", "memory", "overhead_s", "price_per_hour", "matmul", "rates")
+    memory = table.data.get("memory", "")
+    return Device(
+        name=table.text("name"),
+        memory_bytes=parse_size(memory if isinstance(memory, int) else table.text("memory")),
+        overhead_s=table.number("overhead_s"),
+        price_per_hour=table.number("price_per_hour", 0.0),
+        matmul=_read_curves(table.table("matmul")),
+        rates=_read_curves(table.table("rates")),
+    )
+
+
+def _read_curves(table: Table) -> dict[str, Curve]:
+    curves = {}
+    for name in table.data:
+        inner = table.table(name)
+        inner.close("sizes", "rates")
+        curves[name] = Curve(inner.numbers("sizes"), inner.numbers("rates"))
+    return curves
+
+
+def _read_link(table: Table) -> Link:
+    table.close("name", "devices", "latency_s", "bytes_per_s", "collectives")
+    return Link(
+        name=table.text("name"),
+        devices=table.whole("devices"),
+        latency_s=table.number("latency_s"),
+        bytes_per_s=table.number("bytes_per_s"),
+        collectives=tuple(map(_read_collective, table.tables("collectives", optional=True))),
+    )
+
+
+def _read_collective(table: Table) -> Collective:
+    table.close("kind", "ranks", "sizes", "rates")
+    rates = Curve(table.numbers("sizes"), table.numbers("rates"))
+    return Collective(kind=table.text("kind"), ranks=table.whole("ranks"), rates=rates)
+
+
+def write_cluster(cluster: Cluster) -> dict[str, Any]:
+    """The table that ``read_cluster`` reads."""
+    return {
+        "name": cluster.name,
+        "calibration": cluster.calibration,
+        "nodes": [
+            {
+                "count": nodes.count,
+                "devices": nodes.devices,
+                **({} if nodes.cores is None else {"cores": nodes.cores}),
+                "device": {
+                    "name": nodes.device.name,
+                    "memory": nodes.device.memory_bytes,
+                    "overhead_s": nodes.device.overhead_s,
+                    "price_per_hour": nodes.device.price_per_hour,
+                    "matmul": {name: _write_curve(curve) for name, curve in nodes.device.matmul.items()},
+                    "rates": {name: _write_curve(curve) for name, curve in nodes.device.rates.items()},
+                },
+            }
+            for nodes in cluster.nodes
+        ],
+        "links": [
+            {
+                "name": link.name,
+                "devices": link.devices,
+                "latency_s": link.latency_s,
+                "bytes_per_s": link.bytes_per_s,
+                "collectives": [{"kind": c.kind, "ranks": c.ranks, **_write_curve(c.rates)} for c in link.collectives],
+            }
+            for link in cluster.links
+        ],
+    }
+
+
+def _write_curve(curve: Curve) -> dict[str, list[float]]:
+    return {"sizes": list(curve.sizes), "rates": list(curve.rates)}

@@ -1,0 +1,238 @@
+"""Measures a cluster from inside a job: every rank of an initialised process group calls ``measure``.
+
+    rates         all ranks compute at once, each on its own device; the mean over ranks of the medians
+    cores         where devices are processes on shared cores: the processor time that all ranks together got per second, over
+                  how much faster one computes while the others sleep
+    links         pairs of neighbours exchange messages, all pairs at once
+    collectives   over groups of every size that divides the number of ranks, all groups at once
+
+so that more processes than cores are predicted as they run. A few seconds in all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import fmean, median
+
+import torch
+import torch.distributed as dist
+
+from weft.cluster.local import device_memory
+from weft.cluster.rates import Clock, Probe, curves, overhead_s, probes, time_probes
+from weft.cluster.topology import COLLECTIVES, Cluster, Collective, Curve, Device, Link, Nodes
+
+# Renamed in torch 2.13, which warns of the old names.
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+REPEATS = 7
+MESSAGE_BYTES = (64, 2**22)
+"""A message that is all latency, and one that is all bandwidth."""
+
+COLLECTIVE_BYTES = (2**12, 2**18, 2**22)
+WINDOW_S = 0.4
+"""How long all ranks compute to see how many cores they get."""
+
+
+def measure(
+    *, memory_bytes: int | None = None, devices_per_node: int | None = None, dtypes: tuple[str, ...] = ("float32",)
+) -> Cluster:
+    """The cluster that this job's ranks form; every rank returns the same.
+
+    Args:
+        memory_bytes: limit of each device; None: an accelerator's own memory, or an equal part of the machine's.
+        devices_per_node: consecutive ranks on one node; None: all.
+        dtypes: of the matrix products to time.
+    """
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    per_node = devices_per_node or ranks
+    accelerator = torch.accelerator.current_accelerator()
+    device = torch.device("cpu") if accelerator is None else accelerator
+    clock = Clock(device)
+    rates, overhead = _rates(clock, dtypes)
+    cores = _cores(clock, ranks, per_node) if clock.shares_cores and ranks > 1 else None
+    name = "CPU process" if device.type == "cpu" else _device_name(device)
+    matmul = {kind.split()[1]: curve for kind, curve in rates.items() if kind.startswith("matmul")}
+    found = Cluster(
+        name=f"{ranks} x {name}",
+        nodes=(
+            Nodes(
+                count=ranks // per_node,
+                devices=per_node,
+                cores=cores,
+                device=Device(
+                    name=name,
+                    memory_bytes=memory_bytes or device_memory(per_node),
+                    matmul=matmul,
+                    rates={kind: curve for kind, curve in rates.items() if not kind.startswith("matmul")},
+                    overhead_s=overhead,
+                ),
+            ),
+        ),
+        links=_links(device, ranks, per_node),
+        calibration="measured here",
+    )
+    return _agree(found)
+
+
+def _rates(clock: Clock, dtypes: tuple[str, ...]) -> tuple[dict[str, Curve], float]:
+    """Curves by kind and the overhead, means over all ranks."""
+    work: list[Probe] = list(probes(clock.device, tuple(getattr(torch, name) for name in dtypes)))
+    _barrier()
+    overhead = _mean([overhead_s(clock)])[0]
+    seconds = _mean(time_probes(work, clock, repeats=REPEATS, at_least_s=1e-3))
+    return curves(work, seconds, overhead), overhead
+
+
+def _cores(clock: Clock, ranks: int, per_node: int) -> float | None:
+    """How many of a node's processes compute at full speed at once; None: all."""
+    together = _spin(clock)
+    shares = _mean([together[0]])[0]
+    speed = _mean([together[1]])[0]
+    # The others wait in the barrier, asleep.
+    alone = _spin(clock)[1] if dist.get_rank() == 0 else 0.0
+    _barrier()
+    alone = _mean([alone])[0] * ranks
+    cores = shares * per_node * speed / alone
+    return None if cores > 0.95 * per_node else round(cores, 2)
+
+
+def _spin(clock: Clock) -> tuple[float, float]:
+    """Compute for WINDOW_S: processor seconds per second, and matrix products per processor second."""
+    x, w = torch.randn(256, 256), torch.randn(256, 256)
+    count, began, spent = 0, time.perf_counter(), 0.0
+    while time.perf_counter() - began < WINDOW_S:
+        spent += clock.seconds(lambda: x @ w)
+        count += 1
+    return spent / (time.perf_counter() - began), count / spent
+
+
+def _links(device: torch.device, ranks: int, per_node: int) -> tuple[Link, ...]:
+    """Links inside a node and between nodes."""
+    if ranks == 1:
+        return ()
+    levels = [("inside a node", per_node, 1)] if per_node > 1 else []
+    if ranks > per_node:
+        levels.append(("between nodes", ranks, per_node))
+    links = []
+    for name, devices, stride in levels:
+        latency, transfer = (_transfer_s(device, size, ranks, stride) for size in MESSAGE_BYTES)
+        sizes = [n for n in range(2, devices // stride + 1) if (devices // stride) % n == 0]
+        links.append(
+            Link(
+                name=name,
+                devices=devices,
+                latency_s=latency,
+                bytes_per_s=MESSAGE_BYTES[1] / max(transfer - latency, 0.1 * transfer),
+                collectives=tuple(c for n in sizes for c in _collectives(device, ranks, n, stride)),
+            )
+        )
+    return tuple(links)
+
+
+def _transfer_s(device: torch.device, size: int, ranks: int, stride: int) -> float:
+    """Seconds of a message from a rank to the one ``stride`` above it, all pairs at once: half a round trip."""
+    rank = dist.get_rank()
+    upper = rank // stride % 2 == 1
+    peer = rank - stride if upper else rank + stride
+    message = torch.zeros(size, dtype=torch.uint8, device=device)
+
+    def round_trip() -> None:
+        if upper:
+            dist.recv(message, peer)
+            dist.send(message, peer)
+        else:
+            dist.send(message, peer)
+            dist.recv(message, peer)
+
+    return _typical(round_trip if peer < ranks else None, device, count=4) / 2
+
+
+def _collectives(device: torch.device, ranks: int, size: int, stride: int) -> list[Collective]:
+    """Every collective over groups of ``size`` ranks, ``stride`` apart."""
+    rank = dist.get_rank()
+    groups = [
+        [first + i * stride for i in range(size)]
+        for block in range(0, ranks, size * stride)
+        for first in range(block, block + stride)
+    ]
+    mine = None
+    for members in groups:
+        group = dist.new_group(members)  # every rank takes part in making every group
+        if rank in members:
+            mine = group
+    found = []
+    for kind in COLLECTIVES:
+        seconds = [_typical(_collective(kind, total, size, mine, device), device, count=3) for total in COLLECTIVE_BYTES]
+        rates = tuple(total / spent for total, spent in zip(COLLECTIVE_BYTES, seconds, strict=True))
+        found.append(Collective(kind=kind, ranks=size, rates=Curve(tuple(map(float, COLLECTIVE_BYTES)), rates)))
+    if mine is not None:
+        dist.destroy_process_group(mine)
+    return found
+
+
+def _collective(
+    kind: str, total: int, ranks: int, group: dist.ProcessGroup | None, device: torch.device
+) -> Callable[[], object] | None:
+    """One collective on a tensor of ``total`` bytes, of which each rank holds a part where the kind divides it."""
+    if group is None:
+        return None
+    whole = torch.zeros(total // 4 // ranks * ranks, device=device)
+    part = torch.zeros(total // 4 // ranks, device=device)
+    if kind == "all_reduce":
+        return lambda: dist.all_reduce(whole, group=group)
+    if kind == "all_gather":
+        return lambda: ALL_GATHER(whole, part, group=group)
+    return lambda: REDUCE_SCATTER(part, whole, group=group)
+
+
+def _typical(run: Callable[[], object] | None, device: torch.device, *, count: int) -> float:
+    """Median seconds of a communication, ``count`` in a row; the mean over the ranks that take part."""
+    times = []
+    for _ in range(REPEATS):
+        _barrier()
+        if run is None:
+            continue
+        _synchronize(device)
+        began = time.perf_counter()
+        for _ in range(count):
+            run()
+        _synchronize(device)
+        times.append((time.perf_counter() - began) / count)
+    seconds = median(times) if times else 0.0
+    total, taking_part = _mean([seconds, float(run is not None)])
+    return total / taking_part
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _mean(values: list[float]) -> list[float]:
+    """Means over all ranks."""
+    if not dist.is_initialized():
+        return values
+    gathered: list[list[float]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, values)
+    return [fmean(column) for column in zip(*gathered, strict=True)]
+
+
+def _agree(cluster: Cluster) -> Cluster:
+    """Rank 0's cluster, on every rank: memory may differ in the last bytes."""
+    if not dist.is_initialized():
+        return cluster
+    box: list[Cluster | None] = [cluster]
+    dist.broadcast_object_list(box, src=0)
+    assert box[0] is not None
+    return box[0]
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,119 @@
+"""Clusters from data sheets, and this machine before it is measured."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+
+from weft.cluster.file import Table
+from weft.cluster.topology import Cluster, Curve, Device, Link, Nodes
+from weft.errors import ClusterError
+from weft.quantity import parse_size
+
+UNKNOWN = "l40s"
+"""Stands in for accelerators that have no preset, until they are measured: a present one without fast links."""
+
+
+def names() -> list[str]:
+    """Every preset."""
+    return list(_table().table("preset").data)
+
+
+def preset(name: str, *, nodes: int = 1, devices_per_node: int | None = None) -> Cluster:
+    """A cluster of a kind of accelerator, by its data sheet.
+
+    Args:
+        name: one of ``names()``.
+        nodes: how many nodes.
+        devices_per_node: None: as many as the usual node of this kind has.
+
+    Raises:
+        ClusterError: no such preset, or no devices.
+    """
+    if name not in names():
+        raise ClusterError(f"there is no preset {name!r}; choose from {', '.join(names())}, or give a cluster file")
+    entry = _table().table("preset").table(name)
+    per_node = entry.whole("devices_per_node") if devices_per_node is None else devices_per_node
+    if nodes < 1 or per_node < 1:
+        raise ClusterError(f"{name} needs at least one node of one device, got {nodes} x {per_node}")
+    shares = _table().table("shares")
+    memory = _curve(shares.table("memory")).scaled(entry.number("memory_bytes_per_s"))
+    peak = entry.table("peak")
+    matmul = _curve(shares.table("matmul"))
+    device = Device(
+        name=name,
+        memory_bytes=parse_size(entry.text("memory")),
+        matmul={dtype: matmul.scaled(peak.number(dtype)) for dtype in peak.data},
+        rates={"pointwise": memory, "attention": _curve(shares.table("attention")).scaled(peak.number("float32"))},
+        overhead_s=entry.number("overhead_s"),
+    )
+    share = _curve(shares.table("link")).rates[0]
+    links = []
+    if per_node > 1:
+        links.append(_link(entry.table("node_link"), per_node, share))
+    if nodes > 1:
+        links.append(_link(entry.table("network"), nodes * per_node, share))
+    return Cluster(
+        name=f"{name}:{nodes}x{per_node}",
+        nodes=(Nodes(count=nodes, devices=per_node, device=device),),
+        links=tuple(links),
+        calibration="datasheet",
+    )
+
+
+def like(driver_name: str) -> str:
+    """The preset of a device by the name its driver gives it; UNKNOWN where none has it."""
+    table = _table().table("preset")
+    return next((name for name in names() if table.table(name).text("driver_name") in driver_name), UNKNOWN)
+
+
+def processes(devices: int, *, memory_bytes: int, cores: float) -> Cluster:
+    """Processes on this machine's processor, by a guess at its cores.
+
+    Args:
+        devices: how many processes.
+        memory_bytes: of each.
+        cores: the machine's.
+    """
+    entry = _table().table("cpu")
+    memory = entry.number("memory_bytes_per_s")
+    matmul = entry.table("matmul")
+    device = Device(
+        name="CPU process",
+        memory_bytes=memory_bytes,
+        matmul={dtype: _flat(matmul.number(dtype)) for dtype in matmul.data},
+        rates={
+            "pointwise": _flat(memory),
+            "attention": _flat(entry.number("attention")),
+            "transcendental": _flat(entry.number("transcendental_bytes_per_s")),
+        },
+        overhead_s=entry.number("overhead_s"),
+    )
+    return Cluster(
+        name=f"{devices} CPU processes",
+        nodes=(Nodes(count=1, devices=devices, device=device, cores=cores if cores < devices else None),),
+        links=(_link(entry.table("link"), devices, 1.0),) if devices > 1 else (),
+        calibration="preset",
+    )
+
+
+def _table() -> Table:
+    text = resources.files("weft.cluster").joinpath("presets.toml").read_text()
+    return Table(tomllib.loads(text), "presets.toml")
+
+
+def _curve(table: Table) -> Curve:
+    return Curve(table.numbers("sizes"), table.numbers("rates"))
+
+
+def _flat(rate: float) -> Curve:
+    return Curve((1.0,), (rate,))
+
+
+def _link(table: Table, devices: int, share: float) -> Link:
+    return Link(
+        name=table.text("name"),
+        devices=devices,
+        latency_s=table.number("latency_s"),
+        bytes_per_s=share * table.number("bytes_per_s"),
+    )

@@ -1,0 +1,1 @@
+"""What every process of a launched job runs, and what starts it."""

@@ -1,0 +1,251 @@
+"""Train: plan if there is no plan, run it, and tell what happens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from weft.capture import capture
+from weft.cluster import Cluster, measure
+from weft.errors import InputError
+from weft.estimate import Estimate, Measurement
+from weft.plan import Plan
+from weft.planner import estimate, search
+from weft.runtime import memory
+from weft.runtime.engine import Engine, parallelize
+from weft.runtime.launch import launch
+from weft.runtime.meter import Meter
+from weft.runtime.worker import join
+from weft.target import Target
+
+SETTLE_STEPS = 6
+"""Steps after which prediction and measurement are compared; the first warms up and does not count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """What is logged once per interval. Rates are over the interval; memory is the peak so far, per rank, in bytes."""
+
+    step: int
+    steps: int
+    loss: float
+    gradient_norm: float
+    samples_per_s: float
+    samples_per_s_per_device: float
+    memory_bytes: list[int]
+    left_s: float
+
+
+class Watcher(Protocol):
+    """Tells people what happens. Lives on rank 0."""
+
+    def say(self, text: str) -> None:
+        """Something worth knowing."""
+
+    def planned(self, plan: Plan, estimate: Estimate | None) -> None:
+        """The plan that will run."""
+
+    def step(self, step: int, steps: int, loss: float | None) -> None:
+        """A step is done; its loss is known at the ends of intervals."""
+
+    def line(self, line: Line) -> None:
+        """An interval is over."""
+
+    def compared(self, estimate: Estimate, measurement: Measurement) -> None:
+        """What was predicted and what was seen."""
+
+    def close(self) -> None:
+        """Training is over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What to train and how to watch it; the same on every rank.
+
+    Attributes:
+        steps: train up to this step, counted from the start of training; None: to the end of the first epoch.
+        plan: what to run; None plans here, keeping ``constraints``.
+        cluster: what to plan for; None measures these devices.
+        checkpoint: folder to save into; None does not.
+        checkpoint_every: save every N steps too; None only at the end.
+        resume: continue from the newest checkpoint of the folder.
+        log_every: steps per logged line.
+    """
+
+    steps: int | None = None
+    plan: Plan | None = None
+    cluster: Cluster | None = None
+    constraints: Mapping[str, Any]
+    memory_bytes: int | None = None
+    checkpoint: str | None = None
+    checkpoint_every: int | None = None
+    resume: bool = False
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "checkpoint_every", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+        if self.checkpoint is None and (self.resume or self.checkpoint_every):
+            raise InputError("--resume and --checkpoint-every need a folder: add --checkpoint DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What training did. ``losses`` are those of this run's steps; ``first_step`` is where it began."""
+
+    first_step: int
+    steps: int
+    losses: list[float]
+    samples_per_s: float | None
+    measured_step_s: float | None
+    measured_peak_bytes: list[int]
+    plan: Plan
+    estimate: Estimate | None
+    measurement: Measurement | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            **{k: v for k, v in asdict(self).items() if k not in ("plan", "estimate", "measurement")},
+            "plan": self.plan.to_json(),
+            "estimate": self.estimate.to_json() if self.estimate else None,
+            "measurement": self.measurement.to_json() if self.measurement else None,
+        }
+
+
+def run(target: Target, order: Order, watcher: Watcher, *, devices: int) -> Training:
+    """Train on local devices; the watcher lives in the process of rank 0.
+
+    Raises:
+        InputError: what was asked for cannot be.
+        WorkerError: a process died.
+    """
+    result = launch(train_here, target, order, watcher, devices=devices, memory=order.memory_bytes)[0]
+    assert isinstance(result, Training)
+    return result
+
+
+def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
+    """Train inside a launched job; every rank calls it and gets the result."""
+    device = join()
+    used = memory.of(device)
+    workload = target.load()
+    first = dist.get_rank() == 0
+    plan, predicted = make_plan(target, order, watcher if first else None)
+    engine = parallelize(workload, plan)
+    if order.resume:
+        assert order.checkpoint is not None
+        engine.load(order.checkpoint)
+    begin = engine.step_count
+    end = order.steps if order.steps is not None else engine.steps_per_epoch
+    if end <= begin:
+        raise InputError(f"the checkpoint is of step {begin} and training goes to step {end}; raise --steps")
+    meter = Meter(device, used, batch_size=plan.batch_size, waited_s=lambda: engine.waited_s)
+    losses: list[Any] = []
+    interval = time.perf_counter()
+    saved = -1
+    for step, batch in zip(range(begin + 1, end + 1), engine.batches(epochs=None), strict=False):
+        logged = step % order.log_every == 0 or step == end
+        warm = step > begin + 1
+        if warm:
+            meter.start()
+        losses.append(engine.step(batch, gradient_norm=logged))
+        if warm:
+            meter.stop()
+        if logged:
+            done = (step - begin - 1) % order.log_every + 1
+            line = log_line(engine, meter, losses[-1], step, end, done, time.perf_counter() - interval)
+            interval = time.perf_counter()
+        if first:
+            watcher.step(step, end, float(losses[-1]) if logged else None)
+            if logged:
+                watcher.line(line)
+        if step == begin + SETTLE_STEPS and predicted is not None and step < end:
+            seen = meter.measurement()
+            if first:
+                watcher.compared(predicted, seen)
+        if order.checkpoint and order.checkpoint_every and step % order.checkpoint_every == 0:
+            engine.save(order.checkpoint)
+            saved = step
+    if order.checkpoint and saved != end:
+        engine.save(order.checkpoint)
+    measurement = meter.measurement() if meter.steps else None
+    if first:
+        if predicted and measurement:
+            watcher.compared(predicted, measurement)
+        watcher.close()
+    return Training(
+        first_step=begin,
+        steps=end,
+        losses=[float(loss) for loss in losses],
+        samples_per_s=measurement.samples_per_s if measurement else None,
+        measured_step_s=measurement.step_time_s if measurement else None,
+        measured_peak_bytes=measurement.peak_memory_bytes if measurement else everyones_peak(used),
+        plan=plan,
+        estimate=predicted,
+        measurement=measurement,
+    )
+
+
+def make_plan(target: Target, order: Order, watcher: Watcher | None) -> tuple[Plan, Estimate | None]:
+    """The plan to run and its estimate, on every rank; rank 0 plans."""
+    cluster = order.cluster
+    if cluster is None and order.plan is None:
+        if watcher:
+            watcher.say(f"measuring {dist.get_world_size()} devices")
+        cluster = measure(memory_bytes=order.memory_bytes)
+    chosen: list[Any] = [None]
+    if dist.get_rank() == 0:
+        assert watcher is not None
+        try:
+            chosen = [plan_alone(target, order, cluster)]
+        except InputError as error:  # all ranks must raise it, or they would wait for rank 0
+            chosen = [error]
+    dist.broadcast_object_list(chosen, src=0)
+    if isinstance(chosen[0], InputError):
+        raise chosen[0]
+    plan, predicted = chosen[0]
+    if watcher:
+        watcher.planned(plan, predicted)
+    return plan, predicted
+
+
+def plan_alone(target: Target, order: Order, cluster: Cluster | None) -> tuple[Plan, Estimate | None]:
+    """Capture and search, in one process."""
+    if order.plan is not None and cluster is None:
+        return order.plan, None
+    assert cluster is not None
+    profile = capture(target.load())
+    if order.plan is not None:
+        return order.plan, estimate(profile, cluster, order.plan)
+    choice = search(profile, cluster, **order.constraints)
+    return choice.plan, choice.estimate
+
+
+def log_line(engine: Engine, meter: Meter, loss: Any, step: int, steps: int, done: int, elapsed_s: float) -> Line:
+    """The line of an interval of ``done`` steps; all ranks call it."""
+    rate = done * engine.plan.batch_size / elapsed_s
+    assert engine.gradient_norm is not None
+    return Line(
+        step=step,
+        steps=steps,
+        loss=float(loss),
+        gradient_norm=float(engine.gradient_norm),
+        samples_per_s=rate,
+        samples_per_s_per_device=rate / engine.plan.devices,
+        memory_bytes=everyones_peak(meter.memory),
+        left_s=(steps - step) * elapsed_s / done,
+    )
+
+
+def everyones_peak(used: memory.Memory) -> list[int]:
+    """Peak bytes of every rank; all ranks call it."""
+    peaks = [0] * dist.get_world_size()
+    dist.all_gather_object(peaks, used.peak())
+    return peaks

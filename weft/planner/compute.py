@@ -1,0 +1,103 @@
+"""Seconds of computation, from the profile's operations and the device's rates.
+
+    operation  = max(flops / rate(flops), bytes / bandwidth(bytes)) + overhead         Device.seconds
+    call       = sum of its operations; an operation of a tensor group is divided by tp        call_cost
+    stage step = optimizer passes + gradient norm and clipping                                 optimizer_s
+    accumulate = every microbatch after the first adds its gradients to the kept ones         accumulate_s
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from weft.capture.profile import NO_GROUP, Operation, Profile
+from weft.cluster.topology import Device
+
+CLIP_PASSES = 3.0
+"""Bytes per byte of gradient that the global norm (one read) and scaling (a read and a write) move."""
+
+ACCUMULATE_PASSES = 3.0
+"""Bytes per byte of gradient that ``grad += new`` moves: two reads and a write."""
+
+
+class CallCost(NamedTuple):
+    """One call of a unit at some microbatch size and tensor-parallel degree.
+
+    Attributes:
+        forward_s, backward_s: seconds of computation on a device alone.
+        forward_reduced, backward_reduced: sizes in bytes of the tensors that its tensor groups all-reduce.
+        saved_bytes: activations kept for the backward.
+        workspace_bytes: temporaries above that.
+    """
+
+    forward_s: float
+    backward_s: float
+    forward_reduced: tuple[float, ...]
+    backward_reduced: tuple[float, ...]
+    saved_bytes: float
+    workspace_bytes: float
+
+
+class CallCosts:
+    """Costs of a profile's calls on a device, each kind of call worked out once per (samples, tp)."""
+
+    def __init__(self, profile: Profile, device: Device) -> None:
+        self._profile, self._device = profile, device
+        self._known: dict[tuple[int, int, int], CallCost] = {}
+        self._groups: dict[str, list[int]] = {}
+        for index, group in enumerate(profile.tensor_groups):
+            self._groups.setdefault(group.unit, []).append(index)
+
+    def of(self, index: int, samples: int, tp: int) -> CallCost:
+        """Cost of call number ``index`` for a microbatch of ``samples`` samples on one of ``tp`` ranks."""
+        key = (self._profile.calls[index].kind, samples, tp)
+        if key not in self._known:
+            self._known[key] = self._cost(index, samples, tp)
+        return self._known[key]
+
+    def _cost(self, index: int, samples: int, tp: int) -> CallCost:
+        call = self._profile.calls[index]
+        groups = [self._profile.tensor_groups[g] for g in self._groups.get(call.unit, ())]
+        reduced = [group for group in groups if tp > 1 and group.divisible_by(tp)]
+        return CallCost(
+            forward_s=self._seconds(call.forward, samples, tp),
+            backward_s=self._seconds(call.backward, samples, tp),
+            forward_reduced=tuple(group.forward_bytes.at(samples) for group in reduced),
+            backward_reduced=tuple(group.backward_bytes.at(samples) for group in reduced),
+            saved_bytes=sum(saved.bytes.at(samples) / self.share(saved.group, tp) for saved in call.saved),
+            workspace_bytes=call.workspace_bytes.at(samples),
+        )
+
+    def _seconds(self, operations: Iterable[Operation], samples: int, tp: int) -> float:
+        total = 0.0
+        for op in operations:
+            share = self.share(op.group, tp)
+            total += self._device.seconds(op.kind, op.flops.at(samples) / share, op.bytes.at(samples) / share)
+        return total
+
+    def share(self, group: int, tp: int) -> int:
+        """Into how many parts tensor parallelism divides what belongs to a group: ``tp``, or 1."""
+        return tp if group != NO_GROUP and self._profile.tensor_groups[group].divisible_by(tp) else 1
+
+
+def optimizer_s(device: Device, trainable_bytes: float, tensors: int, passes: float) -> float:
+    """Seconds of an optimizer step over a device's own parameters, with the gradient norm and clipping.
+
+    Args:
+        device: computes it.
+        trainable_bytes: bytes of trainable parameters on the device.
+        tensors: how many they are; each is stepped by itself.
+        passes: bytes read and written by the optimizer per byte of parameter.
+    """
+    if not tensors:
+        return 0.0
+    size = trainable_bytes / tensors
+    step = device.seconds("optimizer" if "optimizer" in device.rates else "pointwise", 0.0, passes * size)
+    clip = device.seconds("pointwise", 0.0, CLIP_PASSES * size)
+    return tensors * (step + clip)
+
+
+def accumulate_s(device: Device, trainable_bytes: float, tensors: int) -> float:
+    """Seconds in which one microbatch's gradients are added to those kept."""
+    return tensors * device.seconds("pointwise", 0.0, ACCUMULATE_PASSES * trainable_bytes / tensors) if tensors else 0.0

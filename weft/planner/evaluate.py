@@ -1,0 +1,316 @@
+"""What one candidate costs: its stages are cut, their work is put on the timeline, their memory is added up.
+
+    step time = end of the last stage on the timeline (timeline.simulate) of
+        forward, backward    Σ calls (CallCosts.of), their all-reduces (Mesh), the gathers of fully_shard, accumulation
+        transfers            Σ tensors that one stage makes and another reads (Evaluator.edges)
+        reduce               gradients averaged over the replicas, once a step
+        step                 optimizer, gradient norm and clipping (optimizer_s)
+    memory    = memory.stage_memory of every stage
+
+Where every device has its own core or is an accelerator, communication between replicas hides behind computation: gathers behind
+the forward and backward of their microbatch, the reduction behind the last backward. Devices that share cores hide nothing, since
+communication takes the same cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from weft.capture.profile import Profile
+from weft.cluster.topology import Cluster
+from weft.estimate import Estimate
+from weft.planner import balance, timeline
+from weft.planner.communication import Mesh, transfer_s
+from weft.planner.compute import CallCost, CallCosts, accumulate_s, optimizer_s
+from weft.planner.holdings import Holding, Holdings
+from weft.planner.memory import alive, stage_memory
+from weft.planner.space import Candidate, Degrees
+from weft.schedule import Edge, actions
+
+BUCKET_BYTES = 25 * 2**20
+"""Gradients that ``replicate`` reduces at once."""
+
+COPY_PASSES = 2.0
+"""Bytes moved per byte copied: a read and a write."""
+
+CONTROL_BYTES = 64.0
+"""Size of the sums that every device exchanges once a step: the sample count, the loss, the gradient norm."""
+
+CONTROL_REDUCES = 3
+
+Ends = tuple[int, ...]
+
+
+class StageLoad(NamedTuple):
+    """What a stage does, by term: seconds of one microbatch, and of the step's end."""
+
+    work: timeline.Stage
+    tensor_s: float  # of forward + backward, in collectives
+    gather_s: float
+    tied_s: float  # of reduce
+    bytes_sent: float
+
+
+class Flow(NamedTuple):
+    """Bytes from one stage to another for one microbatch, and of the gradients that come back."""
+
+    activation: float
+    gradient: float
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage for people: which calls, what it holds, how long it works, how full it gets."""
+
+    calls: tuple[str, ...]
+    parameter_bytes: float
+    busy_s: float
+    idle_s: float
+    memory_bytes: float
+
+
+class Evaluator:
+    """Costs of any candidate for one profile on one cluster; what candidates share is worked out once."""
+
+    def __init__(self, profile: Profile, cluster: Cluster) -> None:
+        self.profile, self.cluster = profile, cluster
+        self._calls = CallCosts(profile, cluster.device)
+        self._holdings = Holdings(profile)
+        self._readers: list[tuple[int, int, int]] = sorted(
+            {(source.call, source.leaf, reader) for reader, call in enumerate(profile.calls) for source in call.inputs}
+        )
+
+    # -- cutting ------------------------------------------------------------------------------------------------------
+
+    def cut(self, candidate: Candidate) -> Ends:
+        """Where each stage ends, balanced by time; by memory too, where the fastest cut does not fit. LOSS is left out."""
+        degrees, samples = candidate.degrees, self.samples(candidate)
+        mesh = self._mesh(degrees)
+        costs = [self._call_s(self._calls.of(i, samples, degrees.tp), mesh) for i in range(len(self.profile.calls))]
+        costs[-2:] = [sum(costs[-2:])]  # LOSS stays with the last call
+        fastest = balance.ends(costs, degrees.pp)
+        assert fastest is not None, "more stages than calls were refused before"
+        if degrees.pp == 1 or max(self._peaks(candidate, tuple(fastest))) <= self.cluster.memory_bytes:
+            return tuple(fastest)
+
+        def fits(stage: int, start: int, end: int) -> bool:
+            end = len(self.profile.calls) if end == len(costs) else end
+            return sum(self._memory(candidate, stage, start, end).values()) <= self.cluster.memory_bytes
+
+        return tuple(balance.ends(costs, degrees.pp, fits) or fastest)
+
+    @staticmethod
+    def _call_s(call: CallCost, mesh: Mesh) -> float:
+        reduced = (*call.forward_reduced, *call.backward_reduced)
+        return call.forward_s + call.backward_s + sum(mesh.collective_s("tp", "all_reduce", size) for size in reduced)
+
+    def samples(self, candidate: Candidate) -> int:
+        """Samples of the largest microbatch."""
+        return -(-self.profile.batch_size // (candidate.degrees.replicas * candidate.microbatches))
+
+    def stretches(self, ends: Ends) -> list[tuple[int, int]]:
+        """Call numbers of every stage, start and end; LOSS is the last of the last."""
+        return list(pairwise((0, *ends[:-1], len(self.profile.calls))))
+
+    def _mesh(self, degrees: Degrees) -> Mesh:
+        return Mesh(self.cluster, pp=degrees.pp, dp_replicate=degrees.dp_replicate, dp_shard=degrees.dp_shard, tp=degrees.tp)
+
+    # -- estimating ---------------------------------------------------------------------------------------------------
+
+    def estimate(self, candidate: Candidate, ends: Ends) -> Estimate:
+        """Step time and memory of a candidate with its stages cut."""
+        return self.evaluate(candidate, ends)[0]
+
+    def evaluate(self, candidate: Candidate, ends: Ends) -> tuple[Estimate, list[StageRow]]:
+        """The estimate, and what each stage contributes to it."""
+        degrees = candidate.degrees
+        flows = self.flows(candidate, ends)
+        loads = [self._load(candidate, ends, stage, flows) for stage in range(degrees.pp)]
+        spent = timeline.simulate(
+            actions(
+                candidate.schedule, degrees.pp, candidate.microbatches, [Edge(s, t, f.gradient > 0) for (s, t), f in flows.items()]
+            ),
+            [load.work for load in loads],
+            self._transfers(degrees, flows),
+            self.cluster.cores,
+        )
+        slowest = max(range(degrees.pp), key=lambda s: spent[s].end_s)
+        time = self._terms(candidate, loads[slowest], spent[slowest])
+        step = sum(time.values())
+        memory = tuple(self._memory(candidate, s, *stretch) for s, stretch in enumerate(self.stretches(ends)))
+        idle = [stage.idle_s + spent[slowest].end_s - stage.end_s for stage in spent]
+        estimate = Estimate(
+            step_time_s=step,
+            time=time,
+            memory=memory,
+            bytes_sent=max(load.bytes_sent for load in loads),
+            idle_share=sum(idle) / (degrees.pp * spent[slowest].end_s) if spent[slowest].end_s else 0.0,
+            calibration=self.cluster.calibration,
+        )
+        rows = []
+        for stage, (start, end) in enumerate(self.stretches(ends)):
+            holding = self._holdings.of(start, end, degrees.tp, degrees.dp_shard)
+            names = tuple(call.name for call in self.profile.calls[start:end])
+            rows.append(
+                StageRow(
+                    names if stage < degrees.pp - 1 else names[:-1],
+                    holding.trainable_shard + holding.frozen_shard,
+                    spent[slowest].end_s - idle[stage],
+                    idle[stage],
+                    sum(memory[stage].values()),
+                )
+            )
+        return estimate, rows
+
+    def flows(self, candidate: Candidate, ends: Ends) -> dict[tuple[int, int], Flow]:
+        """Bytes of one microbatch from stage to stage: each tensor goes once to every later stage that reads it."""
+        stage_of = [s for s, (start, end) in enumerate(self.stretches(ends)) for _ in range(start, end)]
+        samples = self.samples(candidate)
+        flows: dict[tuple[int, int], Flow] = {}
+        for call, leaf, target in sorted({(call, leaf, stage_of[reader]) for call, leaf, reader in self._readers}):
+            source = stage_of[call]
+            if source != target:
+                output = self.profile.calls[call].outputs[leaf]
+                size = output.bytes.at(samples)
+                old = flows.get((source, target), Flow(0.0, 0.0))
+                flows[source, target] = Flow(old.activation + size, old.gradient + (size if output.requires_grad else 0.0))
+        return flows
+
+    def _transfers(self, degrees: Degrees, flows: dict[tuple[int, int], Flow]) -> dict[tuple[int, int], float]:
+        """Seconds of a microbatch's tensors between stages, both ways."""
+        apart = degrees.devices // degrees.pp
+        seconds = {}
+        for (source, target), flow in flows.items():
+            link = self.cluster.link_between(source * apart, target * apart)
+            seconds[source, target] = transfer_s(flow.activation, link)
+            seconds[target, source] = transfer_s(flow.gradient, link)
+        return seconds
+
+    def _terms(self, candidate: Candidate, load: StageLoad, spent: timeline.Spent) -> dict[str, float]:
+        """A stage's seconds by term of TIME_TERMS."""
+        tensor, gather = candidate.microbatches * load.tensor_s, candidate.microbatches * load.gather_s
+        return {
+            "compute": spent.compute_s,
+            "tensor_parallel": tensor,
+            "pipeline": spent.transfer_s + load.tied_s,
+            "data_parallel": gather + spent.reduce_s - load.tied_s,
+            "bubble": spent.bubble_s,
+            "optimizer": spent.step_s,
+        }
+
+    # -- one stage ----------------------------------------------------------------------------------------------------
+
+    def _load(
+        self, candidate: Candidate, ends: Ends, stage: int, flows: dict[tuple[int, int], Flow]
+    ) -> StageLoad:
+        """Work of one stage."""
+        degrees, microbatches = candidate.degrees, candidate.microbatches
+        start, end = self.stretches(ends)[stage]
+        samples, mesh, device = self.samples(candidate), self._mesh(degrees), self.cluster.device
+        calls = [self._calls.of(i, samples, degrees.tp) for i in range(start, end)]
+        holding = self._holdings.of(start, end, degrees.tp, degrees.dp_shard)
+        on_node = min(degrees.devices, self.cluster.devices_per_node)
+        hides = self.cluster.cores is None or self.cluster.cores >= on_node
+
+        forward = sum(call.forward_s for call in calls)
+        backward = sum(call.backward_s for call in calls)
+        later = (microbatches - 1) / microbatches  # the first microbatch's gradients are kept as they are
+        backward += later * accumulate_s(device, holding.trainable, holding.tensors)
+        forward_tp = sum(mesh.collective_s("tp", "all_reduce", size) for call in calls for size in call.forward_reduced)
+        backward_tp = sum(mesh.collective_s("tp", "all_reduce", size) for call in calls for size in call.backward_reduced)
+        sent = microbatches * sum(
+            mesh.bytes("tp", "all_reduce", size) for call in calls for size in (*call.forward_reduced, *call.backward_reduced)
+        )
+        sent += microbatches * sum(
+            flow.activation * (source == stage) + flow.gradient * (target == stage) for (source, target), flow in flows.items()
+        )
+
+        gather_forward = gather_backward = 0.0
+        if degrees.dp_shard > 1:
+            units = list(holding.units.values())
+            gathers = [mesh.collective_s("dp_shard", "all_gather", size) for size in units]
+            copies = sum(device.seconds("copy", 0.0, COPY_PASSES * size) for size in units)
+            forward, backward = forward + copies, backward + copies
+            gather_forward = _exposed(gathers, forward) if hides else sum(gathers)
+            gather_backward = _exposed(gathers, backward) if hides else sum(gathers)
+            sent += 2 * microbatches * sum(mesh.bytes("dp_shard", "all_gather", size) for size in units)
+
+        reduce, reduce_sent = self._reduce(degrees, holding, mesh, backward if hides else 0.0)
+        tied = self._tied_bytes(ends, stage, degrees)
+        tied_s = 2 * transfer_s(tied, mesh.pipeline) if tied and mesh.pipeline else 0.0
+        step = timeline.Work(
+            optimizer_s(device, holding.trainable_shard, holding.tensors, self.profile.optimizer_passes),
+            CONTROL_REDUCES * mesh.everyone_s(CONTROL_BYTES),
+        )
+        apart = degrees.devices // degrees.pp
+        work = timeline.Stage(
+            forward=timeline.Work(forward, forward_tp + gather_forward),
+            backward=timeline.Work(backward, backward_tp + gather_backward),
+            reduce=timeline.Work(reduce.compute_s, reduce.collective_s + tied_s),
+            step=step,
+            node=stage * apart // self.cluster.devices_per_node,
+            devices=min(apart, self.cluster.devices_per_node),
+        )
+        return StageLoad(work, forward_tp + backward_tp, gather_forward + gather_backward, tied_s, sent + reduce_sent + tied)
+
+    def _reduce(self, degrees: Degrees, holding: Holding, mesh: Mesh, hidden_s: float) -> tuple[timeline.Work, float]:
+        """Averaging the gradients over the replicas, what ``hidden_s`` does not hide of it; and the bytes sent."""
+        device = self.cluster.device
+        if degrees.replicas == 1 or not holding.trainable:
+            return timeline.Work(0.0), 0.0
+        if degrees.dp_shard > 1:
+            parts = [size for size in holding.units.values() if size]
+            seconds = [mesh.collective_s("dp_shard", "reduce_scatter", size) for size in parts]
+            sent = sum(mesh.bytes("dp_shard", "reduce_scatter", size) for size in parts)
+            shards = [size / degrees.dp_shard for size in parts]
+        else:
+            count = max(1, round(holding.trainable / BUCKET_BYTES))
+            parts = shards = [holding.trainable / count] * count
+            seconds, sent = [0.0] * count, 0.0
+        seconds = [s + mesh.collective_s("dp_replicate", "all_reduce", shard) for s, shard in zip(seconds, shards, strict=True)]
+        sent += sum(mesh.bytes("dp_replicate", "all_reduce", shard) for shard in shards)
+        copies = sum(device.seconds("copy", 0.0, COPY_PASSES * size) for size in parts)
+        return timeline.Work(copies, _exposed(seconds, hidden_s) if hidden_s else sum(seconds)), sent
+
+    def _tied_bytes(self, ends: Ends, stage: int, degrees: Degrees) -> float:
+        """Gradients of parameters that another stage reads too, which the two must sum."""
+        if degrees.pp == 1:
+            return 0.0
+        stretches = self.stretches(ends)
+        start, end = stretches[stage]
+        mine = {name for call in self.profile.calls[start:end] for name in call.parameters}
+        others = {name for s, e in (*stretches[:stage], *stretches[stage + 1 :]) for call in self.profile.calls[s:e] for name in call.parameters}
+        parameters = (self.profile.parameters[name] for name in mine & others)
+        return sum(p.bytes for p in parameters if p.trainable) / degrees.dp_shard
+
+    def _memory(self, candidate: Candidate, stage: int, start: int, end: int) -> dict[str, float]:
+        """Memory of calls ``start`` to ``end`` as a stage."""
+        degrees, samples = candidate.degrees, self.samples(candidate)
+        arriving = {(call, leaf) for call, leaf, reader in self._readers if call < start <= reader < end}
+        leaving = {(call, leaf) for call, leaf, reader in self._readers if start <= call < end <= reader}
+
+        def size(tensors: set[tuple[int, int]]) -> float:
+            return sum(self.profile.calls[call].outputs[leaf].bytes.at(samples) for call, leaf in tensors)
+
+        batch = self.profile.sample_bytes * -(-self.profile.batch_size // degrees.replicas)
+        return stage_memory(
+            [self._calls.of(i, samples, degrees.tp) for i in range(start, end)],
+            self._holdings.of(start, end, degrees.tp, degrees.dp_shard),
+            alive=alive(candidate.schedule, stage, degrees.pp, candidate.microbatches),
+            replicated=degrees.dp_replicate > 1,
+            sharded=degrees.dp_shard > 1,
+            optimizer_state=self.profile.optimizer_state_bytes,
+            boundary_bytes=2 * (size(arriving) + size(leaving)) + batch,
+            kept_output_bytes=size(leaving),
+        )
+
+    def _peaks(self, candidate: Candidate, ends: Ends) -> list[float]:
+        return [sum(self._memory(candidate, s, *stretch).values()) for s, stretch in enumerate(self.stretches(ends))]
+
+
+def _exposed(parts: Sequence[float], hidden_s: float) -> float:
+    """What remains of communication in parts that overlaps ``hidden_s`` of computation: never less than one part."""
+    return max(max(parts, default=0.0), sum(parts) - hidden_s)

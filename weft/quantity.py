@@ -1,0 +1,78 @@
+"""Quantities as people write and read them: sizes, times, counts."""
+
+from __future__ import annotations
+
+import re
+
+from weft.errors import ClusterError
+
+UNITS = {
+    "B": 1,
+    **{f"{prefix}B": 1000 ** (i + 1) for i, prefix in enumerate("KMGTP")},
+    **{f"{prefix}iB": 1024 ** (i + 1) for i, prefix in enumerate("KMGTP")},
+}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of ``"2GiB"``, ``"512 MB"``, ``"1.5GiB"`` or a plain number of bytes.
+
+    Raises:
+        ClusterError: not a size, or not positive.
+    """
+    hint = "write a number and a unit, as in 512MiB, 2GiB or 80GB"
+    if isinstance(text, int):
+        size = float(text)
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+        if match is None:
+            raise ClusterError(f"{text!r} is not a size; {hint}")
+        number, unit = match.groups()
+        factor = {name.lower(): factor for name, factor in UNITS.items()}.get(unit.lower() or "b")
+        if factor is None:
+            raise ClusterError(f"{text!r} is not a size: unit {unit!r} is unknown; {hint}")
+        size = float(number) * factor
+    if size < 1:
+        raise ClusterError(f"a size must be at least one byte, got {text!r}; {hint}")
+    return int(size)
+
+
+def format_bytes(size: float) -> str:
+    """``1.5 GiB``: three digits at most, binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1000:
+            break
+        size /= 1024
+    else:
+        unit = "PiB"
+    return f"{size:.0f} {unit}" if unit == "B" else f"{_digits(size)} {unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """``340 us``, ``12.3 ms``, ``1.25 s``, ``4 min 10 s``, ``3 h 5 min``."""
+    if seconds >= 3600:
+        minutes = round(seconds / 60)
+        return f"{minutes // 60} h {minutes % 60} min"
+    if seconds >= 100:
+        return f"{round(seconds) // 60} min {round(seconds) % 60} s"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if abs(seconds) >= size:
+            return f"{_digits(seconds / size)} {unit}"
+    return "0 s" if seconds == 0 else f"{_digits(seconds * 1e9)} ns"
+
+
+def format_count(count: float, unit: str = "") -> str:
+    """``12.6 M``, ``405 G``: three digits, decimal prefixes, before a unit if one is given (``"flop/s"``)."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if abs(count) < 1000:
+            break
+        count /= 1000
+    else:
+        prefix = "E"
+    number = f"{count:.0f}" if not prefix and count == int(count) else _digits(count)
+    return f"{number} {prefix}{unit}".rstrip()
+
+
+def _digits(value: float) -> str:
+    """Three significant digits without an exponent."""
+    decimals = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+    return f"{value:.{decimals}f}"

@@ -1,0 +1,135 @@
+"""Batches: which samples each replica sees, and how a batch is cut into microbatches.
+
+The order of the samples depends on the workload's seed and the epoch alone, never on the plan. A batch of N samples is
+cut into R replicas' parts and each part into M microbatches, as evenly as whole samples allow. A piece that would be
+empty (a last batch of fewer samples than pieces) gets a sample of weight 0, so that every rank takes part in every
+collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import keystr as path_name
+from torch.utils._pytree import tree_flatten_with_path, tree_map
+
+from weft.errors import BatchError
+from weft.workload import Workload
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One replica's part of a global batch, cut into microbatches.
+
+    Attributes:
+        microbatches: pytrees, one per microbatch.
+        samples: samples in each microbatch that count; 0 for a stand-in sample.
+        total: samples in the global batch.
+    """
+
+    microbatches: tuple[Any, ...]
+    samples: tuple[int, ...]
+    total: int
+
+
+def pieces(samples: int, parts: int) -> list[range]:
+    """Cut ``range(samples)`` into consecutive parts whose lengths differ by one at most, longer ones first."""
+    length, extra = divmod(samples, parts)
+    starts = [i * length + min(i, extra) for i in range(parts + 1)]
+    return [range(starts[i], starts[i + 1]) for i in range(parts)]
+
+
+def layout(total: int, replicas: int, microbatches: int) -> list[list[range]]:
+    """The samples of every microbatch of every replica, as positions in the global batch."""
+    return [
+        [range(part.start + piece.start, part.start + piece.stop) for piece in pieces(len(part), microbatches)]
+        for part in pieces(total, replicas)
+    ]
+
+
+def count_samples(batch: Any) -> int:
+    """The number of samples of a batch: the length of dimension 0, which all its tensors share.
+
+    Raises:
+        BatchError: there is no tensor, or two tensors disagree.
+    """
+    leaves, _ = tree_flatten_with_path(batch)
+    lengths = [(path_name(path), len(leaf)) for path, leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    if not lengths:
+        raise BatchError("the batch holds no tensor with samples in dimension 0; give it at least one")
+    first_name, samples = lengths[0]
+    for name, length in lengths[1:]:
+        if length != samples:
+            raise BatchError(
+                f"the batch cannot be divided: batch{first_name} has {samples} samples in dimension 0 and "
+                f"batch{name} has {length}; put the samples of every tensor in dimension 0"
+            )
+    return samples
+
+
+def cut(batch: Any, samples: range) -> Any:
+    """The part of a batch that holds some samples; an empty range gives the first sample, to be weighted 0."""
+    start, stop = (samples.start, samples.stop) if len(samples) else (0, 1)
+    return tree_map(lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) and leaf.dim() > 0 else leaf, batch)
+
+
+def divide(batch: Any, *, replica: int, replicas: int, microbatches: int) -> Batch:
+    """One replica's part of a global batch.
+
+    Raises:
+        BatchError: the batch has no common dimension of samples.
+    """
+    total = count_samples(batch)
+    ranges = layout(total, replicas, microbatches)[replica]
+    return Batch(tuple(cut(batch, r) for r in ranges), tuple(len(r) for r in ranges), total)
+
+
+class Sampler:
+    """Which samples make up each global batch: a function of the workload, the epoch and the step in it."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        self.samples = len(workload.data)
+        self._epoch: tuple[int, list[int]] = (-1, [])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches per epoch, the partial last one included."""
+        return -(-self.samples // self.workload.batch_size)
+
+    def order(self, epoch: int) -> list[int]:
+        """The samples of an epoch in the order they are seen."""
+        if not self.workload.shuffle:
+            return list(range(self.samples))
+        generator = torch.Generator().manual_seed((self.workload.seed << 20) + epoch)
+        order: list[int] = torch.randperm(self.samples, generator=generator).tolist()
+        return order
+
+    def load(self, step: int, replica: int, replicas: int, microbatches: int) -> Batch:
+        """One replica's part of the global batch of a step counted from the start of training. Only its samples are
+        read."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        size = self.workload.batch_size
+        chosen = self._order(epoch)[place * size : (place + 1) * size]
+        ranges = layout(len(chosen), replicas, microbatches)[replica]
+        read = [chosen[r.start : r.stop] if len(r) else chosen[:1] for r in ranges]
+        parts = tuple(self.workload.collate([self.workload.data[i] for i in samples]) for samples in read)
+        return Batch(parts, tuple(len(r) for r in ranges), len(chosen))
+
+    def global_batch(self, step: int) -> Any:
+        """The whole batch of a step, as one device sees it."""
+        return self.load(step, 0, 1, 1).microbatches[0]
+
+    def batches(self, first: int, last: int, replica: int, replicas: int, microbatches: int) -> Iterator[Batch]:
+        """The parts of one replica from step ``first`` up to ``last``."""
+        for step in range(first, last):
+            yield self.load(step, replica, replicas, microbatches)
+
+    def _order(self, epoch: int) -> list[int]:
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self.order(epoch))
+        return self._epoch[1]

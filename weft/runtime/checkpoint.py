@@ -1,0 +1,155 @@
+"""Checkpoint: model and optimizer through ``torch.distributed.checkpoint``, under single-device names.
+
+    DIR/step-00000040/        one checkpoint; complete once training.json is there
+        *.distcp, .metadata   torch.distributed.checkpoint: "model.<name>", "optimizer.<name>.<key>"
+        training.json         step, the plan, the plain settings of the optimizer's parameter groups
+
+Every rank writes its own pieces; what several ranks hold is written once. A name says nothing of the plan.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from weft.errors import CheckpointError
+from weft.plan import Plan
+from weft.runtime.part import Part
+
+MARK = "training.json"
+
+
+@dataclass(frozen=True)
+class Training:
+    """The plain part of a checkpoint: the step it was made after, the plan, the optimizer's settings per parameter
+    group."""
+
+    step: int
+    plan: Plan
+    groups: list[dict[str, Any]]
+
+
+def newest(directory: Path) -> Path:
+    """The complete checkpoint with the highest step.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    complete = sorted(mark.parent for mark in directory.glob(f"step-*/{MARK}"))
+    if not complete:
+        raise CheckpointError(f"{directory}: holds no complete checkpoint; start without --resume")
+    return complete[-1]
+
+
+def save(directory: Path, step: int, plan: Plan, part: Part, optimizer: torch.optim.Optimizer) -> Path:
+    """Write a checkpoint; all ranks call it. Returns the folder made for it."""
+    path = directory / f"step-{step:08d}"
+    dcp.save({**model_state(part), **optimizer_state(part, optimizer)}, checkpoint_id=path)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        groups = [{k: v for k, v in group.items() if is_plain(v) and k != "params"} for group in optimizer.param_groups]
+        text = json.dumps({"step": step, "plan": plan.to_json(), "groups": groups}, indent=2)
+        partial = path / f"{MARK}.partial"
+        partial.write_text(text + "\n")
+        partial.replace(path / MARK)  # in one go: a reader sees a whole checkpoint or none
+    dist.barrier()
+    return path
+
+
+def load(directory: Path, plan: Plan, part: Part, optimizer: torch.optim.Optimizer) -> Training:
+    """Read the newest checkpoint of a folder, or the one given, into a part and its optimizer; all ranks call it.
+
+    Raises:
+        CheckpointError: there is none, or it is of another model or optimizer.
+    """
+    path = directory if (directory / MARK).exists() else newest(directory)
+    training = read_training(path)
+    reader = dcp.FileSystemReader(path)
+    stored = reader.read_metadata().state_dict_metadata
+    model = model_state(part)
+    for name, tensor in model.items():
+        entry = stored.get(name)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise CheckpointError(f"{path}: has no {name}; it is a checkpoint of another model")
+        if entry.size != tensor.shape:
+            raise CheckpointError(f"{path}: {name} has shape {tuple(entry.size)}, the model's is {tuple(tensor.shape)}")
+    moments = blank_optimizer_state(part, stored)
+    dcp.load({**model, **moments}, storage_reader=reader)
+    for held in part.held:
+        prefix = f"optimizer.{held.name}."
+        state = {name.removeprefix(prefix): value for name, value in moments.items() if name.startswith(prefix)}
+        if state:
+            optimizer.state[held.parameter] = state
+    if len(training.groups) != len(optimizer.param_groups):
+        raise CheckpointError(
+            f"{path}: its optimizer has {len(training.groups)} parameter groups, "
+            f"the workload's has {len(optimizer.param_groups)}"
+        )
+    for group, settings in zip(optimizer.param_groups, training.groups, strict=True):
+        group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in settings.items()})
+    return training
+
+
+def model_state(part: Part) -> dict[str, Tensor]:
+    """This rank's parameters and buffers by checkpoint name, sharing memory with the model."""
+    tensors = {held.name: held.parameter.detach() for held in part.held} | part.buffers
+    return {f"model.{name}": tensor for name, tensor in tensors.items()}
+
+
+def optimizer_state(part: Part, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """This rank's optimizer state by checkpoint name; plain numbers as scalar tensors."""
+    state = {}
+    for held in part.held:
+        for key, value in optimizer.state.get(held.parameter, {}).items():
+            state[f"optimizer.{held.name}.{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+    return state
+
+
+def blank_optimizer_state(part: Part, stored: dict[str, Any]) -> dict[str, Tensor]:
+    """Room for the stored optimizer state of what this rank holds: shaped as the parameter is held, or a whole small
+    tensor."""
+    blank: dict[str, Tensor] = {}
+    for held in part.held:
+        prefix = f"optimizer.{held.name}."
+        for name, entry in stored.items():
+            if (
+                name.startswith(prefix)
+                and "." not in name.removeprefix(prefix)
+                and isinstance(entry, TensorStorageMetadata)
+            ):
+                dtype = entry.properties.dtype
+                if entry.size == held.parameter.shape:
+                    blank[name] = torch.zeros_like(held.parameter, dtype=dtype).detach()
+                else:
+                    blank[name] = torch.zeros(entry.size, dtype=dtype)
+    return blank
+
+
+def read_training(path: Path) -> Training:
+    """The plain part of a checkpoint.
+
+    Raises:
+        CheckpointError: it is not what ``save`` wrote.
+    """
+    try:
+        data = json.loads((path / MARK).read_text())
+        return Training(int(data["step"]), Plan.from_json(data["plan"], source=str(path / MARK)), list(data["groups"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MARK}: cannot be read as a checkpoint: {error}") from error
+
+
+def is_plain(value: Any) -> bool:
+    """Whether JSON keeps a setting as it is."""
+    return (
+        value is None
+        or isinstance(value, bool | int | float | str)
+        or (isinstance(value, tuple | list) and all(map(is_plain, value)))
+    )

@@ -1,0 +1,197 @@
+"""Engine: a plan running. The only thing a training loop touches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from weft.capture.initial import build_fake
+from weft.capture.recorder import Recording, record
+from weft.capture.units import find_units
+from weft.errors import PlanError
+from weft.plan import Plan
+from weft.runtime import checkpoint, part, totals
+from weft.runtime.batches import Batch, Sampler, divide
+from weft.runtime.gather import gather
+from weft.runtime.grid import Grid
+from weft.runtime.pipeline import Pipeline
+from weft.runtime.placement import Placement
+from weft.runtime.routes import Routes
+from weft.runtime.worker import describe_stage, join
+from weft.workload import Workload
+
+
+class Engine:
+    """One rank of a running plan. Made by ``parallelize``.
+
+    Attributes:
+        plan: the plan.
+        grid: the ranks, seen from this one.
+        model: the user's model; what other ranks hold is absent from it.
+        optimizer: the user's optimizer over what this rank holds.
+        step_count: steps done.
+        gradient_norm: global L2 norm of the last step's gradients before clipping; None where it was not needed.
+    """
+
+    def __init__(self, workload: Workload, plan: Plan) -> None:
+        if plan.batch_size != workload.batch_size:
+            raise PlanError(
+                f"the plan is for batches of {plan.batch_size} samples but the workload's are of "
+                f"{workload.batch_size}; make the plan again, or set the workload's batch_size"
+            )
+        join()
+        self.workload, self.plan = workload, plan
+        self.grid = Grid.make(plan)
+        describe_stage(self.grid.stage)
+        self.step_count = 0
+        self.gradient_norm: Tensor | None = None
+        self._shapes = build_fake(workload.model, workload.seed)
+        self._units = find_units(self._shapes.model, workload.units)
+        self._recordings: dict[Any, Recording] = {}
+        self._sampler = Sampler(workload)
+        self._first = self._record(workload.sample_batch(plan.samples_per_microbatch))
+        stage_of = Routes.find(self._first, plan).stage_of
+        fake = build_fake(workload.model, workload.seed)
+        self.part = part.build(fake, self._units, self._first, stage_of, plan, self.grid)
+        self.model = self.part.model
+        trainable = [held.parameter for held in self.part.held]
+        self.optimizer = workload.optimizer(trainable)
+        placement = Placement(
+            self.model, self._units, stage=self.grid.stage, mode=self.part.mode, device=self.grid.device
+        )
+        self._pipeline = Pipeline(
+            workload,
+            plan,
+            self.grid,
+            placement=placement,
+            data_parallel=self.part.data_parallel,
+            record=self._record,
+        )
+
+    def batches(self, epochs: int | None = 1) -> Iterator[Batch]:
+        """This rank's part of every batch from where training stands to the end of the epoch (``epochs=None``: for
+        ever).
+
+        The samples and their order are those of a single device: they depend on the workload's seed alone.
+        """
+        per_epoch = self._sampler.steps_per_epoch
+        step = self.step_count
+        last = None if epochs is None else (step // per_epoch + epochs) * per_epoch
+        while last is None or step < last:
+            yield self._sampler.load(step, self.grid.replica, self.plan.replicas, self.plan.microbatches)
+            step += 1
+
+    def step(self, batch: Any, *, gradient_norm: bool = False) -> Tensor:
+        """One optimizer step.
+
+        Args:
+            batch: what ``batches`` gave, or a whole global batch (the same on every rank), which is divided here.
+            gradient_norm: compute the norm even if nothing is clipped.
+
+        Returns:
+            The mean loss over the global batch, a float64 scalar, the same on every rank.
+
+        Raises:
+            BatchError: a batch whose tensors do not share a dimension of samples.
+            LossError: the loss is neither a scalar nor ``(sum, count)``.
+        """
+        if not isinstance(batch, Batch):
+            batch = divide(
+                batch, replica=self.grid.replica, replicas=self.plan.replicas, microbatches=self.plan.microbatches
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        first = self.step_count == 0
+        sums = self._pipeline.run(batch, self.step_count, check=first)
+        if first:
+            self._warn_unless_finite(sums.unfinite)
+        totals.sum_tied(self.part.held)
+        loss, self.gradient_norm = totals.agree(
+            sums,
+            self.part.held,
+            self.grid,
+            adds_loss=self.grid.stage == self.plan.pp - 1 and self.grid.index("tp") == 0,
+            max_norm=self.workload.max_grad_norm,
+            want_norm=gradient_norm,
+        )
+        self.optimizer.step()
+        self.step_count += 1
+        return loss
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches per epoch, the partial last one included."""
+        return self._sampler.steps_per_epoch
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds this rank has waited for transfers between stages."""
+        return self._pipeline.waited_s
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Parameters and buffers as one device has them: whole, on the CPU, under single-device names.
+
+        All ranks call it; rank 0 gets the tensors, the others an empty dict (as PyTorch's full state dicts do).
+        """
+        return gather({h.name: h.parameter.detach() for h in self.part.held} | self.part.buffers, self.grid)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients of the last step, averaged and clipped, gathered as ``state_dict`` does."""
+        return gather({h.name: h.parameter.grad for h in self.part.held if h.parameter.grad is not None}, self.grid)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write a checkpoint into ``directory/step-N``; all ranks call it. Returns its folder."""
+        return checkpoint.save(Path(directory), self.step_count, self.plan, self.part, self.optimizer)
+
+    def load(self, directory: str | Path) -> None:
+        """Continue from the newest checkpoint in ``directory`` (or from the one it is); all ranks call it.
+
+        Raises:
+            CheckpointError: there is none, or it is of another model.
+        """
+        self.step_count = checkpoint.load(Path(directory), self.plan, self.part, self.optimizer).step
+
+    def _warn_unless_finite(self, unfinite: int | None) -> None:
+        """Warn if the first step met a value that is not finite, naming the first unit that gave one."""
+        calls = self._first.calls
+        number = torch.tensor(len(calls) if unfinite is None else unfinite, device=self.grid.device)
+        dist.all_reduce(number, op=dist.ReduceOp.MIN)
+        if int(number) < len(calls) and dist.get_rank() == 0:
+            warnings.warn(
+                f"step 0: {calls[int(number)].name} returned NaN or infinity, the first to do so; check its inputs, "
+                "initial weights and the loss",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _record(self, microbatch: Any) -> Recording:
+        key = signature(microbatch)
+        if key not in self._recordings:
+            self._recordings[key] = record(self._shapes, self._units, self.workload.loss, microbatch)
+        return self._recordings[key]
+
+
+def signature(batch: Any) -> Any:
+    """What a recording depends on: the structure of a microbatch, its tensors' shapes and dtypes, its other values."""
+    leaves, spec = tree_flatten(batch)
+    described = tuple(
+        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf).__name__, repr(leaf))
+        for leaf in leaves
+    )
+    return spec, described
+
+
+def parallelize(workload: Workload, plan: Plan) -> Engine:
+    """Run a workload under a plan. Called in every process of a launched job; one process is a job of one.
+
+    Raises:
+        PlanError: the plan is not for this workload, model or number of processes.
+        ModelError: the model cannot be run on fake tensors, or cannot be divided as the plan says.
+    """
+    return Engine(workload, plan)

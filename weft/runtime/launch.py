@@ -1,0 +1,231 @@
+"""Start a job's processes on this machine, through PyTorch's elastic agent, and bring back their results or one error.
+
+Each process is a fresh interpreter that runs ``worker.main``: the caller's script is not imported again, so it needs no
+``if __name__ == "__main__"``, and a notebook will do. Functions and results cross as cloudpickle files in a directory of the job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from weft.errors import InputError
+from weft.runtime.failure import Failure, first
+from weft.runtime.worker import JOB, TIMEOUT_S, Settings, call_of, describe_stage, device_type
+
+__all__ = ["describe_stage", "launch", "launch_script"]
+
+SHUTDOWN_S = 5
+"""Seconds the processes get to end by themselves after Ctrl-C."""
+
+# Before the first import: Ctrl-C during start-up is quiet, and OpenMP and Gloo read their variables when they load.
+BOOTSTRAP = (
+    "import json,os,signal,sys;signal.signal(signal.SIGINT,signal.SIG_DFL);start=json.loads(sys.argv.pop(1));"
+    "sys.path[:]=start['path'];os.environ.update(start['environment']);"
+    "from weft.runtime.{module} import main;main()"
+)
+
+
+def launch(
+    fn: Callable[..., Any],
+    *args: Any,
+    devices: int | None = None,
+    memory: int | str | None = None,
+    device: str | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> list[Any]:
+    """Run ``fn(*args)`` in one process per device, joined in a process group.
+
+    Args:
+        fn: any function, also of a notebook; it and its arguments are sent to the processes.
+        devices: processes; None takes every accelerator, or every core of a machine that has none.
+        memory: limit per device, in bytes or as ``"2GiB"``; the operating system refuses more.
+        device: ``"cpu"``, or a type of accelerator; None takes the accelerator where there is one.
+        timeout_s: seconds a collective waits for its peers.
+
+    Returns:
+        what each rank returned, by rank.
+
+    Raises:
+        InputError: the same one as a process raised; or this process belongs to a job already; or more devices than
+            there are.
+        WorkerError: a process died. It names the first: rank, stage and cause.
+    """
+    settings = settings_for(devices, memory, device, timeout_s)
+    count = devices or device_count(settings.device)
+    with _job(settings) as job:
+        try:
+            (job / "call").write_bytes(call_of(fn, args))
+        except Exception as error:  # whatever an object of the user's raises when it is pickled
+            raise InputError(
+                f"launch: {getattr(fn, '__qualname__', fn)} cannot be sent to other processes: {error}; "
+                f"make what cannot be pickled inside the function"
+            ) from error
+        _run(job, count, environment_for(count))
+        return [cloudpickle.loads((job / f"{rank}.result").read_bytes()) for rank in range(count)]
+
+
+def launch_script(
+    script: str | Path,
+    arguments: Sequence[str] = (),
+    *,
+    devices: int | None = None,
+    memory: int | str | None = None,
+    device: str | None = None,
+    nodes: int = 1,
+    rendezvous: str | None = None,
+) -> None:
+    """Run a script in one process per device, with RANK, WORLD_SIZE and the rest set as torchrun sets them.
+
+    Args:
+        nodes: machines in the job; each runs this same call and starts its own share.
+        rendezvous: ``host:port`` of one of the machines, where they meet; needed when there is more than one.
+
+    Raises:
+        InputError, WorkerError: as ``launch``.
+    """
+    path = Path(script)
+    if not path.is_file():
+        raise InputError(f"{script}: no such file; give a Python script")
+    if nodes > 1 and rendezvous is None:
+        raise InputError(f"{nodes} nodes need a place to meet; add --rendezvous HOST:PORT of one of them")
+    settings = settings_for(devices, memory, device, TIMEOUT_S)
+    count = devices or device_count(settings.device)
+    with _job(settings) as job:
+        (job / "script").write_bytes(cloudpickle.dumps((str(path), list(arguments))))
+        _run(job, count, environment_for(count, nodes), nodes=nodes, rendezvous=rendezvous)
+
+
+def settings_for(devices: int | None, memory: int | str | None, device: str | None, timeout_s: float) -> Settings:
+    """The settings of a job's processes, checked against this machine."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        raise InputError(
+            f"this process is rank {os.environ['RANK']} of a launched job and cannot launch another; "
+            f"use weft.parallelize here, or call weft.launch outside the job"
+        )
+    kind = device or device_type()
+    if devices is not None and devices < 1:
+        raise InputError(f"devices must be at least 1, got {devices}")
+    if kind != "cpu" and devices is not None and devices > (there := device_count(kind)):
+        raise InputError(f"devices={devices}, but this machine has {there} of type {kind}; ask for {there} or for device='cpu'")
+    if isinstance(memory, str):
+        from weft.quantity import parse_size
+
+        memory = parse_size(memory)
+    return Settings(parent=os.getpid(), device=kind, memory_bytes=memory, timeout_s=timeout_s)
+
+
+def device_count(kind: str) -> int:
+    """Devices of this machine: accelerators, or cores this process may use."""
+    if kind != "cpu":
+        return torch.accelerator.device_count()
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def environment_for(count: int, nodes: int = 1) -> dict[str, str]:
+    """Variables that libraries read when they load; the user's own values stay."""
+    wanted = {"OMP_NUM_THREADS": str(max(1, device_count("cpu") // count)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    if nodes == 1 and sys.platform == "linux":
+        wanted["GLOO_SOCKET_IFNAME"] = "lo"  # Gloo looks up the machine's own name otherwise, which need not resolve
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
+def command(module: str, environment: dict[str, str]) -> list[str]:
+    """Arguments after the interpreter that start a process in ``weft.runtime.<module>.main``."""
+    start = json.dumps({"path": [p or os.getcwd() for p in sys.path], "environment": environment})
+    return ["-c", BOOTSTRAP.format(module=module), start]
+
+
+@contextlib.contextmanager
+def _job(settings: Settings) -> Iterator[Path]:
+    """A directory for what passes between this process and the job's."""
+    with tempfile.TemporaryDirectory(prefix="weft-") as name:
+        job = Path(name)
+        (job / "settings").write_bytes(cloudpickle.dumps(asdict(settings)))
+        yield job
+
+
+def _run(job: Path, count: int, environment: dict[str, str], *, nodes: int = 1, rendezvous: str | None = None) -> None:
+    """Run the processes of a job to their end, under one elastic agent."""
+    config = LaunchConfig(
+        min_nodes=nodes,
+        max_nodes=nodes,
+        nproc_per_node=count,
+        run_id="weft" if rendezvous else uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint=rendezvous or "127.0.0.1:0",
+        local_addr=None if rendezvous else "127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(log_dir=str(job)),
+        shutdown_timeout=SHUTDOWN_S,
+    )
+    arguments = command("worker", {**environment, JOB: str(job)})
+    try:
+        with _quiet(), _own_signals():
+            elastic_launch(config, sys.executable)(*[argument.replace("$", "$$") for argument in arguments])
+    except ChildFailedError as error:
+        exits = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        raise read_failure(job, exits) from None
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        signal.raise_signal(error.sigval)  # handlers are the caller's own again
+        raise SystemExit(128 + error.sigval) from None
+
+
+def read_failure(job: Path, exits: dict[int, int]) -> Exception:
+    """The one error of a failed job, from what its processes left."""
+    failures = [Failure.load(path) for path in job.glob("*.failure")]
+    stages = {int(path.stem): int(path.read_text()) for path in job.glob("*.stage")}
+    return first(failures, exits, stages)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the agent's own log off the terminal: what it has to say comes back as one error."""
+    loggers = [
+        logger
+        for name, logger in logging.root.manager.loggerDict.items()
+        if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")) and isinstance(logger, logging.Logger)
+    ]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Give the caller's signal handlers back: the agent puts its own in their place."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if name in dir(signal)]
+    before = {number: signal.getsignal(number) for number in names}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

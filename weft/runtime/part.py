@@ -1,0 +1,205 @@
+"""Part: what one rank holds of the model.
+
+Built without ever holding more than the plan says: the model is made on fake tensors, divided and sharded as ``meta``
+tensors, and only then is every piece this rank keeps drawn (``capture.initial``), one parameter at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor, Shard
+
+from weft.capture.initial import FakeModel, assign, materialize
+from weft.capture.recorder import Recording
+from weft.plan import Plan
+from weft.runtime.data import Alone, DataParallel, Replicated, Sharded, shard
+from weft.runtime.grid import Grid
+from weft.runtime.tensor import divide_modules
+from weft.runtime.totals import Held, holds_first
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """Which tensors of the model each stage holds, by first name: parameters, buffers and plain attributes.
+
+    A stage holds the parameters and buffers its calls read and those the glue that leads to them reads. What nothing
+    reads is on stage 0, so that it is kept and saved. Plain tensor attributes go with their unit. Buffers and
+    attributes outside units (rotary tables) are on every stage: the glue runs wherever its inputs are.
+    """
+
+    stages: tuple[frozenset[str], ...]
+    outside_units: frozenset[str]
+    """Parameters the glue reads on some stage: they cannot be gathered with a unit."""
+
+    @classmethod
+    def find(cls, fake: FakeModel, recording: Recording, stage_of: tuple[int, ...], pp: int) -> Ownership:
+        """Ownership under a plan's stages."""
+        parameters = {name for name, _ in fake.model.named_parameters()}
+        buffers = {name for name, _ in fake.model.named_buffers()}
+        holds: list[set[str]] = [set() for _ in range(pp)]
+        for call, stage in zip(recording.calls, stage_of, strict=True):
+            holds[stage] |= {*call.parameters, *call.buffers, *call.glue_parameters, *call.glue_buffers}
+            holds[stage] |= {n for n in fake.names if n.startswith(f"{call.unit}.") and n not in parameters | buffers}
+        inside = tuple(f"{call.unit}." for call in recording.calls if call.unit)
+        outside_units = {name for name in fake.names if not name.startswith(inside)} - parameters
+        for held in holds:
+            held |= outside_units
+        holds[0] |= set(fake.names) - set().union(*holds)
+        outside = {name for call in recording.calls for name in call.glue_parameters}
+        return cls(tuple(map(frozenset, holds)), frozenset(outside))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One rank's part of the model, ready to run.
+
+    Attributes:
+        model: the user's model; what is absent is fake.
+        held: parameters this rank holds, in the model's order.
+        buffers: likewise.
+        data_parallel: how its gradients meet those of other replicas.
+        mode: of the fake tensors.
+    """
+
+    model: nn.Module
+    held: list[Held]
+    buffers: dict[str, Tensor]
+    data_parallel: DataParallel
+    mode: FakeTensorMode
+
+
+def build(
+    fake: FakeModel, units: list[str], recording: Recording, stage_of: tuple[int, ...], plan: Plan, grid: Grid
+) -> Part:
+    """Make this rank's part of a model that exists on fake tensors. ``fake.model`` is used up."""
+    model, stage = fake.model, grid.stage
+    ownership = Ownership.find(fake, recording, stage_of, plan.pp)
+    mine = ownership.stages[stage]
+    assign(model, {})  # every tensor is meta now
+    if plan.tp > 1:
+        divide_modules(model, plan.tensor, grid.mesh["tp"])
+    parameters = dict(model.named_parameters())
+    absent = {p for name, p in parameters.items() if name not in mine}
+    fsdp = []
+    if plan.dp_shard > 1 or (plan.dp_replicate > 1 and plan.tp > 1):
+        present = [model.get_submodule(unit) for unit in gathered_units(model, units, mine, ownership.outside_units)]
+        fsdp = shard(model, present, absent, grid, plan)
+    assign(model, draw(fake, model, mine, grid))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    make_absent_fake(model, mine, mode, grid.device)
+    held = hold(model, ownership, plan, grid)
+    data_parallel: DataParallel = Alone()
+    if fsdp:
+        data_parallel = Sharded(fsdp)
+    elif plan.dp_replicate > 1:
+        trained = {name for call in recording.calls for name in (*call.parameters, *call.glue_parameters)}
+        unused = any(h.parameter.requires_grad and h.name not in trained for h in held)
+        data_parallel = Replicated([h.parameter for h in held], grid, some_unused=unused)
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in mine}
+    return Part(model, held, buffers, data_parallel, mode)
+
+
+def gathered_units(model: nn.Module, units: list[str], mine: frozenset[str], outside: frozenset[str]) -> list[str]:
+    """Units of this stage whose parameters are gathered when the unit runs.
+
+    A unit that shares a parameter with another, or one of whose parameters glue reads, is gathered with the whole
+    model.
+    """
+    uses: dict[nn.Parameter, set[str]] = {}
+    for unit in units:
+        for parameter in model.get_submodule(unit).parameters():
+            uses.setdefault(parameter, set()).add(unit)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    chosen = []
+    for unit in units:
+        parameters = list(model.get_submodule(unit).parameters())
+        here = parameters and all(names[p] in mine for p in parameters)
+        alone = all(len(uses[p]) == 1 and names[p] not in outside for p in parameters)
+        if here and alone:
+            chosen.append(unit)
+    return chosen
+
+
+def draw(fake: FakeModel, model: nn.Module, mine: frozenset[str], grid: Grid) -> dict[str, Tensor]:
+    """Draw the initial values of what this rank holds, each cut to this rank's piece as soon as it is known."""
+    targets = dict(model.named_parameters())
+    cuts = {name: cut_of(t) if isinstance(t := targets.get(name), DTensor) else None for name in mine}
+    values = materialize(fake, cuts, device=grid.device)
+    for name, target in targets.items():
+        if name in mine and isinstance(target, DTensor):
+            values[name] = DTensor.from_local(
+                values[name],
+                target.device_mesh,
+                target.placements,
+                run_check=False,
+                shape=target.shape,
+                stride=target.stride(),
+            )
+    return values
+
+
+def cut_of(target: DTensor) -> Callable[[Tensor], Tensor]:
+    """How a full tensor is cut to this rank's piece of a DTensor.
+
+    Tensor parallelism cuts first, fully_shard cuts its piece again along dimension 0, in chunks as ``torch.chunk``
+    makes them.
+    """
+    mesh = target.device_mesh
+    names = mesh.mesh_dim_names or ()
+    order = sorted(range(mesh.ndim), key=lambda i: names[i] != "tp")
+
+    def cut(full: Tensor) -> Tensor:
+        for i in order:
+            placement = target.placements[i]
+            if placement.is_shard():
+                assert isinstance(placement, Shard) or hasattr(placement, "dim")
+                dim = placement.dim
+                chunks = torch.chunk(full, mesh.size(i), dim=dim)
+                index = mesh.get_local_rank(i)
+                full = chunks[index] if index < len(chunks) else full.narrow(dim, 0, 0)
+        return full.contiguous()
+
+    return cut
+
+
+def make_absent_fake(model: nn.Module, mine: frozenset[str], mode: FakeTensorMode, device: torch.device) -> None:
+    """Turn every parameter and buffer that lives elsewhere into a fake tensor: glue that touches one gives fake
+    tensors."""
+
+    def fake_of(tensor: Tensor) -> Tensor:
+        with mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+    here = {tensor for name, tensor in chain(model.named_parameters(), model.named_buffers()) if name in mine}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter not in here:
+                module._parameters[name] = nn.Parameter(fake_of(parameter), requires_grad=parameter.requires_grad)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer not in here:
+                module._buffers[name] = fake_of(buffer)
+
+
+def hold(model: nn.Module, ownership: Ownership, plan: Plan, grid: Grid) -> list[Held]:
+    """The parameters this rank holds, with the groups that keep tied copies equal. Every rank makes the same groups in
+    order."""
+    names = [name for name, _ in model.named_parameters()]
+    stages = {name: tuple(s for s in range(plan.pp) if name in ownership.stages[s]) for name in names}
+    shared = sorted({where for where in stages.values() if len(where) > 1})
+    groups = {where: grid.across_stages(where) for where in shared}
+    return [
+        Held(
+            name,
+            parameter,
+            groups.get(stages[name]),
+            holds_first(parameter, grid, first_stage=stages[name][0] == grid.stage),
+        )
+        for name, parameter in model.named_parameters()
+        if grid.stage in stages[name]
+    ]

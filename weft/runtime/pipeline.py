@@ -1,0 +1,265 @@
+"""Pipeline: executes one stage's list of actions for one batch.
+
+The list says the order of everything (``weft.schedule``); this room gives each kind of action its meaning. Activations
+and gradients travel on process groups of their own, so transfers in opposite directions never wait for each other;
+between two stages and in one direction they keep the order of the list on both sides.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from weft.capture.profile import Source
+from weft.capture.recorder import Recording
+from weft.errors import ModelError
+from weft.plan import Plan
+from weft.runtime.batches import Batch
+from weft.runtime.data import DataParallel
+from weft.runtime.grid import Grid
+from weft.runtime.placement import Placement, Run, split_loss
+from weft.runtime.randomness import Seeds
+from weft.runtime.routes import Routes
+from weft.schedule import Action, Kind, actions
+from weft.workload import Workload
+
+
+@dataclass
+class Arrival:
+    """A receive that has been posted."""
+
+    tensors: dict[Source, Tensor]
+    works: list[dist.Work]
+
+
+@dataclass
+class InFlight:
+    """What a stage keeps of a microbatch between its forward and its backward."""
+
+    run: Run
+    loss: Tensor | None = None
+    arrived: dict[Kind, list[Arrival]] = field(default_factory=dict)
+    returning: dict[Source, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Sums:
+    """What the last stage adds up over the microbatches of a step, on its device.
+
+    Attributes:
+        loss: weighted losses; with ``counted`` the plain sum of the users' sums.
+        count: sum of the users' counts, 0 where the loss is a mean.
+        counted: whether the loss is ``(sum, count)``.
+        unfinite: if values are checked, the number of the first call on this stage that gave a NaN or an infinity.
+    """
+
+    loss: Tensor
+    count: Tensor
+    counted: bool = False
+    unfinite: int | None = None
+
+
+class Pipeline:
+    """One stage of a pipeline; a plan without one is a pipeline of one stage.
+
+    Args:
+        workload: what is computed.
+        plan: how.
+        grid: the ranks.
+        placement: this stage's view of the model.
+        data_parallel: how replicas come together.
+        record: gives the recording for a microbatch, cached by its shapes.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        plan: Plan,
+        grid: Grid,
+        *,
+        placement: Placement,
+        data_parallel: DataParallel,
+        record: Callable[[Any], Recording],
+    ) -> None:
+        self.workload, self.plan, self.grid = workload, plan, grid
+        self.placement, self.data_parallel, self.record = placement, data_parallel, record
+        self.stage = grid.stage
+        self.waited_s = 0.0
+        self.bytes_sent = 0
+        self._routes: dict[int, Routes] = {}
+        self._actions: list[Action] = []
+
+    def run(self, batch: Batch, step: int, *, check: bool = False) -> Sums:
+        """Forward and backward of every microbatch; gradients are left reduced over the replicas.
+
+        Args:
+            batch: this replica's part.
+            step: number of the step, for the random streams.
+            check: look for the first call whose output is not finite.
+
+        Raises:
+            ModelError: the forward depends on the data in a way that one recording cannot show.
+        """
+        zero = torch.zeros((), dtype=torch.float64, device=self.grid.device)
+        self._sums = Sums(zero, zero.clone())
+        self._batch, self._flights, self._sends = batch, {}, []
+        self._microbatches = [self._to_device(m) for m in batch.microbatches]
+        for m, microbatch in enumerate(self._microbatches):
+            recording = self.record(microbatch)
+            seeds = Seeds(self.workload.seed, step, m, self.grid.replica)
+            self._flights[m] = InFlight(Run(recording, self._routes_of(recording), {}, seeds, check=check))
+        for action in self._actions:
+            self._perform(action)
+        for work, _ in self._sends:
+            self._wait(work)
+        return self._sums
+
+    def _routes_of(self, recording: Recording) -> Routes:
+        """Routes differ between recordings in shapes alone; which stage sends to which must not change."""
+        key = id(recording)  # recordings are kept by the cache they come from
+        if key not in self._routes:
+            routes = Routes.find(recording, self.plan)
+            first = next(iter(self._routes.values()), routes)
+            if first.edges() != routes.edges():
+                raise ModelError("which stages depend on each other changes with the shape of the batch; use pp=1")
+            if not self._actions:
+                lists = actions(self.plan.schedule, self.plan.pp, self.plan.microbatches, routes.edges())
+                self._actions = lists[self.stage]
+            self._routes[key] = routes
+        return self._routes[key]
+
+    def _perform(self, action: Action) -> None:
+        m = action.microbatch
+        match action.kind:
+            case Kind.FORWARD:
+                self._forward(m)
+            case Kind.BACKWARD:
+                self._backward(m)
+            case Kind.RECEIVE_ACTIVATION:
+                self._receive(action, self._flights[m].run.routes.received_by(self.stage)[action.peer])
+            case Kind.RECEIVE_GRADIENT:
+                routes = self._flights[m].run.routes
+                self._receive(action, routes.with_gradient(routes.sent_by(self.stage)[action.peer]))
+            case Kind.SEND_ACTIVATION:
+                run = self._flights[m].run
+                self._send(
+                    action, [self._produced(run, source) for source in run.routes.sent_by(self.stage)[action.peer]]
+                )
+            case Kind.SEND_GRADIENT:
+                flight = self._flights[m]
+                routes = flight.run.routes
+                wanted = routes.with_gradient(routes.received_by(self.stage)[action.peer])
+                self._send(action, [flight.returning.pop(source) for source in wanted])
+            case Kind.REDUCE:
+                self.data_parallel.finish()
+            case Kind.STEP:
+                pass  # the engine's: it needs the norm over all ranks first
+
+    def _forward(self, m: int) -> None:
+        flight = self._flights[m]
+        received = self._arrived(flight, Kind.RECEIVE_ACTIVATION)
+        flight.run.received = {
+            source: tensor.requires_grad_(flight.run.routes.leaves[source].requires_grad)
+            for arrival in received
+            for source, tensor in arrival.items()
+        }
+        loss, count = split_loss(self.placement.forward(self.workload, self._microbatches[m], flight.run))
+        self._sums.counted = count is not None
+        self._sums.unfinite = flight.run.unfinite if self._sums.unfinite is None else self._sums.unfinite
+        if self.stage == self.plan.pp - 1:
+            flight.loss = self._weigh(loss, count, self._batch.samples[m])
+            if flight.run.check and self._sums.unfinite is None and not bool(loss.isfinite()):
+                self._sums.unfinite = len(flight.run.recording.calls) - 1
+
+    def _weigh(self, loss: Tensor, count: Tensor | float | None, samples: int) -> Tensor:
+        """The loss times its share in the global batch's, and the sums that are reported."""
+        weight = float(samples > 0) if count is not None else samples / self._batch.total
+        self._sums.loss = self._sums.loss + loss.detach().double() * weight
+        if count is not None and samples:
+            self._sums.count = self._sums.count + count
+        weight *= self.data_parallel.loss_scale
+        return loss if weight == 1.0 else loss * weight
+
+    def _backward(self, m: int) -> None:
+        flight = self._flights[m]
+        run = flight.run
+        gradients: dict[Source, Tensor] = {}
+        for arrival in self._arrived(flight, Kind.RECEIVE_GRADIENT):
+            for source, gradient in arrival.items():
+                gradients[source] = gradients[source] + gradient if source in gradients else gradient
+        roots = [self._produced(run, source) for source in gradients]
+        seeds: list[Tensor | None] = list(gradients.values())
+        if flight.loss is not None and flight.loss.requires_grad:
+            roots.append(flight.loss)
+            seeds.append(None)
+        self.data_parallel.before_backward(last=m == self.plan.microbatches - 1, roots=roots)
+        if roots:
+            torch.autograd.backward(roots, seeds)
+        flight.returning = {
+            source: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            for source, leaf in run.received.items()
+            if leaf.requires_grad
+        }
+        run.produced.clear()
+        run.received, flight.loss = {}, None
+
+    def _produced(self, run: Run, source: Source) -> Tensor:
+        try:
+            return run.produced[source]
+        except KeyError:
+            name = run.recording.calls[source.call].name
+            raise ModelError(
+                f"{name} was not called in this step, or returned something else than when the model was captured, and "
+                "another stage waits for its output; the forward depends on the data. Keep it on one stage, or use pp=1"
+            ) from None
+
+    def _receive(self, action: Action, sources: Sequence[Source]) -> None:
+        flight = self._flights[action.microbatch]
+        group = self._group(action.kind)
+        arrival = Arrival({}, [])
+        for source in sources:
+            leaf = flight.run.routes.leaves[source]
+            tensor = torch.empty(leaf.shape, dtype=leaf.dtype, device=self.grid.device)
+            work = dist.irecv(tensor, group=group, group_src=action.peer)
+            assert work is not None
+            arrival.tensors[source] = tensor
+            arrival.works.append(work)
+        flight.arrived.setdefault(action.kind, []).append(arrival)
+
+    def _send(self, action: Action, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            tensor = tensor.detach().contiguous()
+            work = dist.isend(tensor, group=self._group(action.kind), group_dst=action.peer)
+            assert work is not None
+            self.bytes_sent += tensor.nbytes
+            self._sends.append((work, tensor))  # alive until it has been sent
+        self._sends = [(work, tensor) for work, tensor in self._sends if not work.is_completed()]
+
+    def _arrived(self, flight: InFlight, kind: Kind) -> list[dict[Source, Tensor]]:
+        arrivals = flight.arrived.pop(kind, [])
+        for arrival in arrivals:
+            for work in arrival.works:
+                self._wait(work)
+        return [arrival.tensors for arrival in arrivals]
+
+    def _wait(self, work: dist.Work) -> None:
+        start = time.perf_counter()
+        work.wait()
+        self.waited_s += time.perf_counter() - start
+
+    def _to_device(self, batch: Any) -> Any:
+        device = self.grid.device
+        return tree_map(lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, batch)
+
+    def _group(self, kind: Kind) -> dist.ProcessGroup:
+        if kind in (Kind.SEND_ACTIVATION, Kind.RECEIVE_ACTIVATION):
+            return self.grid.group("pp")
+        assert self.grid.gradients is not None
+        return self.grid.gradients

@@ -1,0 +1,203 @@
+"""Processes that stay: each run forms a job of the first few of them.
+
+Starting a process costs seconds (importing torch), so what runs many small jobs (``weft compare``, the tests) keeps its
+processes. Between runs they sleep in a read of their pipe. A run is a process group of its own, which meets at a store in
+this process under a prefix of its own and is destroyed at the end. A process that fails a run stays; one that dies, or does
+not end when its peers have failed, is replaced before the next run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import cloudpickle
+import torch
+import torch.distributed as dist
+
+from weft.errors import InputError
+from weft.runtime import worker
+from weft.runtime.failure import Failure
+from weft.runtime.launch import command, device_count, environment_for, read_failure, settings_for
+from weft.runtime.worker import JOB, TIMEOUT_S, Settings, call_of, die_with, join
+
+GRACE_S = 5.0
+"""Seconds the others get to fail by themselves after the first failure of a run."""
+
+
+class Pool:
+    """Up to ``devices`` processes, started when a run needs them. Use it as a context manager, or call ``close``.
+
+    Args:
+        devices: processes; None takes every accelerator, or every core of a machine that has none.
+        memory: limit per device during each run, in bytes or as ``"2GiB"``.
+        device: ``"cpu"``, or a type of accelerator; None takes the accelerator where there is one.
+        timeout_s: seconds a collective waits for its peers.
+    """
+
+    def __init__(
+        self,
+        devices: int | None = None,
+        *,
+        memory: int | str | None = None,
+        device: str | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        self.settings = settings_for(devices, memory, device, timeout_s)
+        self.devices = devices or device_count(self.settings.device)
+        self._runs = 0
+        self._directory = tempfile.TemporaryDirectory(prefix="weft-")
+        self._workers: list[_Worker] = []
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def run(self, fn: Callable[..., Any], *args: Any, ranks: int | None = None) -> list[Any]:
+        """Run ``fn(*args)`` in the first ``ranks`` processes (None: all), joined in a process group of their own.
+
+        Returns:
+            what each rank returned, by rank.
+
+        Raises:
+            InputError, WorkerError: as ``weft.launch``; the pool can be used again.
+        """
+        count = self.devices if ranks is None else ranks
+        if not 1 <= count <= self.devices:
+            raise InputError(f"ranks={count} of a pool of {self.devices} processes; ask for 1 to {self.devices}")
+        self._runs += 1
+        job = Path(self._directory.name, str(self._runs))
+        job.mkdir()
+        (job / "call").write_bytes(call_of(fn, args))
+        self._ready(count)
+        workers = self._workers[:count]
+        for each in workers:
+            each.pipe.send((str(job), count))
+        try:
+            exits = _collect(workers)
+        except BaseException:  # Ctrl-C: the run is given up, and so are its processes
+            for each in workers:
+                each.stop()
+            raise
+        if exits or list(job.glob("*.failure")):
+            raise read_failure(job, exits)
+        return [cloudpickle.loads((job / f"{rank}.result").read_bytes()) for rank in range(count)]
+
+    def close(self) -> None:
+        """End the processes."""
+        for each in self._workers:
+            each.stop()
+        self._workers.clear()
+        self._directory.cleanup()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _ready(self, count: int) -> None:
+        """Have the first ``count`` processes running: start what is missing, replace what has died."""
+        for rank in range(count):
+            if rank < len(self._workers) and self._workers[rank].process.poll() is None:
+                continue
+            fresh = _Worker(rank, self.settings, self.devices, self._store.port)
+            self._workers[rank : rank + 1] = [fresh]
+
+
+class _Worker:
+    """One process of the pool and the pipe to it."""
+
+    def __init__(self, rank: int, settings: Settings, devices: int, port: int) -> None:
+        self.rank = rank
+        self.pipe, theirs = Pipe()
+        environment = environment_for(devices)
+        arguments = command("pool", environment)
+        self.process = subprocess.Popen(
+            [sys.executable, *arguments, str(rank), str(port), str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # Ctrl-C is for this process, which then ends them
+        )
+        theirs.close()
+        self.pipe.send(settings)
+
+    def stop(self) -> None:
+        """End it now."""
+        self.pipe.close()
+        self.process.kill()
+        self.process.wait()
+
+
+def _collect(workers: list[_Worker]) -> dict[int, int]:
+    """Wait for every process to answer, and return the exit codes of those that died or had to be killed.
+
+    After the first failure the others have GRACE_S to fail too; what hangs is killed, as a consequence (SIGTERM).
+    """
+    exits: dict[int, int] = {}
+    waiting = {each.pipe: each for each in workers}
+    deadline: float | None = None
+    while waiting:
+        ready = wait(list(waiting), None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if not ready and deadline is not None and time.monotonic() >= deadline:
+            break
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            each = waiting.pop(pipe)
+            try:
+                failed = not pipe.recv()
+            except (EOFError, ConnectionResetError):
+                exits[each.rank] = each.process.wait()
+                failed = True
+            if failed and deadline is None:
+                deadline = time.monotonic() + GRACE_S
+    for each in waiting.values():
+        each.process.terminate()
+        exits[each.rank] = each.process.wait()
+    return exits
+
+
+def main() -> None:
+    """Serve runs until the pipe closes."""
+    rank, port, pipe = int(sys.argv[1]), int(sys.argv[2]), Connection(int(sys.argv[3]))
+    settings: Settings = pipe.recv()
+    die_with(settings.parent)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=settings.timeout_s))
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+    while True:
+        try:
+            directory, count = pipe.recv()
+        except (EOFError, ConnectionResetError):
+            return
+        job = Path(directory)
+        os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(count)
+        os.environ[JOB] = directory
+        pipe.send(_serve(job, rank, settings, dist.PrefixStore(job.name, store)))
+        gc.collect()  # what a run left in cycles must not count in the next
+
+
+def _serve(job: Path, rank: int, settings: Settings, store: dist.Store) -> bool:
+    """One run; whether it went well."""
+    limit = ""
+    try:
+        fn, args = cloudpickle.loads((job / "call").read_bytes())
+        join(device=settings.device, timeout_s=settings.timeout_s, store=store)
+        with worker.limited(settings) as limit:
+            result = cloudpickle.dumps(fn(*args))
+        (job / f"{rank}.result").write_bytes(result)
+    except BaseException as error:  # the edge of the process: whatever it was, the parent tells the user
+        Failure.of(error, rank, limit).save(job / f"{rank}.failure")
+        return False
+    finally:
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError):  # a group whose peers are gone
+                dist.destroy_process_group()
+        torch.set_default_dtype(torch.float32)  # a run's own; the next starts as a fresh process would
+    return True

@@ -1,0 +1,80 @@
+"""Routes: which tensors go from which stage to which, a function of a recording and a plan.
+
+A stage needs an output of an earlier stage when a call placed on it, or the glue that leads to the call, reads it; the
+recording says so for every call. Stages are consecutive stretches of the calls, so every route goes from a lower to a
+higher stage and may skip stages between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from weft.capture.profile import LOSS, Source
+from weft.capture.recorder import Recording, TensorLeaf
+from weft.errors import PlanError
+from weft.plan import Plan
+from weft.schedule import Edge
+
+
+@dataclass(frozen=True)
+class Routes:
+    """What every stage runs, and what travels between stages.
+
+    Attributes:
+        stage_of: stage of every call by its number, the loss included.
+        tensors: ``(source stage, target stage)`` to the outputs that travel, in a fixed order.
+        leaves: the recorded leaf of every output that travels.
+    """
+
+    stage_of: tuple[int, ...]
+    tensors: dict[tuple[int, int], tuple[Source, ...]]
+    leaves: dict[Source, TensorLeaf]
+
+    @classmethod
+    def find(cls, recording: Recording, plan: Plan) -> Routes:
+        """The routes of a plan.
+
+        Raises:
+            PlanError: the plan's stages are not consecutive stretches of the model's calls.
+        """
+        names = [call.name for call in recording.calls if call.name != LOSS]
+        placed = [name for stage in plan.stages for name in stage]
+        if names != placed:
+            wrong = next((p for n, p in zip(names, placed, strict=False) if n != p), None)
+            detail = f"the plan has {wrong!r} out of place" if wrong else f"{len(placed)} are in the plan"
+            raise PlanError(
+                f"the plan's stages do not list this model's {len(names)} calls in the order of the forward: {detail}; "
+                "make the plan again for this model with `weft plan`"
+            )
+        stage_of = (*(s for s, stage in enumerate(plan.stages) for _ in stage), plan.pp - 1)
+        wanted: dict[tuple[int, int], set[Source]] = {}
+        for call, target in zip(recording.calls, stage_of, strict=True):
+            for source in call.inputs:
+                if stage_of[source.call] != target:
+                    wanted.setdefault((stage_of[source.call], target), set()).add(source)
+        tensors = {pair: tuple(sorted(sources)) for pair, sources in sorted(wanted.items())}
+        leaves = {}
+        for source in {source for sources in tensors.values() for source in sources}:
+            leaf = recording.calls[source.call].leaves[source.leaf]
+            assert isinstance(leaf, TensorLeaf)
+            leaves[source] = leaf
+        return cls(stage_of, tensors, leaves)
+
+    def edges(self) -> list[Edge]:
+        """Which stages send to which, for the schedule."""
+        return [
+            Edge(source, target, any(self.leaves[tensor].requires_grad for tensor in tensors))
+            for (source, target), tensors in self.tensors.items()
+        ]
+
+    def received_by(self, stage: int) -> dict[int, tuple[Source, ...]]:
+        """What a stage receives, by the stage it comes from."""
+        return {s: tensors for (s, t), tensors in self.tensors.items() if t == stage}
+
+    def sent_by(self, stage: int) -> dict[int, tuple[Source, ...]]:
+        """What a stage sends, by the stage it goes to."""
+        return {t: tensors for (s, t), tensors in self.tensors.items() if s == stage}
+
+    def with_gradient(self, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        """Those whose gradients come back."""
+        return tuple(source for source in sources if self.leaves[source].requires_grad)
