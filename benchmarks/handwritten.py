@@ -110,7 +110,8 @@ def step_of(side: str, workload: weft.Workload, plan: weft.Plan) -> trainers.Ste
     """One side's training step: it takes the global batch and gives the global mean loss."""
     if side == HAND:
         return trainers.build(workload, plan, join())
-    return weft.parallelize(workload, plan).step
+    engine = weft.parallelize(workload, plan)
+    return lambda batch: float(engine.step(batch))
 
 
 def batches(workload: weft.Workload, count: int) -> list[Any]:

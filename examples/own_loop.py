@@ -13,4 +13,4 @@ engine = weft.parallelize(work, plan)
 for step, batch in enumerate(islice(engine.batches(), 10)):
     loss = engine.step(batch)  # the mean over the global batch, the same in every process
     if dist.get_rank() == 0:
-        print(step, loss)
+        print(f"step {step}  loss {loss:.4f}")

@@ -47,6 +47,20 @@ FILLS = ("fill_", "zero_", "copy_")
 """Operators that write their first tensor without reading it."""
 
 
+def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
+    """Form of ``aten._grouped_mm``: the operator's own rule for fake tensors takes bfloat16 and aligned sizes only.
+
+    Shapes: (T, K) x (E, K, N) -> (T, N); (M, T) x (T, N) -> (E, M, N); (E, M, K) x (E, K, N) -> (E, M, N);
+    (E, M, K) x (K, T) -> (M, T).
+    """
+    groups = [offs.shape[0]] if a.dim() == b.dim() == 2 and offs is not None else [a.shape[0]] if a.dim() == b.dim() else []
+    return a.new_empty([*groups, a.shape[-2], b.shape[-1]], dtype=out_dtype or a.dtype)
+
+
+STAND_INS = {aten._grouped_mm.default: grouped_mm}
+"""Operators whose rule for fake tensors is stricter than the operator itself."""
+
+
 def kind_of(func: Any) -> str:
     """The kind of an operator, one of those profile.Operation lists."""
     if torch.Tag.nondeterministic_seeded in func.tags:
@@ -64,8 +78,8 @@ def flops_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -
         return int(sdpa_backward_flop_count(*(tuple(t.shape) for t in args[:4])))
     if packet is aten._grouped_mm:
         rows, weight = args[0], args[1]
-        # Every row meets one group's matrix, or (3-d by 3-d) every group's rows meet its matrix.
-        return 2 * rows.numel() * int(weight.shape[-1]) if weight.dim() == 3 else 2 * rows.numel() * int(out.shape[-1])
+        # Every row meets one group's matrix; (M, T) x (T, N) sums over the rows T.
+        return 2 * rows.numel() * int(weight.shape[-1])
     formula = flop_registry.get(packet)
     return int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
 

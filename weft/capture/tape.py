@@ -117,7 +117,7 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         # The arguments are written down first: an operator may change its argument's geometry (t_, resize_).
         refs = [self.ref(t) for t in flat_tensors((args, kwargs)) if isinstance(t, FakeTensor)]
-        written = [self.ref(t) for t in flat_tensors(_written(func, args, kwargs)) if isinstance(t, FakeTensor)]
+        written = [self.ref(t) for t in flat_tensors(written_arguments(func, args, kwargs)) if isinstance(t, FakeTensor)]
         encoded = self._encode(args), {name: self._encode(value) for name, value in kwargs.items()}
         known = len(self._storages)
         out = self._look(func, args) if func is aten._local_scalar_dense.default else func(*args, **kwargs)
@@ -364,7 +364,7 @@ def flat_tensors(value: Any) -> Iterator[Tensor]:
             yield from flat_tensors(x)
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+def written_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     """Arguments an operator writes to, by its schema."""
     written = []
     for i, argument in enumerate(func._schema.arguments):

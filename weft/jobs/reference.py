@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from weft.capture.initial import build_fake
-from weft.capture.recorder import record
+from weft.capture.recorder import Recording, record
 from weft.capture.units import find_units
 from weft.plan import Plan
 from weft.runtime.batches import Sampler, count_samples, cut, layout
@@ -57,8 +57,8 @@ class SingleDevice:
         self.sampler = Sampler(workload)
         self._fake = build_fake(workload.model, workload.seed)
         self._units = find_units(self._fake.model, workload.units)
-        sample = workload.sample_batch(plan.samples_per_microbatch)
-        self._random = record(self._fake, self._units, workload.loss, sample).random
+        routes = self._routes(self._record(workload.sample_batch(plan.samples_per_microbatch)))
+        self._random = routes.glue_random or bool(routes.random)
         self._placement = (
             Placement(self.model, self._units, stage=0, mode=self._fake.mode, device=device) if self._random else None
         )
@@ -94,15 +94,21 @@ class SingleDevice:
         sums, counts = [], []
         for replica, m, piece in pieces:
             microbatch = cut(batch, piece)
-            recording = record(self._fake, self._units, self.workload.loss, microbatch)
-            routes = Routes((0,) * len(recording.calls), {}, {})
-            run = Run(recording, routes, {}, Seeds(self.workload.seed, step, m, replica))
+            recording = self._record(microbatch)
+            run = Run(recording, self._routes(recording), {}, Seeds(self.workload.seed, step, m, replica))
             value, count = split_loss(self._placement.forward(self.workload, microbatch, run))
             sums.append(value if count is not None else value * len(piece))
             counts.append(float(count) if count is not None else float(len(piece)))
         mean = torch.stack(sums).sum() / sum(counts)
         mean.backward()
         return float(mean.detach())
+
+    def _record(self, microbatch: Any) -> Recording:
+        return record(self._fake.model, self._units, self.workload.loss, microbatch, backward=False)
+
+    def _routes(self, recording: Recording) -> Routes:
+        names = tuple(call.name for call in recording.calls[:-1])
+        return Routes.find(recording, Plan(stages=(names,), batch_size=self.plan.batch_size))
 
 
 def in_dtype(workload: Workload, dtype: torch.dtype) -> Workload:

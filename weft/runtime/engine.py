@@ -173,7 +173,9 @@ class Engine:
     def _record(self, microbatch: Any) -> Recording:
         key = signature(microbatch)
         if key not in self._recordings:
-            self._recordings[key] = record(self._shapes, self._units, self.workload.loss, microbatch)
+            self._recordings[key] = record(
+                self._shapes.model, self._units, self.workload.loss, microbatch, backward=False
+            )
         return self._recordings[key]
 
 

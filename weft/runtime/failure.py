@@ -3,8 +3,8 @@
 When a process of a job dies, its peers die too, of the connection that it closed. Each process that raises leaves a
 record; one that is killed leaves none, only its exit code. The root is, in this order:
 
-1. a process that left no record and was not ended by us (SIGKILL, a segmentation fault, ``os._exit``): nothing its peers
-   do can cause that;
+1. a process that left no record and was not ended by us (SIGKILL, a segmentation fault, ``os._exit``): nothing that
+   happens to its peers can cause that;
 2. the earliest record that is not about a lost peer;
 3. a silent abort (NCCL's watchdog aborts a process whose peer is gone, so it ranks below a record);
 4. the earliest record about a lost peer.
@@ -25,7 +25,16 @@ import torch.distributed as dist
 
 from weft.errors import InputError, WeftError, WorkerError
 
-PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport", "remote process exited")
+HOUSE = Path(__file__).resolve().parents[1]
+"""Directory of weft itself."""
+
+PEER_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "gloo/transport",
+    "remote process exited",
+)
 """What Gloo and NCCL say, in a plain RuntimeError, when the other end is gone."""
 
 OUT_OF_MEMORY = ("can't allocate memory", "std::bad_alloc", "Cannot allocate memory")
@@ -141,7 +150,7 @@ def exit_cause(code: int) -> str:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
-    hint = " (the operating system ends a process so when memory runs out)" if name == "SIGKILL" else ""
+    hint = " (by someone, or by the operating system when memory ran out)" if name == "SIGKILL" else ""
     return f"killed by {name}{hint}"
 
 
@@ -156,7 +165,13 @@ def _lost_peer(error: BaseException) -> bool:
 
 
 def _where(error: BaseException) -> str:
-    """The innermost line outside the libraries, which is most often the user's own."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename and f.lineno]
-    own = [f for f in frames if not f.filename.startswith("<")]
-    return f" ({Path(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name})" if own else ""
+    """The innermost line of the user's own code, or of ours where there is none of theirs."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_source(frame.filename)]
+    theirs = [frame for frame in frames if HOUSE not in Path(frame.filename).parents]
+    if not (found := theirs or frames):
+        return ""
+    return f" ({Path(found[-1].filename).name}:{found[-1].lineno} in {found[-1].name})"
+
+
+def _is_source(filename: str) -> bool:
+    return not filename.startswith("<") and "site-packages" not in Path(filename).parts

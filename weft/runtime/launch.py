@@ -1,7 +1,8 @@
 """Start a job's processes on this machine, through PyTorch's elastic agent, and bring back their results or one error.
 
 Each process is a fresh interpreter that runs ``worker.main``: the caller's script is not imported again, so it needs no
-``if __name__ == "__main__"``, and a notebook will do. Functions and results cross as cloudpickle files in a directory of the job.
+``if __name__ == "__main__"``, and a notebook will do. Functions and results cross as cloudpickle files in a directory
+of the job.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from weft.errors import InputError
+from weft.quantity import parse_size
 from weft.runtime.failure import Failure, first
 from weft.runtime.worker import JOB, TIMEOUT_S, Settings, call_of, describe_stage, device_type
 
@@ -70,7 +72,7 @@ def launch(
     """
     settings = settings_for(devices, memory, device, timeout_s)
     count = devices or device_count(settings.device)
-    with _job(settings) as job:
+    with _interruptible(), _job(settings) as job:
         try:
             (job / "call").write_bytes(call_of(fn, args))
         except Exception as error:  # whatever an object of the user's raises when it is pickled
@@ -108,7 +110,7 @@ def launch_script(
         raise InputError(f"{nodes} nodes need a place to meet; add --rendezvous HOST:PORT of one of them")
     settings = settings_for(devices, memory, device, TIMEOUT_S)
     count = devices or device_count(settings.device)
-    with _job(settings) as job:
+    with _interruptible(), _job(settings) as job:
         (job / "script").write_bytes(cloudpickle.dumps((str(path), list(arguments))))
         _run(job, count, environment_for(count, nodes), nodes=nodes, rendezvous=rendezvous)
 
@@ -124,12 +126,11 @@ def settings_for(devices: int | None, memory: int | str | None, device: str | No
     if devices is not None and devices < 1:
         raise InputError(f"devices must be at least 1, got {devices}")
     if kind != "cpu" and devices is not None and devices > (there := device_count(kind)):
-        raise InputError(f"devices={devices}, but this machine has {there} of type {kind}; ask for {there} or for device='cpu'")
-    if isinstance(memory, str):
-        from weft.quantity import parse_size
-
-        memory = parse_size(memory)
-    return Settings(parent=os.getpid(), device=kind, memory_bytes=memory, timeout_s=timeout_s)
+        raise InputError(
+            f"devices={devices}, but this machine has {there} of type {kind}; ask for {there} or for device='cpu'"
+        )
+    limit = None if memory is None else parse_size(memory)
+    return Settings(parent=os.getpid(), device=kind, memory_bytes=limit, timeout_s=timeout_s)
 
 
 def device_count(kind: str) -> int:
@@ -184,11 +185,6 @@ def _run(job: Path, count: int, environment: dict[str, str], *, nodes: int = 1, 
     except ChildFailedError as error:
         exits = {rank: failure.exitcode for rank, failure in error.failures.items()}
         raise read_failure(job, exits) from None
-    except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        signal.raise_signal(error.sigval)  # handlers are the caller's own again
-        raise SystemExit(128 + error.sigval) from None
 
 
 def read_failure(job: Path, exits: dict[int, int]) -> Exception:
@@ -199,12 +195,25 @@ def read_failure(job: Path, exits: dict[int, int]) -> Exception:
 
 
 @contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Turn what the agent makes of a signal into what the caller would have seen: KeyboardInterrupt, or the signal."""
+    try:
+        yield
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        signal.raise_signal(error.sigval)  # handlers are the caller's own again
+        raise SystemExit(128 + error.sigval) from None
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the agent's own log off the terminal: what it has to say comes back as one error."""
+    agents = ("torch.distributed.elastic", "torch.distributed.launcher")
     loggers = [
         logger
         for name, logger in logging.root.manager.loggerDict.items()
-        if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")) and isinstance(logger, logging.Logger)
+        if name.startswith(agents) and isinstance(logger, logging.Logger)
     ]
     before = [logger.disabled for logger in loggers]
     for logger in loggers:

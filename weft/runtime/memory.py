@@ -1,22 +1,23 @@
 """A device's memory as its process sees it: what it uses, and a limit that holds.
 
 On the CPU a device is a process. What it uses is its resident anonymous memory above a *baseline*: the interpreter, the
-libraries and the process group, before there is a model. What limits it is ``RLIMIT_DATA``, which counts private writable
-memory when it is mapped, whether or not it is touched.
+libraries and the process group, before there is a model. What limits it is ``RLIMIT_DATA``, which counts private
+writable memory when it is mapped, whether or not it is touched.
 
 Found on Linux 6.18, glibc 2.36, torch 2.13, training the example (hidden=512) in one process:
 
-- As it comes, glibc's malloc raises the size from which a tensor gets a mapping of its own up to 32 MiB, so nearly all tensors share
-  one heap, and its holes stay with the process: 600 MiB where 490 MiB of tensors were alive, and 575 MiB after the step. With
-  the size fixed at 1 MiB the same run peaks at 498 MiB resident and 490 MiB counted, and returns to 365 MiB. A lower size
-  (128 KiB) gains nothing more. The price is a page fault per 4 KiB of every such tensor: a step is 15 to 20 % slower. So
-  this is done only where a limit is given, and the machine is then to be measured under the same limit.
-- A thread's stack counts whole: 8 MiB, of which Gloo starts three per process group. They get 1 MiB instead, 3 MiB a group.
+- As it comes, glibc's malloc raises the size from which a tensor gets a mapping of its own up to 32 MiB, so nearly all
+  tensors share one heap, and its holes stay with the process: a peak of 600 MiB where 490 MiB of tensors were alive,
+  and 575 MiB left after the step. With the size fixed at 1 MiB the same run peaks at 498 MiB resident and 490 MiB counted,
+  and returns to 365 MiB. A lower size (128 KiB) gains nothing more. The price is a page fault per 4 KiB of every such
+  tensor: a step is 15 to 20 % slower. So this is done only where a limit is given, and the machine is then to be
+  measured under the same limit.
+- A thread's stack counts whole: 8 MiB, of which Gloo starts three per process group. They get 1 MiB instead.
 - One malloc arena, or every thread that allocates keeps its own.
-- Modules that training imports late (fully_shard, DTensor, the checkpoint, what optimizers pull in) come to 75 MiB. They are
-  imported before the baseline is taken.
+- Modules that training imports late (fully_shard, DTensor, checkpoints, what optimizers pull in) come to 75 MiB. They
+  are imported before the baseline is taken.
 
-What is left between the sum of tensors and the limit is then 1 to 3 %, and about 3 MiB for every process group.
+What is left between the sum of tensors and the limit is then 1 to 3 %, and 3 MiB for every process group.
 """
 
 from __future__ import annotations
@@ -177,8 +178,8 @@ def _return_memory_at_once() -> None:
 
 def _all_status() -> dict[str, int]:
     """The process's quantities in bytes, by the kernel's names."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return {key: int(value.split()[0]) * 1024 for key, value in (line.split(":", 1) for line in lines) if value.endswith(" kB")}
+    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.endswith(" kB")]
+    return {name.rstrip(":"): int(kib) * 1024 for name, kib, _ in lines}
 
 
 def _status(key: str) -> int:

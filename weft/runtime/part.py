@@ -28,9 +28,9 @@ from weft.runtime.totals import Held, holds_first
 class Ownership:
     """Which tensors of the model each stage holds, by first name: parameters, buffers and plain attributes.
 
-    A stage holds the parameters and buffers its calls read and those the glue that leads to them reads. What nothing
-    reads is on stage 0, so that it is kept and saved. Plain tensor attributes go with their unit. Buffers and
-    attributes outside units (rotary tables) are on every stage: the glue runs wherever its inputs are.
+    A stage holds what its calls read and what the glue that leads to them reads. What nothing reads is on stage 0, so
+    that it is kept and saved. Buffers and attributes outside units (rotary tables) are on every stage: the glue runs
+    wherever its inputs are.
     """
 
     stages: tuple[frozenset[str], ...]
@@ -41,17 +41,15 @@ class Ownership:
     def find(cls, fake: FakeModel, recording: Recording, stage_of: tuple[int, ...], pp: int) -> Ownership:
         """Ownership under a plan's stages."""
         parameters = {name for name, _ in fake.model.named_parameters()}
-        buffers = {name for name, _ in fake.model.named_buffers()}
         holds: list[set[str]] = [set() for _ in range(pp)]
         for call, stage in zip(recording.calls, stage_of, strict=True):
-            holds[stage] |= {*call.parameters, *call.buffers, *call.glue_parameters, *call.glue_buffers}
-            holds[stage] |= {n for n in fake.names if n.startswith(f"{call.unit}.") and n not in parameters | buffers}
+            holds[stage] |= {*call.reads, *call.glue_reads}
         inside = tuple(f"{call.unit}." for call in recording.calls if call.unit)
         outside_units = {name for name in fake.names if not name.startswith(inside)} - parameters
         for held in holds:
             held |= outside_units
         holds[0] |= set(fake.names) - set().union(*holds)
-        outside = {name for call in recording.calls for name in call.glue_parameters}
+        outside = {name for call in recording.calls for name in call.glue_reads}
         return cls(tuple(map(frozenset, holds)), frozenset(outside))
 
 
@@ -98,7 +96,7 @@ def build(
     if fsdp:
         data_parallel = Sharded(fsdp)
     elif plan.dp_replicate > 1:
-        trained = {name for call in recording.calls for name in (*call.parameters, *call.glue_parameters)}
+        trained = {name for call in recording.calls for name in (*call.reads, *call.glue_reads)}
         unused = any(h.parameter.requires_grad and h.name not in trained for h in held)
         data_parallel = Replicated([h.parameter for h in held], grid, some_unused=unused)
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in mine}

@@ -8,6 +8,7 @@ real, and gives fake tensors where they are not.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from weft.capture.profile import Source
 from weft.capture.recorder import RecordedCall, Recording, TensorLeaf
@@ -92,7 +93,7 @@ class Placement:
         assert self._run is None
         self._run = run
         try:
-            with stream(run.seeds.glue(), self.device, when=run.recording.random):
+            with stream(run.seeds.glue(), self.device, when=run.routes.glue_random):
                 return workload.loss(self.model, batch)
         finally:
             self._run = None
@@ -102,9 +103,14 @@ class Placement:
             run = self._run
             if run is None:  # outside a step: the user calls the module by hand
                 return original(*args, **kwargs)
-            occurrence = run.seen[unit]
             run.seen[unit] += 1
-            number, call = run.recording.find(unit, occurrence)
+            number = run.routes.numbers.get((unit, run.seen[unit]))
+            if number is None:
+                raise ModelError(
+                    f"{unit} was called {run.seen[unit]} times in a step but less often when the model was captured; the "
+                    "forward depends on something that changes from step to step"
+                )
+            call = run.recording.calls[number]
             if run.routes.stage_of[number] != self.stage:
                 return self._stand_in(run, number, call)
             if any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
@@ -113,19 +119,20 @@ class Placement:
                     "model was captured; the forward depends on something that changes from step to step. Keep it on "
                     "one stage, or use pp=1"
                 )
-            with stream(run.seeds.call(number), self.device, when=call.random):
+            with stream(run.seeds.call(number), self.device, when=number in run.routes.random):
                 output = original(*args, **kwargs)
-            for leaf, value in enumerate(tree_flatten(output)[0]):
-                if isinstance(value, Tensor):
-                    run.produce(Source(number, leaf), value)
+            tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            for i, tensor in enumerate(tensors):
+                run.produce(Source(number, i), tensor)
             return output
 
         return forward
 
     def _stand_in(self, run: Run, number: int, call: RecordedCall) -> Any:
+        count = itertools.count()
         leaves = [
-            self._leaf(run, Source(number, i), leaf) if isinstance(leaf, TensorLeaf) else leaf
-            for i, leaf in enumerate(call.leaves)
+            self._leaf(run, Source(number, next(count)), leaf) if isinstance(leaf, TensorLeaf) else leaf
+            for leaf in call.leaves
         ]
         return tree_unflatten(leaves, call.spec)
 

@@ -1,9 +1,11 @@
 """Processes that stay: each run forms a job of the first few of them.
 
 Starting a process costs seconds (importing torch), so what runs many small jobs (``weft compare``, the tests) keeps its
-processes. Between runs they sleep in a read of their pipe. A run is a process group of its own, which meets at a store in
-this process under a prefix of its own and is destroyed at the end. A process that fails a run stays; one that dies, or does
-not end when its peers have failed, is replaced before the next run.
+processes. Between runs they sleep in a read of their pipe. A run is a process group of its own, which meets at a store
+in this process under a prefix of its own and is destroyed at the end. A process that fails a run stays; one that dies,
+or does not end when its peers have failed, is replaced before the next run.
+
+The processes end with the thread that made them run first; keep a pool in the thread that uses it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 import cloudpickle
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed has them, but untyped
 
 from weft.errors import InputError
 from weft.runtime import worker
@@ -59,7 +62,7 @@ class Pool:
         self._runs = 0
         self._directory = tempfile.TemporaryDirectory(prefix="weft-")
         self._workers: list[_Worker] = []
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def run(self, fn: Callable[..., Any], *args: Any, ranks: int | None = None) -> list[Any]:
         """Run ``fn(*args)`` in the first ``ranks`` processes (None: all), joined in a process group of their own.
@@ -101,7 +104,9 @@ class Pool:
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _ready(self, count: int) -> None:
@@ -169,7 +174,7 @@ def main() -> None:
     rank, port, pipe = int(sys.argv[1]), int(sys.argv[2]), Connection(int(sys.argv[3]))
     settings: Settings = pipe.recv()
     die_with(settings.parent)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=settings.timeout_s))
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=settings.timeout_s))
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
     while True:
         try:
@@ -179,11 +184,11 @@ def main() -> None:
         job = Path(directory)
         os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(count)
         os.environ[JOB] = directory
-        pipe.send(_serve(job, rank, settings, dist.PrefixStore(job.name, store)))
+        pipe.send(_serve(job, rank, settings, PrefixStore(job.name, store)))
         gc.collect()  # what a run left in cycles must not count in the next
 
 
-def _serve(job: Path, rank: int, settings: Settings, store: dist.Store) -> bool:
+def _serve(job: Path, rank: int, settings: Settings, store: Store) -> bool:
     """One run; whether it went well."""
     limit = ""
     try:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from weft.capture.profile import LOSS, Source
-from weft.capture.recorder import Recording, TensorLeaf
+from weft.capture.recorder import Cost, Recording, TensorLeaf
+from weft.capture.trace import RawOp
 from weft.errors import PlanError
 from weft.plan import Plan
 from weft.schedule import Edge
@@ -24,11 +27,17 @@ class Routes:
         stage_of: stage of every call by its number, the loss included.
         tensors: ``(source stage, target stage)`` to the outputs that travel, in a fixed order.
         leaves: the recorded leaf of every output that travels.
+        numbers: the number of every call by unit and occurrence, from 1.
+        random: numbers of the calls that draw random numbers.
+        glue_random: whether glue or the loss draws any.
     """
 
     stage_of: tuple[int, ...]
     tensors: dict[tuple[int, int], tuple[Source, ...]]
     leaves: dict[Source, TensorLeaf]
+    numbers: dict[tuple[str, int], int]
+    random: frozenset[int]
+    glue_random: bool
 
     @classmethod
     def find(cls, recording: Recording, plan: Plan) -> Routes:
@@ -49,16 +58,16 @@ class Routes:
         stage_of = (*(s for s, stage in enumerate(plan.stages) for _ in stage), plan.pp - 1)
         wanted: dict[tuple[int, int], set[Source]] = {}
         for call, target in zip(recording.calls, stage_of, strict=True):
-            for source in call.inputs:
+            for source in call.sources:
                 if stage_of[source.call] != target:
                     wanted.setdefault((stage_of[source.call], target), set()).add(source)
         tensors = {pair: tuple(sorted(sources)) for pair, sources in sorted(wanted.items())}
-        leaves = {}
-        for source in {source for sources in tensors.values() for source in sources}:
-            leaf = recording.calls[source.call].leaves[source.leaf]
-            assert isinstance(leaf, TensorLeaf)
-            leaves[source] = leaf
-        return cls(stage_of, tensors, leaves)
+        sent = {source for sources in tensors.values() for source in sources}
+        leaves = {source: recording.calls[source.call].tensors[source.leaf] for source in sent}
+        numbers = {(call.unit, call.occurrence): number for number, call in enumerate(recording.calls)}
+        random = frozenset(n for n, call in enumerate(recording.calls) if draws(recording.costs[call.kind]))
+        glue_random = any(draws(call.glue) for call in recording.calls)
+        return cls(stage_of, tensors, leaves, numbers, random, glue_random)
 
     def edges(self) -> list[Edge]:
         """Which stages send to which, for the schedule."""
@@ -78,3 +87,17 @@ class Routes:
     def with_gradient(self, sources: tuple[Source, ...]) -> tuple[Source, ...]:
         """Those whose gradients come back."""
         return tuple(source for source in sources if self.leaves[source].requires_grad)
+
+
+def draws(cost: Cost) -> bool:
+    """Whether any of these operations draws random numbers (attention may: dropout is an argument of it)."""
+    return any(torch.Tag.nondeterministic_seeded in op.func.tags and not without_dropout(op) for op in cost.forward)
+
+
+def without_dropout(op: RawOp) -> bool:
+    """Whether this is an attention kernel that was called without dropout."""
+    names = [argument.name for argument in op.func._schema.arguments]
+    if op.kind != "attention" or "dropout_p" not in names:
+        return False
+    place = names.index("dropout_p")
+    return not (op.args[place] if place < len(op.args) else op.kwargs.get("dropout_p", 0.0))

@@ -7,6 +7,7 @@ ranks (Shoeybi et al. 2019, "Megatron-LM"). What is not divided is repeated by e
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -20,6 +21,27 @@ from torch.distributed.tensor.placement_types import Placement
 from weft.errors import PlanError
 
 
+class Entrance:
+    """Makes DTensors of inputs, one for all projections that are called in a row with the same tensor.
+
+    So the gradient of an input that three projections share (query, key, value) is summed over the ranks once.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Tensor], int, weakref.ref[DTensor], Placement] | None = None
+
+    def enter(self, tensor: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
+        """The DTensor of a local tensor, made anew or remembered (weakly: it lives as long as backward needs it)."""
+        if self._last is not None:
+            before, version, entered, as_ = self._last
+            known = entered()
+            if before() is tensor and version == tensor._version and known is not None and as_ == placement:
+                return known
+        made = DTensor.from_local(tensor, mesh, [placement], run_check=False)
+        self._last = (weakref.ref(tensor), tensor._version, weakref.ref(made), placement)
+        return made
+
+
 class Projection(ParallelStyle):  # type: ignore[misc]  # torch exports the class without types
     """Divide one module's weight and bias, and convert what goes in and what comes out.
 
@@ -27,11 +49,14 @@ class Projection(ParallelStyle):  # type: ignore[misc]  # torch exports the clas
         weight: dimension of the weight that is divided.
         bias: dimension of the bias that is divided; None keeps it whole.
         inputs, outputs: how the input comes and how the output goes on, as local tensors.
+        entrance: shared by the projections of a model.
     """
 
-    def __init__(self, *, weight: int, bias: int | None, inputs: Placement, outputs: Placement) -> None:
+    def __init__(
+        self, entrance: Entrance, *, weight: int, bias: int | None, inputs: Placement, outputs: Placement
+    ) -> None:
         super().__init__()
-        self.weight, self.bias, self.inputs, self.outputs = weight, bias, inputs, outputs
+        self.entrance, self.weight, self.bias, self.inputs, self.outputs = entrance, weight, bias, inputs, outputs
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         return distribute_module(module, device_mesh, self._divide, self._enter, self._leave)
@@ -47,7 +72,7 @@ class Projection(ParallelStyle):  # type: ignore[misc]  # torch exports the clas
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
         first, *rest = inputs
         assert isinstance(first, Tensor)
-        return (DTensor.from_local(first, mesh, [self.inputs], run_check=False), *rest)
+        return (self.entrance.enter(first, mesh, self.inputs), *rest)
 
     def _leave(self, module: nn.Module, output: Any, mesh: DeviceMesh) -> Tensor:
         assert isinstance(output, DTensor)
@@ -74,6 +99,7 @@ def divide_modules(model: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh
     Raises:
         PlanError: the model has no such module.
     """
+    entrance = Entrance()
     shared: dict[nn.Parameter, nn.Parameter] = {}
     for name, style in styles.items():
         try:
@@ -83,7 +109,7 @@ def divide_modules(model: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh
                 f"the plan divides module {name!r}, which this model does not have; make the plan again"
             ) from error
         before = dict(module.named_parameters(recurse=False))
-        parallelize_module(module, mesh, STYLES[style](), src_data_rank=None)
+        parallelize_module(module, mesh, STYLES[style](entrance), src_data_rank=None)
         for key, parameter in before.items():
             divided = module.get_parameter(key)
             assert isinstance(divided, DTensor)

@@ -17,12 +17,13 @@ from typing import Any
 import cloudpickle
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, Store  # torch.distributed has them too, but not for type checkers
 
 from weft.runtime import memory
 from weft.runtime.failure import Failure
 
 JOB = "WEFT_JOB"
-"""Names the job's directory to its processes. Read where a process starts and where a stage is described, never in a step."""
+"""Names the job's directory to its processes. Read when a process starts and when a stage is described."""
 
 TIMEOUT_S = 600.0
 """Seconds a collective waits for its peers before it fails."""
@@ -47,7 +48,7 @@ class Settings:
     timeout_s: float
 
 
-def join(*, device: str | None = None, timeout_s: float = TIMEOUT_S, store: dist.Store | None = None) -> torch.device:
+def join(*, device: str | None = None, timeout_s: float = TIMEOUT_S, store: Store | None = None) -> torch.device:
     """Enter the process group of the job this process belongs to; a process by itself is a job of one.
 
     Does nothing where the group exists already. RANK, WORLD_SIZE and LOCAL_RANK are as torchrun sets them.
@@ -72,7 +73,7 @@ def join(*, device: str | None = None, timeout_s: float = TIMEOUT_S, store: dist
     alone = "RANK" not in os.environ
     dist.init_process_group(
         backend,
-        store=dist.HashStore() if alone else store,
+        store=HashStore() if alone else store,
         rank=0 if alone else int(os.environ["RANK"]),
         world_size=1 if alone else int(os.environ["WORLD_SIZE"]),
         timeout=timedelta(seconds=timeout_s),
@@ -113,12 +114,10 @@ def main() -> None:
             (job / f"{rank}.result").write_bytes(result)
     except BaseException as error:  # the edge of the process: whatever it was, the parent tells the user
         # Written first, while the peers cannot know yet; then out, without waiting for threads that wait for peers.
-        code = error.code if isinstance(error, SystemExit) else 1
-        if code not in (0, None):
-            Failure.of(error, rank, limit).save(job / f"{rank}.failure")
+        Failure.of(error, rank, limit).save(job / f"{rank}.failure")
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+        os._exit(1)
 
 
 def run_script(script: str, arguments: list[str]) -> None:
@@ -126,7 +125,11 @@ def run_script(script: str, arguments: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it may want to save something
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
 
 
 def die_with(parent: int) -> None:

@@ -1,0 +1,232 @@
+"""Capture: a Workload's Profile, from its loss recorded at two batch sizes. No memory for the model, no device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from weft.capture.initial import FakeModel, build_fake, map_tensors
+from weft.capture.operations import bytes_of
+from weft.capture.profile import LOSS, NO_GROUP, Affine, Call, Operation, Output, Parameter, Profile, Saved
+from weft.capture.recorder import Cost, RecordedCall, Recording, SavedStorage, record
+from weft.capture.tape import flat_tensors, written_arguments
+from weft.capture.trace import RawOp
+from weft.capture.units import find_units
+from weft.errors import BatchError, InputError, ModelError
+from weft.workload import Workload
+
+SAMPLES = (2, 4)
+"""Batch sizes the loss is recorded at; not one, which some models treat specially."""
+
+
+def capture(workload: Workload) -> Profile:
+    """What one forward and backward of a workload costs, call by call.
+
+    Raises:
+        ModelError: the model cannot be run on fake tensors.
+        LossError: the loss is neither a scalar nor ``(sum, count)``.
+        BatchError: the batch does not have its samples in dimension 0.
+    """
+    start = time.perf_counter()
+    fake = build_fake(workload.model, workload.seed)
+    units = find_units(fake.model, workload.units)
+    batches = [sample_batch(workload, samples) for samples in SAMPLES]
+    small, large = (record(fake.model, units, workload.loss, batch) for batch in batches)
+    if [c.name for c in small.calls] != [c.name for c in large.calls]:
+        raise ModelError(
+            f"the model calls its units in another order for {SAMPLES[0]} samples than for {SAMPLES[1]}; "
+            "which units run must not depend on the batch"
+        )
+    calls = _Merge(fake, small, large).calls()
+    state, passes = _optimizer_cost(workload)
+    return Profile(
+        calls=calls,
+        parameters=_parameters(fake),
+        tensor_groups=(),
+        tensor_refused=(),
+        optimizer_state_bytes=state,
+        optimizer_passes=passes,
+        batch_size=workload.batch_size,
+        sample_bytes=sum(t.nbytes for t in tree_leaves(batches[1]) if isinstance(t, Tensor)) // SAMPLES[1],
+        capture_s=time.perf_counter() - start,
+    )
+
+
+def sample_batch(workload: Workload, samples: int) -> Any:
+    """The first samples as a batch, checked.
+
+    Raises:
+        BatchError: the data or ``collate`` raised, or a tensor does not have the samples in dimension 0.
+    """
+    try:
+        batch = workload.sample_batch(samples)
+    except Exception as error:  # the user's code: whatever it raises is told once
+        line = next(iter(str(error).splitlines()), "")
+        raise BatchError(f"making a batch of {samples} samples raised {type(error).__name__}: {line}") from error
+    tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
+    if not tensors:
+        raise BatchError(f"a batch must contain tensors, got {type(batch).__name__} without any; convert them in collate")
+    for tensor in tensors:
+        if not tensor.dim() or tensor.shape[0] != samples:
+            raise BatchError(
+                f"a batch of {samples} samples has a tensor of shape {tuple(tensor.shape)}; every tensor of a batch needs "
+                "the samples in dimension 0, so that it can be divided; repeat it per sample, or make it in the loss"
+            )
+    return batch
+
+
+@dataclass(slots=True)
+class _Merge:
+    """Puts two recordings, of SAMPLES samples, on the line through both."""
+
+    fake: FakeModel
+    small: Recording
+    large: Recording
+
+    def calls(self) -> tuple[Call, ...]:
+        kept: tuple[set[int], set[int]] = (set(), set())
+        kinds: dict[Any, int] = {}
+        memo: dict[tuple[int, int], tuple[tuple[Operation, ...], tuple[Operation, ...]]] = {}
+        parameters = {n for n, p in self.fake.model.named_parameters(remove_duplicate=False) if n in self.fake.names}
+        calls = []
+        for a, b in zip(self.small.calls, self.large.calls, strict=True):
+            cost_a, cost_b = self.small.costs[a.kind], self.large.costs[b.kind]
+            if (a.kind, b.kind) not in memo:
+                memo[a.kind, b.kind] = (
+                    _operations(cost_a.forward, cost_b.forward),
+                    _operations(cost_a.backward, cost_b.backward),
+                )
+            forward, backward = memo[a.kind, b.kind]
+            glue_forward = _operations(a.glue.forward, b.glue.forward)
+            glue_backward = _operations(a.glue.backward, b.glue.backward)
+            saved = _saved(_keep(a, cost_a, kept[0]), _keep(b, cost_b, kept[1]))
+            reads = dict.fromkeys((*a.reads, *a.glue_reads, *b.reads, *b.glue_reads))
+            likeness = (a.kind, b.kind, glue_forward, glue_backward, saved)
+            calls.append(
+                Call(
+                    name=a.name,
+                    unit=a.unit,
+                    kind=kinds.setdefault(likeness, len(kinds)),
+                    forward=(*glue_forward, *forward),
+                    backward=(*backward, *glue_backward),
+                    saved=saved,
+                    inputs=tuple(sorted({*a.sources, *b.sources})),
+                    outputs=tuple(
+                        Output(affine(x.bytes, y.bytes), x.requires_grad) for x, y in zip(a.tensors, b.tensors, strict=True)
+                    ),
+                    parameters=tuple(n for n in reads if n in parameters),
+                    buffers=tuple(n for n in reads if n not in parameters),
+                    workspace_bytes=affine(
+                        max(cost_a.workspace_bytes, a.glue.workspace_bytes),
+                        max(cost_b.workspace_bytes, b.glue.workspace_bytes),
+                    ),
+                )
+            )
+        assert calls[-1].name == LOSS
+        return tuple(calls)
+
+
+def affine(small: float, large: float) -> Affine:
+    """The line through a quantity at the two SAMPLES."""
+    slope = (large - small) / (SAMPLES[1] - SAMPLES[0])
+    return Affine(small - slope * SAMPLES[0], slope)
+
+
+def _operations(small: Sequence[RawOp], large: Sequence[RawOp]) -> tuple[Operation, ...]:
+    small = [op for op in small if op.kind != "view"]
+    large = [op for op in large if op.kind != "view"]
+    if [op.name for op in small] != [op.name for op in large]:
+        # Other operations for another batch size: scale those of the larger one, which is nearer to real ones.
+        return tuple(
+            Operation(op.name, op.kind, Affine(0, op.flops / SAMPLES[1]), Affine(0, op.bytes / SAMPLES[1])) for op in large
+        )
+    return tuple(
+        Operation(b.name, b.kind, affine(a.flops, b.flops), affine(a.bytes, b.bytes))
+        for a, b in zip(small, large, strict=True)
+    )
+
+
+def _keep(call: RecordedCall, cost: Cost, kept: set[int]) -> list[SavedStorage]:
+    """What a call and its glue save, without what an earlier call keeps alive already: its output is the next one's input."""
+    new = []
+    for saved in (*call.glue.saved, *cost.saved):
+        storage = saved.storage
+        if saved.argument is not None:
+            storage = call.arguments[saved.argument]
+        if saved.argument is not None or saved in call.glue.saved:
+            if storage in kept:
+                continue
+            kept.add(storage)
+        if saved.output is not None:
+            kept.add(call.outputs[saved.output])
+        new.append(saved)
+    return new
+
+
+def _saved(small: Sequence[SavedStorage], large: Sequence[SavedStorage]) -> tuple[Saved, ...]:
+    if len(small) != len(large):
+        return (Saved(Affine(0, sum(s.bytes for s in large) / SAMPLES[1])),)
+    return (Saved(affine(sum(s.bytes for s in small), sum(s.bytes for s in large)), NO_GROUP),)
+
+
+def _parameters(fake: FakeModel) -> dict[str, Parameter]:
+    registered = {name for name, _ in fake.model.named_parameters(remove_duplicate=False)}
+    registered |= {name for name, _ in fake.model.named_buffers(remove_duplicate=False)}
+    parameters: dict[str, Parameter] = {}
+
+    def note(name: str, tensor: Tensor) -> Tensor:
+        if name in fake.names:
+            names = tuple(n for n in fake.names[name] if n in registered) or (name,)
+            trainable = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+            parameters[name] = Parameter(names, tuple(tensor.shape), tensor.numel() * tensor.itemsize, trainable)
+        return tensor
+
+    map_tensors(fake.model, note)
+    return parameters
+
+
+class _Traffic(TorchDispatchMode):
+    """Counts the bytes that operations read and write."""
+
+    bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inputs = list(flat_tensors((args, kwargs or {})))
+        known = {t.untyped_storage()._cdata for t in inputs}
+        new = [t for t in flat_tensors(out) if t.untyped_storage()._cdata not in known]
+        written = list(flat_tensors(written_arguments(func, args, kwargs or {})))
+        if new or written:
+            self.bytes += bytes_of(func, inputs, (*new, *written))
+        return out
+
+
+def _optimizer_cost(workload: Workload) -> tuple[float, float]:
+    """Bytes of state, and bytes read and written by a step, per byte of parameter: of the user's optimizer on a small one."""
+    parameter = nn.Parameter(torch.zeros(32, 32))
+    try:
+        optimizer = workload.optimizer([parameter])
+        traffic = _Traffic()  # type: ignore[no-untyped-call]
+        for _ in range(2):  # the first step makes the state
+            parameter.grad = torch.zeros_like(parameter)
+            traffic.bytes = 0
+            with traffic:
+                optimizer.step()
+    except Exception as error:  # the user's code: whatever it raises is told once
+        line = next(iter(str(error).splitlines()), "")
+        raise InputError(
+            f"Workload.optimizer raised {type(error).__name__} on a single parameter: {line}; it must be a function of any "
+            "iterable of parameters that returns a torch optimizer"
+        ) from error
+    size = parameter.numel() * parameter.itemsize
+    state = sum(t.nbytes for t in tree_leaves(optimizer.state[parameter]) if isinstance(t, Tensor) and t.dim())
+    return state / size, traffic.bytes / size

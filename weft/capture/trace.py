@@ -1,0 +1,368 @@
+"""Trace: what a model does on fake tensors, operation by operation, as a dispatch mode sees it.
+
+Two things are followed at once:
+
+- *cost*: each operation with its flops and bytes, live storages and what autograd saves, written to the current Frame;
+- *origin*: from which outputs of earlier calls, and through which parameters, every tensor of the glue derives. Origins
+  are kept by storage, so that they follow views, in-place writes and ``out=``, and are cut where a call returns: its outputs
+  derive from the call alone.
+
+Values are not known on fake tensors, except where they follow from the batch and from constants without going through
+a parameter or a unit. Those are computed alongside, for Python code that looks at them (``mask.all()``).
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from weft.capture.operations import STAND_INS, bytes_of, flops_of, kind_of
+from weft.capture.profile import Source
+from weft.capture.tape import Ref, flat_tensors, written_arguments
+from weft.errors import ModelError
+
+aten = torch.ops.aten
+LARGEST_KNOWN = 1 << 24
+"""Values of tensors with more elements than this are not followed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawOp:
+    """One operation at one size of the batch.
+
+    Attributes:
+        func: the operator; ``name`` is its name, ``"aten.addmm"``.
+        kind: as profile.Operation.
+        flops, bytes: what it costs; both 0 for an operation on views only.
+        args, kwargs: arguments, with a Ref for every tensor.
+        outputs: the tensors it returns.
+    """
+
+    func: Any
+    name: str
+    kind: str
+    flops: int
+    bytes: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Ref, ...]
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What makes it the same operation as another one: name and shapes."""
+        return self.name, self.flops, self.bytes, tuple((r.size, r.stride, r.dtype) for r in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a tensor of the glue comes from: outputs of calls, and names of parameters and buffers read on the way."""
+
+    sources: frozenset[Source] = frozenset()
+    reads: frozenset[str] = frozenset()
+
+    def __or__(self, other: Origin) -> Origin:
+        if other is NOWHERE or other == self:
+            return self
+        return other if self is NOWHERE else Origin(self.sources | other.sources, self.reads | other.reads)
+
+
+NOWHERE = Origin()
+
+
+@dataclass(slots=True, eq=False)
+class Frame:
+    """What is being recorded: a unit's call, a stretch of glue, or the backward of either.
+
+    Attributes:
+        unit: name of the unit, "" for glue.
+        call: number of the call.
+        forward: whether this is a forward.
+        arguments: storages the call was given; reading them needs no further note.
+        operations: in order, operations on views included.
+        events: (storage, bytes) when a storage is made, (storage, -bytes) when it is freed.
+        saved: bytes autograd keeps for the backward, by storage.
+        reads: names of the parameters and buffers read.
+        extra: origin of tensors read that are neither arguments nor the unit's own.
+        looked: whether Python looked at a value.
+    """
+
+    unit: str
+    call: int
+    forward: bool = True
+    arguments: frozenset[int] = frozenset()
+    operations: list[RawOp] = field(default_factory=list)
+    events: list[tuple[int, int]] = field(default_factory=list)
+    saved: dict[int, int] = field(default_factory=dict)
+    reads: set[str] = field(default_factory=set)
+    extra: Origin = NOWHERE
+    looked: bool = False
+
+    def workspace(self, passing: frozenset[int] = frozenset()) -> int:
+        """Peak bytes of live temporaries: what is made here and not saved. ``passing`` (gradients of parameters) count only
+        for the moment they are made: they are added to ``.grad`` at once."""
+        live = peak = 0
+        for storage, size in self.events:
+            if storage not in self.saved:
+                peak = max(peak, live + size)
+                live += 0 if storage in passing else size
+        return peak
+
+
+class Trace(TorchDispatchMode):
+    """Records what runs while it is active, above a FakeTensorMode. ``frame`` None records nothing."""
+
+    def __init__(self, mode: FakeTensorMode, names: dict[Tensor, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.mode = mode
+        self.frame: Frame | None = None
+        self.origins: dict[int, Origin] = {}
+        self.call_names: list[str] = []
+        # Backward of the glue: sequence number of the first autograd node of each stretch, and the stretches' frames.
+        self.segments: tuple[list[int], list[Frame]] | None = None
+        self._serials: dict[int, tuple[int, Any]] = {}
+        self._count = 0
+        self._inner: dict[int, int] = {}
+        self._known: dict[int, dict[Ref, Tensor]] = {}
+        self.names = {self.ref(tensor).storage: name for tensor, name in names.items()}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run on fake tensors and record."""
+        kwargs = kwargs or {}
+        frame = self._frame()
+        if frame is None:
+            return func(*args, **kwargs)
+        before = self._count
+        inputs = list(flat_tensors((args, kwargs)))
+        refs = [self.ref(t) for t in inputs]
+        if frame.forward:
+            self._read(frame, refs, func)
+        encoded = self._encode(args), {name: self._encode(value) for name, value in kwargs.items()}
+        written = list(flat_tensors(written_arguments(func, args, kwargs)))
+        values = self._values(func, args, kwargs, written) if frame.forward else None
+        try:
+            stand_in = STAND_INS.get(func)
+            out = func(*args, **kwargs) if stand_in is None else stand_in(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            out = self._look(frame, func, args, kwargs, values, refs, error)
+        outputs = list(flat_tensors(out))
+        made = tuple(self.ref(t) for t in outputs)
+        if frame.forward:
+            self._pass_on(frame, refs, made, [self.ref(t) for t in written])
+            self._learn(made, values)
+        new = [t for t, ref in zip(outputs, made, strict=True) if ref.storage >= before]
+        if outputs or written:
+            moves = bool(new or written)
+            frame.operations.append(
+                RawOp(
+                    func,
+                    func._schema.name.replace("::", "."),
+                    kind_of(func) if moves else "view",
+                    flops_of(func, args, kwargs, out) if moves else 0,
+                    bytes_of(func, inputs, (*new, *written)) if moves else 0,
+                    *encoded,
+                    made,
+                )
+            )
+        return out
+
+    def ref(self, tensor: Tensor) -> Ref:
+        """The tensor's storage, by a number that is never used again, and its geometry."""
+        storage = tensor.untyped_storage()
+        known = self._serials.get(storage._cdata)
+        if known is None:
+            serial, frame, nbytes = self._count, self.frame, storage.nbytes()
+            self._count += 1
+            freed = functools.partial(self._freed, storage._cdata, serial, frame, nbytes)
+            known = self._serials[storage._cdata] = (serial, weakref.ref(storage, freed))
+            if frame is not None:
+                frame.events.append((serial, nbytes))
+        offset = int(tensor.storage_offset())
+        return Ref(known[0], tensor.dtype, tuple(tensor.shape), tensor.stride(), offset)
+
+    def origin(self, tensor: Tensor) -> Origin:
+        """Where a tensor of the glue comes from; a parameter or buffer is a read of itself."""
+        return self._origin(self.ref(tensor))
+
+    def returned(self, tensor: Tensor, source: Source) -> None:
+        """Note that a tensor is an output of a call."""
+        self.origins[self.ref(tensor).storage] = Origin(frozenset({source}))
+
+    def know(self, tensor: Tensor, value: Tensor) -> None:
+        """Note the value of a tensor of the batch."""
+        with _disable_current_modes():
+            self._learn((self.ref(tensor),), [value.detach().clone()])
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """Note what autograd saves (a hook for ``saved_tensors_hooks``)."""
+        if self.frame is not None and self.frame.forward and isinstance(tensor, FakeTensor):
+            serial = self.ref(tensor).storage
+            if serial not in self.names:
+                self.frame.saved[serial] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    @contextmanager
+    def recording(self, frame: Frame | None) -> Iterator[None]:
+        """Record into another frame, or (None) not at all."""
+        previous, self.frame = self.frame, frame
+        try:
+            yield
+        finally:
+            self.frame = previous
+
+    def _frame(self) -> Frame | None:
+        if self.frame is None or self.segments is None:
+            return self.frame
+        node = torch._C._current_autograd_node()
+        if node is not None:
+            bounds, frames = self.segments
+            self.frame = frames[min(bisect.bisect_right(bounds, node._sequence_nr()), len(frames) - 1)]
+        return self.frame
+
+    def _freed(self, key: int, serial: int, frame: Frame | None, nbytes: int, _: Any) -> None:
+        if self._serials.get(key, (None,))[0] == serial:
+            del self._serials[key]
+        self._known.pop(serial, None)
+        if frame is not None:
+            frame.events.append((serial, -nbytes))
+
+    def _origin(self, ref: Ref) -> Origin:
+        name = self.names.get(ref.storage)
+        origin = self.origins.get(ref.storage, NOWHERE)
+        return origin if name is None else origin | Origin(reads=frozenset({name}))
+
+    def _read(self, frame: Frame, refs: Sequence[Ref], func: Any) -> None:
+        for ref in refs:
+            maker = self._inner.get(ref.storage)
+            if maker is not None and (not frame.unit or maker != frame.call):
+                reader = f"unit {frame.unit!r}" if frame.unit else "code between units"
+                raise ModelError(
+                    f"{reader} reads a tensor that the call {self.call_names[maker]!r} made but did not return "
+                    f"({where()}); return it from the unit, or name a module around both in Workload(units=[...])"
+                )
+            if frame.unit:
+                if ref.storage in self.names:
+                    frame.reads.add(self.names[ref.storage])
+                elif ref.storage not in frame.arguments:
+                    frame.extra |= self.origins.get(ref.storage, NOWHERE)
+
+    def _pass_on(self, frame: Frame, refs: Sequence[Ref], made: Sequence[Ref], written: Sequence[Ref]) -> None:
+        if frame.unit:
+            known = {ref.storage for ref in refs}
+            self._inner.update((ref.storage, frame.call) for ref in made if ref.storage not in known)
+            return
+        origin = functools.reduce(Origin.__or__, map(self._origin, refs), NOWHERE)
+        if origin is not NOWHERE:
+            for ref in (*made, *written):
+                if ref.storage not in self.names:
+                    self.origins[ref.storage] = self.origins.get(ref.storage, NOWHERE) | origin
+
+    def _values(self, func: Any, args: Any, kwargs: Any, written: Sequence[Tensor]) -> list[Tensor] | None:
+        """Results for real, if all arguments are known; what is written without being known is forgotten."""
+        try:
+            if torch.Tag.nondeterministic_seeded in func.tags:
+                raise KeyError
+            real_args, real_kwargs = self._decode(args), {k: self._decode(v) for k, v in kwargs.items()}
+        except KeyError:
+            for tensor in written:
+                self._known.pop(self.ref(tensor).storage, None)
+            return None
+        with _disable_current_modes(), torch.no_grad():
+            out = func(*real_args, **real_kwargs)
+            if func is aten.lift_fresh.default:
+                out = out.clone()  # a later write must not reach the constant
+        return [torch.tensor(out)] if isinstance(out, (bool, int, float)) else list(flat_tensors(out))
+
+    def _learn(self, made: Sequence[Ref], values: Sequence[Tensor] | None) -> None:
+        for ref, value in zip(made, values or (), strict=False):
+            if value.numel() <= LARGEST_KNOWN:
+                self._known.setdefault(ref.storage, {})[ref] = value
+
+    def _decode(self, value: Any) -> Any:
+        if isinstance(value, FakeTensor):
+            ref = self.ref(value)
+            return self._known[ref.storage][ref]
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._decode, value))
+        return value
+
+    def _encode(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.ref(value)
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._encode, value))
+        return value
+
+    def _look(
+        self, frame: Frame, func: Any, args: Any, kwargs: Any, values: list[Tensor] | None, refs: list[Ref], error: Exception
+    ) -> Any:
+        """Answer Python code that looks at a value, or an operator whose result's shape depends on one."""
+        frame.looked = True
+        if values is not None:
+            if func is aten._local_scalar_dense.default:
+                return values[0].item()
+            fakes = [self.mode.from_tensor(value) for value in values]
+            return fakes[0] if len(fakes) == 1 else tuple(fakes)
+        if func is aten.index.Tensor:
+            indices = self._mask_indices(args[1])
+            if indices is not None:
+                return func(args[0], indices)
+        self._refuse(frame, func, refs, error)
+
+    def _mask_indices(self, indices: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+        """Indices with every mask in them turned into row numbers; None if a mask's value is not known."""
+        result: list[Tensor | None] = []
+        for index in indices:
+            if index is None or index.dtype not in (torch.bool, torch.uint8):
+                result.append(index)
+                continue
+            try:
+                real = self._decode(index)
+            except KeyError:
+                return None
+            with _disable_current_modes():
+                rows = real.nonzero().unbind(1)
+            result.extend(self.mode.from_tensor(r) for r in rows)
+        return result
+
+    def _refuse(self, frame: Frame, func: Any, refs: Sequence[Ref], error: Exception) -> NoReturn:
+        name = func._schema.name.removeprefix("aten::")
+        what = "looks at a value" if name in ("_local_scalar_dense", "equal") else f"computes a shape from values ({name})"
+        if frame.unit:
+            raise ModelError(
+                f"unit {frame.unit!r} {what} that depends on its inputs or weights ({where()}), "
+                "which is not known before the model runs; compute it without reading values"
+            ) from error
+        sources = sorted({self.call_names[s.call] for ref in refs for s in self._origin(ref).sources})
+        of = f" of {', '.join(map(repr, sources))}" if sources else ""
+        raise ModelError(
+            f"code between units {what}{of} ({where()}), which is not known before the model runs; "
+            "compute it inside a unit without reading values"
+        ) from error
+
+
+def where() -> str:
+    """File and line of the innermost running code that is neither torch's nor this package's."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and is_library(frame.f_code.co_filename):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def is_library(filename: str) -> bool:
+    """Whether a file is torch's or this package's."""
+    path = filename.replace("\\", "/")
+    return "/torch/" in path or "/weft/capture/" in path or path.startswith("<")
