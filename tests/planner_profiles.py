@@ -1,10 +1,28 @@
 """Profiles of made-up models, for tests of the planner that need no model."""
 
-from weft.capture.profile import LOSS, NO_GROUP, Affine, Call, Operation, Output, Parameter, Profile, Saved, Source, TensorGroup
+from weft.capture.profile import (
+    LOSS,
+    NO_GROUP,
+    Affine,
+    Call,
+    Operation,
+    Output,
+    Parameter,
+    Profile,
+    Saved,
+    Source,
+    TensorGroup,
+)
 
 
 def gpt(
-    layers: int = 8, hidden: int = 256, heads: int = 8, context: int = 128, vocabulary: int = 256, batch_size: int = 32, tied: bool = False
+    layers: int = 8,
+    hidden: int = 256,
+    heads: int = 8,
+    context: int = 128,
+    vocabulary: int = 256,
+    batch_size: int = 32,
+    tied: bool = False,
 ) -> Profile:
     """A GPT in float32: embedding, ``layers`` blocks of attention and MLP, head and loss."""
     h, t = hidden, context
@@ -45,10 +63,22 @@ def gpt(
                 unit, ((f"{unit}.mlp.0", "colwise"), (f"{unit}.mlp.2", "rowwise")), (("features", 4 * h),), Affine(0, token), Affine(0, token)
             ),
         ]  # fmt: skip
-        names = [linear(f"{unit}.attention.{n}.weight", h, h, a, 1 if n == "out" else 0) for n in ("query", "key", "value", "out")]
-        names += [linear(f"{unit}.mlp.0.weight", 4 * h, h, a + 1, 0), linear(f"{unit}.mlp.2.weight", h, 4 * h, a + 1, 1)]
+        names = [
+            linear(f"{unit}.attention.{n}.weight", h, h, a, 1 if n == "out" else 0)
+            for n in ("query", "key", "value", "out")
+        ]
+        names += [
+            linear(f"{unit}.mlp.0.weight", 4 * h, h, a + 1, 0),
+            linear(f"{unit}.mlp.2.weight", h, 4 * h, a + 1, 1),
+        ]
         attention = Operation("aten.sdpa", "attention", Affine(0, 4.0 * t * t * h), Affine(0, 4 * token), a)
-        forward = [pointwise("normalization", token), *[matmul(h, h, a)] * 3, attention, matmul(h, h, a), pointwise("normalization", token)]
+        forward = [
+            pointwise("normalization", token),
+            *[matmul(h, h, a)] * 3,
+            attention,
+            matmul(h, h, a),
+            pointwise("normalization", token),
+        ]
         forward += [matmul(h, 4 * h, a + 1), pointwise("transcendental", 4 * token, a + 1), matmul(4 * h, h, a + 1)]
         saved = [Saved(Affine(0, 4 * token)), Saved(Affine(0, 4 * token), a), Saved(Affine(0, 8 * token), a + 1)]
         call(unit, 1, forward, saved, [Source(i, 0)], names)

@@ -49,6 +49,20 @@ def test_the_peak_is_what_tensors_took(pool: Pool) -> None:
     assert two == pytest.approx(100, abs=3)
 
 
+def churn() -> float:
+    """MiB at the peak of small tensors, in a process whose heap had as many before."""
+    for _ in range(2):
+        used = memory.of(torch.device("cpu"))
+        kept = [torch.ones(16 * 1024) for _ in range(640)]  # 64 KiB each: too small for mappings of their own
+        size = used.peak()
+        del kept[::2], kept
+    return size / MIB
+
+
+def test_memory_freed_before_the_baseline_counts_when_it_serves_again(pool: Pool) -> None:
+    assert pool.run(churn, ranks=1)[0] == pytest.approx(40, abs=3)
+
+
 def fill(piece_mib: float) -> float:
     """MiB of tensors a process gets before it is refused."""
     kept: list[torch.Tensor] = []

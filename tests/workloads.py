@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,10 @@ def llama(batch_size: int = 8) -> weft.Workload:
     )
 
 
+def llama_of(samples: int) -> weft.Workload:
+    return dataclasses.replace(llama(), data=Tokens(samples, 12, 64))
+
+
 def gpt2(batch_size: int = 8, dropout: float = 0.0) -> weft.Workload:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -124,3 +129,62 @@ def mlp(batch_size: int = 8, samples: int = 64) -> weft.Workload:
 
 
 FAMILIES = {"code_lm": code_lm, "llama": llama, "gpt2": gpt2, "mlp": mlp}
+
+
+class SkipNet(nn.Module):
+    """Skip connections across stages, a block called twice, parameters that glue reads, and a gate it reads twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(12, 16)
+        self.down = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.shared = nn.Linear(16, 16)
+        self.up = nn.ModuleList(nn.Linear(32, 16) for _ in range(3))
+        self.gate = nn.Parameter(torch.randn(16))
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("offset", torch.linspace(-1, 1, 16))
+        self.leave = nn.Linear(16, 1)
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x) + self.offset
+        skips = []
+        for down in self.down:
+            x = torch.tanh(down(x))
+            skips.append(x * self.gate)
+        x = self.shared(x)
+        for up in self.up:
+            x = torch.relu(up(torch.cat([x, skips.pop()], dim=-1))) * self.scale
+        x = self.shared(x) * self.gate
+        return self.leave(x)
+
+
+def skips(batch_size: int = 8) -> weft.Workload:
+    return weft.Workload(
+        model=SkipNet,
+        loss=lambda model, batch: F.mse_loss(model(batch[0]), batch[1]),
+        data=Points(64, 12),
+        optimizer=adamw,
+        batch_size=batch_size,
+        max_grad_norm=0.5,
+    )
+
+
+class Padded(Tokens):
+    """Rows whose labels are cut at different lengths, some of them at zero."""
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        labels = self.rows[i].clone()
+        labels[1 + (5 * i) % len(labels) :] = -100
+        return {"input_ids": self.rows[i], "labels": labels}
+
+
+def counted_causal_lm(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+    labels = batch["labels"][:, 1:]
+    total = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum")
+    return total, (labels != -100).sum()
+
+
+def padded(batch_size: int = 8) -> weft.Workload:
+    return dataclasses.replace(llama(batch_size), data=Padded(64, 12, 64), loss=counted_causal_lm)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from weft.errors import PlanError
@@ -43,6 +42,7 @@ class Plan:
         batch_size: global batch size, in samples.
         recompute: ``"none"``: activations are kept.
         precision: ``"float32"``: the parameters' own dtype is used throughout.
+        reasons: why the planner chose it, for people; not part of the plan itself, neither saved nor compared.
 
     Raises:
         PlanError: degrees below one, stages that are not ``pp`` many or empty, unknown schedule or style.
@@ -61,6 +61,7 @@ class Plan:
     batch_size: int
     recompute: str = "none"
     precision: str = "float32"
+    reasons: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in (*DIMENSIONS, "ep", "microbatches", "batch_size"):
@@ -92,7 +93,7 @@ class Plan:
                 f"{self.microbatches} microbatches; raise batch_size to {self.replicas * self.microbatches} "
                 "or lower one of them"
             )
-        object.__setattr__(self, "tensor", MappingProxyType(dict(sorted(self.tensor.items()))))
+        object.__setattr__(self, "tensor", dict(sorted(self.tensor.items())))  # own copy; a plain dict, so plans pickle
 
     @property
     def devices(self) -> int:
@@ -118,13 +119,21 @@ class Plan:
         """The degrees above one, as the command line takes them: ``pp=2 dp_shard=2``; ``one device`` if none."""
         return " ".join(f"{k}={v}" for k, v in self.degrees.items() if v > 1) or "one device"
 
+    def explain(self) -> str:
+        """Why this plan, as the planner found it; a plan that was loaded or written by hand tells what it does."""
+        if self.reasons is not None:
+            return self.reasons
+        lines = [f"{self.describe()}, {self.microbatches} microbatches, schedule {self.schedule}"]
+        lines += [f"stage {s}: {calls[0]} to {calls[-1]} ({len(calls)} calls)" for s, calls in enumerate(self.stages)]
+        return "\n".join(lines)
+
     def stage_of(self, call: str) -> int:
         """Index of the stage that runs a call."""
         return next(s for s, calls in enumerate(self.stages) if call in calls)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as ``save`` writes it."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {name: getattr(self, name) for name in _saved()}
         return {
             "version": VERSION,
             **values,
@@ -141,7 +150,7 @@ class Plan:
         """
         if not isinstance(data, dict):
             raise PlanError(f"{source}: expected a JSON object, got {type(data).__name__}")
-        expected = {"version", *(f.name for f in fields(cls))}
+        expected = {"version", *_saved()}
         if unknown := sorted(set(data) - expected):
             raise PlanError(f"{source}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(expected))}")
         if missing := sorted(expected - set(data)):
@@ -178,3 +187,8 @@ class Plan:
         except ValueError as error:
             raise PlanError(f"{path}: is not JSON: {error}") from error
         return cls.from_json(data, source=str(path))
+
+
+def _saved() -> list[str]:
+    """Fields that are saved: those that are compared."""
+    return [f.name for f in fields(Plan) if f.compare]

@@ -38,13 +38,11 @@ def parse_size(text: str | int) -> int:
 
 def format_bytes(size: float) -> str:
     """``1.5 GiB``: three digits at most, binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(size) < 1000:
-            break
+    units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
+    while abs(size) >= 1000 and len(units) > 1:
         size /= 1024
-    else:
-        unit = "PiB"
-    return f"{size:.0f} {unit}" if unit == "B" else f"{_digits(size)} {unit}"
+        units.pop(0)
+    return f"{size:.0f} B" if units[0] == "B" else f"{_digits(size)} {units[0]}"
 
 
 def format_seconds(seconds: float) -> str:
@@ -62,14 +60,12 @@ def format_seconds(seconds: float) -> str:
 
 def format_count(count: float, unit: str = "") -> str:
     """``12.6 M``, ``405 G``: three digits, decimal prefixes, before a unit if one is given (``"flop/s"``)."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if abs(count) < 1000:
-            break
+    prefixes = ["", "k", "M", "G", "T", "P", "E"]
+    while abs(count) >= 1000 and len(prefixes) > 1:
         count /= 1000
-    else:
-        prefix = "E"
-    number = f"{count:.0f}" if not prefix and count == int(count) else _digits(count)
-    return f"{number} {prefix}{unit}".rstrip()
+        prefixes.pop(0)
+    number = f"{count:.0f}" if not prefixes[0] and count == int(count) else _digits(count)
+    return f"{number} {prefixes[0]}{unit}".rstrip()
 
 
 def _digits(value: float) -> str:

@@ -13,7 +13,7 @@ microbatches, time to the right::
 1F1B (Narayanan et al. 2019, PipeDream-flush): stage s of S warms up with S-1-s forwards, then alternates, so it keeps
 at most S-s microbatches alive::
 
-    stage 0   F0 F1 F2 .  .  B0 F3 .  B1 .  B2 .  B3
+    stage 0   F0 F1 F2 .  .  B0 F3 B1 .  B2 .  B3
     stage 1   .  F0 F1 .  B0 F2 B1 F3 B2 .  B3
     stage 2   .  .  F0 B0 F1 B1 F2 B2 F3 B3
 

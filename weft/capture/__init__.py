@@ -1,13 +1,19 @@
 """Capture: from a Workload to its Profile.
 
 units       which modules are placed as a whole
-tape        operations recorded on fake tensors and replayed for real
+tape        operations recorded on fake tensors
+replay      and run for real, as far as somebody wants their results
 initial     the model without memory, and the single device's initial weights on whoever owns them
 operations  what one operation costs
+frames      what is written down of a stretch of a run
 trace       what the dispatcher sees: operations, live bytes, where tensors come from
 blocks      whether two modules run the same operations
-recorder    one run of the loss, cut into calls of units
-tensor      what tensor parallelism can divide
+isolation   running a model leaves no trace in it
+recording   a run of the loss as data: calls of units, and what each kind of call costs
+recorder    makes one: ``record(model, units, loss, batch)``
+sharding    how a divided dimension travels through operations
+groups      the search for groups of projections in a call
+tensor      what tensor parallelism can divide: ``tensor_groups(recording, model)``
 capture     all of it: ``capture(workload)``
 profile     the result: plain numbers, no torch
 """

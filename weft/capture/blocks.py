@@ -1,11 +1,12 @@
 """Whether two modules run the same operations: what lets one repeated block stand for all.
 
-Two modules are alike if their trees of submodules have the same classes, the same plain attributes, parameters and buffers
-of the same shape, dtype and ``requires_grad``, and the same mode and hooks. Attributes compare by value if they are plain
-data or functions, and by identity otherwise: in doubt modules differ, and the second is recorded too.
+Two modules are alike if their trees of submodules have the same classes, the same plain attributes, parameters and
+buffers of the same shape, dtype and ``requires_grad``, and the same mode and hooks. Attributes compare by value if
+they are plain data or functions, and by identity otherwise: in doubt modules differ, and the second is recorded too.
 
-A block may know its own number (``layer_idx``). A whole number that is the block's position in both is told apart from a
-true difference, but it may steer the block's code, so that is for the recorder to check by running the forward.
+A block may know its own number (``layer_idx``). A whole number that is the block's position in both is told apart
+from a true difference, but it may steer the block's code, so that is for the recorder to check by running the
+forward.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def _position(name: str) -> int | None:
 
 
 class _Comparison:
-    def __init__(self, a: nn.Module | None, b: nn.Module | None, position_a: int | None, position_b: int | None) -> None:
+    def __init__(
+        self, a: nn.Module | None, b: nn.Module | None, position_a: int | None, position_b: int | None
+    ) -> None:
         self.pair = (a, b)
         self.positions = (position_a, position_b)
         self.numbered = False

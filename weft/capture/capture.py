@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from weft.capture.frames import RawOp
+from weft.capture.groups import Group
 from weft.capture.initial import FakeModel, build_fake, map_tensors
 from weft.capture.operations import bytes_of
-from weft.capture.profile import LOSS, NO_GROUP, Affine, Call, Operation, Output, Parameter, Profile, Saved
-from weft.capture.recorder import Cost, RecordedCall, Recording, SavedStorage, record
+from weft.capture.profile import LOSS, NO_GROUP, Affine, Call, Operation, Output, Parameter, Profile, Saved, TensorGroup
+from weft.capture.recorder import record
+from weft.capture.recording import Cost, RecordedCall, Recording, SavedStorage
 from weft.capture.tape import flat_tensors, written_arguments
-from weft.capture.trace import RawOp
+from weft.capture.tensor import tensor_groups
 from weft.capture.units import find_units
 from weft.errors import BatchError, InputError, ModelError
 from weft.workload import Workload
@@ -38,19 +42,34 @@ def capture(workload: Workload) -> Profile:
     fake = build_fake(workload.model, workload.seed)
     units = find_units(fake.model, workload.units)
     batches = [sample_batch(workload, samples) for samples in SAMPLES]
-    small, large = (record(fake.model, units, workload.loss, batch) for batch in batches)
+    small = record(fake.model, units, workload.loss, batches[0])
+    large = record(fake.model, units, workload.loss, batches[1], alike=small.alike)
     if [c.name for c in small.calls] != [c.name for c in large.calls]:
         raise ModelError(
             f"the model calls its units in another order for {SAMPLES[0]} samples than for {SAMPLES[1]}; "
             "which units run must not depend on the batch"
         )
-    calls = _Merge(fake, small, large).calls()
+    merge = _Merge(fake, small, large)
+    calls = merge.calls()
+    parameters = _parameters(fake)
+    for index, (group, _) in enumerate(merge.groups):
+        for name, dim in group.dims.items():
+            parameters[name] = replace(parameters[name], tensor_dim=dim, group=index)
     state, passes = _optimizer_cost(workload)
     return Profile(
         calls=calls,
-        parameters=_parameters(fake),
-        tensor_groups=(),
-        tensor_refused=(),
+        parameters=parameters,
+        tensor_groups=tuple(
+            TensorGroup(
+                unit=a.unit,
+                styles=tuple(a.styles.items()),
+                sizes=a.sizes,
+                forward_bytes=affine(a.forward_bytes, b.forward_bytes),
+                backward_bytes=affine(a.backward_bytes, b.backward_bytes),
+            )
+            for a, b in merge.groups
+        ),
+        tensor_refused=tuple(merge.refused),
         optimizer_state_bytes=state,
         optimizer_passes=passes,
         batch_size=workload.batch_size,
@@ -72,12 +91,12 @@ def sample_batch(workload: Workload, samples: int) -> Any:
         raise BatchError(f"making a batch of {samples} samples raised {type(error).__name__}: {line}") from error
     tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
     if not tensors:
-        raise BatchError(f"a batch must contain tensors, got {type(batch).__name__} without any; convert them in collate")
+        raise BatchError(f"a batch must contain tensors, got a {type(batch).__name__} without any; convert in collate")
     for tensor in tensors:
         if not tensor.dim() or tensor.shape[0] != samples:
             raise BatchError(
-                f"a batch of {samples} samples has a tensor of shape {tuple(tensor.shape)}; every tensor of a batch needs "
-                "the samples in dimension 0, so that it can be divided; repeat it per sample, or make it in the loss"
+                f"a batch of {samples} samples has a tensor of shape {tuple(tensor.shape)}; every tensor of a batch "
+                "needs the samples in dimension 0, so that it can be divided; repeat it, or make it in the loss"
             )
     return batch
 
@@ -89,26 +108,39 @@ class _Merge:
     fake: FakeModel
     small: Recording
     large: Recording
+    groups: list[tuple[Group, Group]] = field(init=False)
+    refused: list[tuple[str, str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        small, self.refused = tensor_groups(self.small, self.fake.model)
+        large, _ = tensor_groups(self.large, self.fake.model)
+        self.groups = [(a, b) for a in small for b in large if (a.unit, a.styles) == (b.unit, b.styles)]
 
     def calls(self) -> tuple[Call, ...]:
         kept: tuple[set[int], set[int]] = (set(), set())
         kinds: dict[Any, int] = {}
-        memo: dict[tuple[int, int], tuple[tuple[Operation, ...], tuple[Operation, ...]]] = {}
-        parameters = {n for n, p in self.fake.model.named_parameters(remove_duplicate=False) if n in self.fake.names}
+        ours: dict[str, list[int]] = {}
+        for index, (group, _) in enumerate(self.groups):
+            ours.setdefault(group.unit, []).append(index)
+        parameters = {n for n, _ in self.fake.model.named_parameters(remove_duplicate=False) if n in self.fake.names}
         calls = []
         for a, b in zip(self.small.calls, self.large.calls, strict=True):
             cost_a, cost_b = self.small.costs[a.kind], self.large.costs[b.kind]
-            if (a.kind, b.kind) not in memo:
-                memo[a.kind, b.kind] = (
-                    _operations(cost_a.forward, cost_b.forward),
-                    _operations(cost_a.backward, cost_b.backward),
-                )
-            forward, backward = memo[a.kind, b.kind]
+            works = [(i, self.groups[i][0].work[a.kind], self.groups[i][1].work[b.kind]) for i in ours.get(a.unit, ())]
+            forward = _operations(
+                cost_a.forward, cost_b.forward, {place: i for i, _, w in works for place in w.operations}
+            )
+            nodes = {node: i for i, _, w in works for node in w.nodes}
+            by_node = {place: nodes[op.node] for place, op in enumerate(cost_b.backward) if op.node in nodes}
+            backward = _operations(cost_a.backward, cost_b.backward, by_node)
             glue_forward = _operations(a.glue.forward, b.glue.forward)
             glue_backward = _operations(a.glue.backward, b.glue.backward)
-            saved = _saved(_keep(a, cost_a, kept[0]), _keep(b, cost_b, kept[1]))
+            saved = _saved(
+                _by_group(_keep(a, cost_a, kept[0]), {s: i for i, w, _ in works for s in w.storages}),
+                _by_group(_keep(b, cost_b, kept[1]), {s: i for i, _, w in works for s in w.storages}),
+            )
             reads = dict.fromkeys((*a.reads, *a.glue_reads, *b.reads, *b.glue_reads))
-            likeness = (a.kind, b.kind, glue_forward, glue_backward, saved)
+            likeness = (a.kind, b.kind, glue_forward, glue_backward, sum(s.bytes.at(1) for s in saved))
             calls.append(
                 Call(
                     name=a.name,
@@ -119,7 +151,8 @@ class _Merge:
                     saved=saved,
                     inputs=tuple(sorted({*a.sources, *b.sources})),
                     outputs=tuple(
-                        Output(affine(x.bytes, y.bytes), x.requires_grad) for x, y in zip(a.tensors, b.tensors, strict=True)
+                        Output(affine(x.bytes, y.bytes), x.requires_grad)
+                        for x, y in zip(a.tensors, b.tensors, strict=True)
                     ),
                     parameters=tuple(n for n in reads if n in parameters),
                     buffers=tuple(n for n in reads if n not in parameters),
@@ -139,41 +172,58 @@ def affine(small: float, large: float) -> Affine:
     return Affine(small - slope * SAMPLES[0], slope)
 
 
-def _operations(small: Sequence[RawOp], large: Sequence[RawOp]) -> tuple[Operation, ...]:
-    small = [op for op in small if op.kind != "view"]
-    large = [op for op in large if op.kind != "view"]
-    if [op.name for op in small] != [op.name for op in large]:
+def _operations(
+    small: Sequence[RawOp], large: Sequence[RawOp], group: Mapping[int, int] = MappingProxyType({})
+) -> tuple[Operation, ...]:
+    """Operations on the line through both; ``group``: tensor groups, by the place of an operation in the larger one."""
+    before = [op for op in small if op.kind != "view"]
+    after = [(place, op) for place, op in enumerate(large) if op.kind != "view"]
+    groups = [group.get(place, NO_GROUP) for place, _ in after]
+    if [op.name for op in before] != [op.name for _, op in after]:
         # Other operations for another batch size: scale those of the larger one, which is nearer to real ones.
         return tuple(
-            Operation(op.name, op.kind, Affine(0, op.flops / SAMPLES[1]), Affine(0, op.bytes / SAMPLES[1])) for op in large
+            Operation(op.name, op.kind, Affine(0, op.flops / SAMPLES[1]), Affine(0, op.bytes / SAMPLES[1]), g)
+            for (_, op), g in zip(after, groups, strict=True)
         )
     return tuple(
-        Operation(b.name, b.kind, affine(a.flops, b.flops), affine(a.bytes, b.bytes))
-        for a, b in zip(small, large, strict=True)
+        Operation(b.name, b.kind, affine(a.flops, b.flops), affine(a.bytes, b.bytes), g)
+        for a, (_, b), g in zip(before, after, groups, strict=True)
     )
 
 
 def _keep(call: RecordedCall, cost: Cost, kept: set[int]) -> list[SavedStorage]:
-    """What a call and its glue save, without what an earlier call keeps alive already: its output is the next one's input."""
+    """What a call and its glue save, without what an earlier call keeps alive already: its output is the next one's
+    input."""
     new = []
-    for saved in (*call.glue.saved, *cost.saved):
-        storage = saved.storage
+    for saved in call.glue.saved:
+        if saved.storage not in kept:
+            kept.add(saved.storage)
+            new.append(saved)
+    for saved in cost.saved:
         if saved.argument is not None:
             storage = call.arguments[saved.argument]
-        if saved.argument is not None or saved in call.glue.saved:
             if storage in kept:
                 continue
             kept.add(storage)
+            saved = replace(saved, bytes=call.argument_bytes[saved.argument])
         if saved.output is not None:
             kept.add(call.outputs[saved.output])
         new.append(saved)
     return new
 
 
-def _saved(small: Sequence[SavedStorage], large: Sequence[SavedStorage]) -> tuple[Saved, ...]:
-    if len(small) != len(large):
-        return (Saved(Affine(0, sum(s.bytes for s in large) / SAMPLES[1])),)
-    return (Saved(affine(sum(s.bytes for s in small), sum(s.bytes for s in large)), NO_GROUP),)
+def _by_group(saved: Sequence[SavedStorage], groups: dict[int, int]) -> dict[int, int]:
+    """Bytes saved, by tensor group."""
+    result: dict[int, int] = {}
+    for s in saved:
+        group = groups.get(s.storage, NO_GROUP)
+        result[group] = result.get(group, 0) + s.bytes
+    return result
+
+
+def _saved(small: dict[int, int], large: dict[int, int]) -> tuple[Saved, ...]:
+    groups = sorted({*small, *large})
+    return tuple(Saved(affine(small.get(g, 0), large.get(g, 0)), g) for g in groups)
 
 
 def _parameters(fake: FakeModel) -> dict[str, Parameter]:
@@ -192,7 +242,7 @@ def _parameters(fake: FakeModel) -> dict[str, Parameter]:
     return parameters
 
 
-class _Traffic(TorchDispatchMode):
+class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class has an untyped __init_subclass__
     """Counts the bytes that operations read and write."""
 
     bytes = 0
@@ -211,11 +261,12 @@ class _Traffic(TorchDispatchMode):
 
 
 def _optimizer_cost(workload: Workload) -> tuple[float, float]:
-    """Bytes of state, and bytes read and written by a step, per byte of parameter: of the user's optimizer on a small one."""
+    """Bytes of state, and bytes read and written by a step, per byte of parameter: of the user's optimizer on a small
+    one."""
     parameter = nn.Parameter(torch.zeros(32, 32))
     try:
         optimizer = workload.optimizer([parameter])
-        traffic = _Traffic()  # type: ignore[no-untyped-call]
+        traffic = _Traffic()  # type: ignore[no-untyped-call] # untyped in torch
         for _ in range(2):  # the first step makes the state
             parameter.grad = torch.zeros_like(parameter)
             traffic.bytes = 0
@@ -224,8 +275,8 @@ def _optimizer_cost(workload: Workload) -> tuple[float, float]:
     except Exception as error:  # the user's code: whatever it raises is told once
         line = next(iter(str(error).splitlines()), "")
         raise InputError(
-            f"Workload.optimizer raised {type(error).__name__} on a single parameter: {line}; it must be a function of any "
-            "iterable of parameters that returns a torch optimizer"
+            f"Workload.optimizer raised {type(error).__name__} on a single parameter: {line}; it must be a function of "
+            "any iterable of parameters that returns a torch optimizer"
         ) from error
     size = parameter.numel() * parameter.itemsize
     state = sum(t.nbytes for t in tree_leaves(optimizer.state[parameter]) if isinstance(t, Tensor) and t.dim())

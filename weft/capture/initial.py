@@ -1,7 +1,8 @@
 """Initial weights: those the single device would have, on whoever owns them.
 
-The factory runs once on fake tensors (``build_fake``) while a Tape records its operations. Each process then replays the tape
-(``materialize``): random operations draw as they would on one device, and what is not wanted here is never kept.
+The factory runs once on fake tensors (``build_fake``) while a Tape records its operations. Each process then replays
+the tape (``materialize``): random operations draw as they would on one device, and what is not wanted here is never
+kept.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
+from weft.capture.replay import replay, value
 from weft.capture.tape import Ref, Tape
 from weft.errors import ModelError
 
@@ -32,7 +34,8 @@ class FakeModel:
         model: the module the factory made; its tensors are fake tensors of ``mode``.
         mode: their mode.
         names: every name a tensor of the model has, by its first: parameters, buffers and plain tensor attributes.
-        refs: where each of them is on the tape, by first name; a tensor the factory did not make itself is there as it is.
+        refs: where each of them is on the tape, by first name; a tensor the factory did not make itself is there as
+            it is.
         tape: the operations of the factory.
         seed: the seed the weights are drawn from.
     """
@@ -56,7 +59,7 @@ def build_fake(factory: Callable[[], nn.Module], seed: int) -> FakeModel:
         ModelError: the factory raised, made no module, or looked at values it had drawn.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tape = Tape(mode)
+    tape = Tape(mode, value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with mode, tape, _truncated_normal_on(tape):
@@ -64,8 +67,8 @@ def build_fake(factory: Callable[[], nn.Module], seed: int) -> FakeModel:
                 model = factory()
             except DataDependentOutputException as error:
                 raise ModelError(
-                    f"the model factory looks at a value that depends on random numbers ({_where(error)}), which is not "
-                    "known before the weights are drawn; compute it from plain Python numbers"
+                    f"the model factory looks at a value that depends on random numbers ({_where(error)}), which is "
+                    "not known before the weights are drawn; compute it from plain Python numbers"
                 ) from error
             except Exception as error:  # the user's code: whatever it raises is told once, with its place
                 raise ModelError(
@@ -116,7 +119,7 @@ def materialize(
         ref = fake.refs[name]
         if isinstance(ref, Tensor):
             keep(name, ref.detach().clone())
-    fake.tape.replay({n: ref for n in cuts if isinstance(ref := fake.refs[n], Ref)}, keep)
+    replay(fake.tape, {n: ref for n in cuts if isinstance(ref := fake.refs[n], Ref)}, keep)
     return {name: kept[fake.first(name)] for name in wanted}
 
 
@@ -161,13 +164,13 @@ def map_tensors(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -> No
     for registry in ("_parameters", "_buffers", ""):
         results: dict[tuple[int, str], Any] = {}
         for prefix, module in modules:
-            for key, value in vars(module)[registry].items() if registry else vars(module).items():
+            for key, held in vars(module)[registry].items() if registry else vars(module).items():
                 if key not in ("_parameters", "_buffers", "_modules"):
-                    results[id(module), key] = _map(value, f"{prefix}.{key}" if prefix else key, change)
+                    results[id(module), key] = _map(held, f"{prefix}.{key}" if prefix else key, change)
         for _, module in modules:
             slots = vars(module)[registry] if registry else vars(module)
-            for key, value in list(slots.items()):
-                slots[key] = results.get((id(module), key), value)
+            for key, old in list(slots.items()):
+                slots[key] = results.get((id(module), key), old)
 
 
 def _map(value: Any, name: str, change: Callable[[str, Tensor], Tensor]) -> Any:
@@ -184,7 +187,8 @@ def _map(value: Any, name: str, change: Callable[[str, Tensor], Tensor]) -> Any:
 
 @contextmanager
 def _truncated_normal_on(tape: Tape) -> Iterator[None]:
-    """Let ``trunc_normal_`` be one step of the tape: it draws until all numbers are in range, which only real numbers tell."""
+    """Let ``trunc_normal_`` be one step of the tape: it draws until all numbers are in range, which only real numbers
+    tell."""
     original = torch.nn.init._no_grad_trunc_normal_
 
     def record(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
@@ -27,11 +28,11 @@ _NAMES = {
     "_fused_rms_norm_backward",
     "softmax": "_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data logsumexp _safe_softmax",
     "gather": "embedding embedding_dense_backward _embedding_bag index index_select index_put index_put_ index_add "
-    "index_add_ index_copy index_copy_ _index_put_impl_ gather scatter scatter_ scatter_add scatter_add_ scatter_reduce "
-    "scatter_reduce_ take nll_loss_forward nll_loss_backward nll_loss2d_forward nll_loss2d_backward",
+    "index_add_ index_copy index_copy_ _index_put_impl_ gather scatter scatter_ scatter_add scatter_add_ "
+    "scatter_reduce scatter_reduce_ take nll_loss_forward nll_loss_backward nll_loss2d_forward nll_loss2d_backward",
     "transcendental": "exp exp_ exp2 expm1 log log_ log2 log1p tanh tanh_ sigmoid sigmoid_ erf erf_ erfinv gelu gelu_ "
-    "gelu_backward silu silu_ silu_backward sin cos tan pow pow_ rsqrt softplus softplus_backward mish mish_backward elu "
-    "elu_ logit log_sigmoid_forward log_sigmoid_backward atan2 polar",
+    "gelu_backward silu silu_ silu_backward sin cos tan pow pow_ rsqrt softplus softplus_backward mish mish_backward "
+    "elu elu_ logit log_sigmoid_forward log_sigmoid_backward atan2 polar",
     "reduction": "sum mean amax amin aminmax max min prod var var_mean std std_mean norm linalg_vector_norm cumsum "
     "cumprod argmax argmin any all topk sort median mse_loss l1_loss smooth_l1_loss binary_cross_entropy avg_pool2d "
     "max_pool2d_with_indices _adaptive_avg_pool2d count_nonzero histc",
@@ -53,12 +54,24 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Any = Non
     Shapes: (T, K) x (E, K, N) -> (T, N); (M, T) x (T, N) -> (E, M, N); (E, M, K) x (E, K, N) -> (E, M, N);
     (E, M, K) x (K, T) -> (M, T).
     """
-    groups = [offs.shape[0]] if a.dim() == b.dim() == 2 and offs is not None else [a.shape[0]] if a.dim() == b.dim() else []
+    groups: list[int] = []
+    if a.dim() == b.dim():
+        groups = [a.shape[0] if offs is None else offs.shape[0]]
     return a.new_empty([*groups, a.shape[-2], b.shape[-1]], dtype=out_dtype or a.dtype)
 
 
 STAND_INS = {aten._grouped_mm.default: grouped_mm}
 """Operators whose rule for fake tensors is stricter than the operator itself."""
+
+
+class StandIns(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class has an untyped __init_subclass__
+    """Runs STAND_INS in place of their operators, above a FakeTensorMode."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator or its stand-in."""
+        return STAND_INS.get(func, func)(*args, **(kwargs or {}))
 
 
 def kind_of(func: Any) -> str:
@@ -73,13 +86,13 @@ def flops_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -
     """Floating-point operations of a matrix product, convolution or attention (masked scores counted); 0 for others."""
     packet = func._overloadpacket
     if packet is aten._scaled_dot_product_flash_attention_for_cpu:
-        return int(sdpa_flop_count(*(tuple(t.shape) for t in args[:3])))
+        return int(sdpa_flop_count(*(tuple(t.shape) for t in args[:3])))  # type: ignore[no-untyped-call] # in torch
     if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return int(sdpa_backward_flop_count(*(tuple(t.shape) for t in args[:4])))
+        return int(sdpa_backward_flop_count(*(tuple(t.shape) for t in args[:4])))  # type: ignore[no-untyped-call] # in torch
     if packet is aten._grouped_mm:
         rows, weight = args[0], args[1]
         # Every row meets one group's matrix; (M, T) x (T, N) sums over the rows T.
-        return 2 * rows.numel() * int(weight.shape[-1])
+        return 2 * int(rows.numel()) * int(weight.shape[-1])
     formula = flop_registry.get(packet)
     return int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
 

@@ -1,18 +1,19 @@
-"""Recorder: one run of the user's ``loss(model, batch)`` on fake tensors, cut into calls of units and the glue between them.
+"""Recorder: one run of the user's ``loss(model, batch)`` on fake tensors, cut into calls of units and the glue
+between them.
 
-Every call of a unit is intercepted (its ``forward`` is overridden on the instance while the recorder runs, so that hooks
-still run). The unit runs on tensors of its own, which share nothing with the glue's, so its backward can be run by itself;
-what it returns to the glue is new again. A unit that is built like one seen before, and called on inputs of the same form,
-is not run again: its outputs are made from what was recorded. So the cost of recording does not grow with depth.
+Every call of a unit is intercepted (its ``forward`` is overridden on the instance while the recorder runs, so that
+hooks still run). The unit runs on tensors of its own, which share nothing with the glue's, so its backward can be run
+by itself; what it returns to the glue is new again. A unit that is built like one seen before, and called on inputs
+of the same form, is not run again: its outputs are made from what was recorded. So the cost of recording does not
+grow with depth.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,97 +24,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from weft.capture.blocks import Likeness, likeness, same_value
+from weft.capture.frames import NOWHERE, Frame, Origin, RawOp
 from weft.capture.initial import map_tensors
+from weft.capture.isolation import quiet, restored, snapshot
 from weft.capture.profile import LOSS, Source
-from weft.capture.trace import NOWHERE, Frame, Origin, RawOp, Trace, is_library
+from weft.capture.recording import Cost, Example, RecordedCall, Recording, SavedStorage, TensorLeaf
+from weft.capture.trace import Trace, is_library, sequence_number
 from weft.errors import LossError, ModelError, WeftError
 
-
-@dataclass(frozen=True, slots=True)
-class TensorLeaf:
-    """The form of a tensor that a call returns."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device_type: str
-    requires_grad: bool
-
-    @property
-    def bytes(self) -> int:
-        """Size of its elements."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class SavedStorage:
-    """A storage kept for backward: its number in the recording, its bytes, and which argument or output it is, if any."""
-
-    storage: int
-    bytes: int
-    argument: int | None = None
-    output: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What a call, or a stretch of glue, does. Operations on views are included, at no cost."""
-
-    forward: tuple[RawOp, ...] = ()
-    backward: tuple[RawOp, ...] = ()
-    saved: tuple[SavedStorage, ...] = ()
-    workspace_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedCall:
-    """One call of a unit, and the glue before it.
-
-    Attributes:
-        name, unit: as profile.Call.
-        occurrence: 1 for the first call of the unit.
-        spec: how the outputs are put together (``tree_unflatten(leaves, spec)``).
-        leaves: its outputs: a TensorLeaf, or the Python value itself.
-        sources: outputs of earlier calls that its arguments derive from; ``leaf`` counts tensors only.
-        reads: parameters, buffers and plain tensor attributes, by first name: the unit's own and others it read.
-        glue_reads: those the glue read on the way to its arguments.
-        kind: index into ``Recording.costs``.
-        glue: cost of the glue between the call before and this one.
-        arguments: storages of its tensor arguments, in order; ``outputs``: of the tensors it returned.
-    """
-
-    name: str
-    unit: str
-    occurrence: int
-    spec: TreeSpec
-    leaves: tuple[Any, ...]
-    sources: tuple[Source, ...]
-    reads: tuple[str, ...]
-    glue_reads: tuple[str, ...]
-    kind: int
-    glue: Cost
-    arguments: tuple[int, ...]
-    outputs: tuple[int, ...]
-
-    @property
-    def tensors(self) -> tuple[TensorLeaf, ...]:
-        """The tensors among the outputs, in order: what ``Source.leaf`` counts."""
-        return tuple(leaf for leaf in self.leaves if isinstance(leaf, TensorLeaf))
-
-
-@dataclass(frozen=True, slots=True)
-class Recording:
-    """A run of a workload's loss: its calls in order, LOSS last, and what each kind of call costs.
-
-    Attributes:
-        names: first names of parameters, buffers and attributes, by storage, for Refs in operations.
-        examples: for each kind the arguments of the call recorded, with Refs for tensors, and the unit.
-    """
-
-    calls: tuple[RecordedCall, ...]
-    costs: tuple[Cost, ...]
-    names: dict[int, str]
-    units: tuple[str, ...]
+__all__ = ["Cost", "RecordedCall", "Recording", "TensorLeaf", "record"]
 
 
 def record(
@@ -123,6 +42,7 @@ def record(
     batch: Any,
     *,
     backward: bool = True,
+    alike: Collection[tuple[str, str]] = (),
 ) -> Recording:
     """Run a loss once on fake tensors and say which unit's call costs what and needs what.
 
@@ -132,12 +52,13 @@ def record(
         loss: ``loss(model, batch)``.
         batch: tensors in any nesting; their values are looked at only where the model does.
         backward: record the backward, too.
+        alike: ``Recording.alike`` of the same model on another batch: these need not be run to be compared again.
 
     Raises:
         ModelError: the model cannot be run on fake tensors.
         LossError: the loss is neither a scalar nor ``(sum, count)``, or (with backward) depends on no parameter.
     """
-    return _Recorder(model, units, backward).record(loss, batch)
+    return _Recorder(model, units, backward, set(alike)).record(loss, batch)
 
 
 @dataclass(slots=True)
@@ -147,6 +68,7 @@ class _Kind:
     unit: str
     module: nn.Module
     state: tuple[Any, ...]
+    given: Sequence[Any]
     arguments: Sequence[Any]
     spec: TreeSpec
     out_leaves: tuple[Any, ...]
@@ -160,6 +82,7 @@ class _Recorder:
     model: nn.Module
     units: Sequence[str]
     backward: bool
+    alike: set[tuple[str, str]]
     trace: Trace = field(init=False)
     first: dict[int, str] = field(init=False)
     kinds: list[_Kind] = field(init=False, default_factory=list)
@@ -186,8 +109,8 @@ class _Recorder:
         mode = next(t for t in tensors if isinstance(t, FakeTensor)).fake_mode
         self.trace = Trace(mode, tensors)
         with ExitStack() as stack:
-            stack.enter_context(_quiet())
-            stack.enter_context(_restored(self.model))
+            stack.enter_context(quiet())
+            stack.enter_context(restored(self.model))
             for name in self.units:
                 self._intercept(name, self.model.get_submodule(name))
             stack.enter_context(mode)
@@ -198,7 +121,14 @@ class _Recorder:
             result = self._told("", loss, self.model, fakes)
             self._finish(result)
             self.trace.frame = None
-        return Recording(tuple(self.calls), tuple(k.cost for k in self.kinds), dict(self.trace.names), tuple(self.units))
+        return Recording(
+            calls=tuple(self.calls),
+            costs=tuple(kind.cost for kind in self.kinds),
+            examples=tuple(Example(kind.unit, kind.spec, tuple(kind.arguments)) for kind in self.kinds),
+            names=dict(self.trace.names),
+            units=tuple(self.units),
+            alike=frozenset(self.alike),
+        )
 
     def _fake(self, value: Tensor) -> Tensor:
         if isinstance(value, FakeTensor):
@@ -235,7 +165,7 @@ class _Recorder:
             for tensor in given:
                 origin |= self.trace.origin(tensor)
             self.roots += [t for t in given if t.requires_grad]
-            self.bounds.append(torch.autograd._get_sequence_nr())
+            self.bounds.append(sequence_number())
             kind, extra, reads = self._kind(number, unit, module, forward, leaves, spec)
             origin |= extra
             outputs, fresh = self._outputs(number, self.kinds[kind])
@@ -255,6 +185,7 @@ class _Recorder:
                     kind=kind,
                     glue=Cost(),
                     arguments=tuple(self.trace.ref(t).storage for t in given),
+                    argument_bytes=tuple(t.untyped_storage().nbytes() for t in given),
                     outputs=tuple(self.trace.ref(t).storage for t in fresh),
                 )
             )
@@ -268,20 +199,25 @@ class _Recorder:
         state = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
         numbered: list[int] = []
         for index, kind in enumerate(self.kinds):
-            if kind.replayable and kind.state == state and kind.spec == spec and _alike(kind.arguments, leaves):
+            if kind.replayable and kind.state == state and kind.spec == spec and _alike(kind.given, leaves):
                 match likeness(kind.module, module, kind.unit, unit):
                     case Likeness.SAME:
                         return index, NOWHERE, set()
                     case Likeness.SAME_BUT_NUMBERED:
+                        if (kind.unit, unit) in self.alike:
+                            return index, NOWHERE, set()
                         numbered.append(index)
+        # Objects are kept as they are now: a unit may change what it is given (a cache).
+        arguments = [_form(leaf if numbered else snapshot(leaf)) for leaf in leaves]
         frame, run = self._run(number, unit, module, forward, leaves, spec)
         replayable = not frame.looked and frame.extra is NOWHERE and not frame.reads - self._names_of(module)
         for index in numbered:
             if replayable and _forms(frame.operations) == _forms(self.kinds[index].cost.forward):
+                self.alike.add((self.kinds[index].unit, unit))
                 return index, NOWHERE, set()
         out_leaves, out_spec, cost = run()
         self.kinds.append(
-            _Kind(unit, module, state, [_form(x) for x in leaves], spec, out_leaves, out_spec, cost, replayable)
+            _Kind(unit, module, state, _forms_of(leaves), arguments, spec, out_leaves, out_spec, cost, replayable)
         )
         return len(self.kinds) - 1, frame.extra, frame.reads
 
@@ -308,7 +244,8 @@ class _Recorder:
             flat, out_spec = tree_flatten(result)
             out_leaves = tuple(_leaf(unit, x) for x in flat)
             tensors = [x for x in flat if isinstance(x, Tensor)]
-            returned = [self.trace.ref(x).storage for x in tensors]
+            refs = tuple(self.trace.ref(x) for x in tensors)
+            returned = [ref.storage for ref in refs]
             back = Frame(unit, number, forward=False)
             peak = workspace
             roots = [t for t in tensors if t.requires_grad]
@@ -328,7 +265,7 @@ class _Recorder:
                 )
                 for storage, size in frame.saved.items()
             )
-            return out_leaves, out_spec, Cost(tuple(frame.operations), tuple(back.operations), saved, peak)
+            return out_leaves, out_spec, Cost(tuple(frame.operations), tuple(back.operations), saved, peak, refs)
 
         return frame, finish
 
@@ -353,9 +290,8 @@ class _Recorder:
         self.trace.frame = None
         parts = list(result) if isinstance(result, tuple) and len(result) == 2 else [result]
         total = parts[0]
-        if not isinstance(total, Tensor) or total.numel() != 1 or not total.is_floating_point():
-            raise LossError(f"loss(model, batch) must return a scalar or (sum, count), got {_describe(result)}")
-        if len(parts) == 2 and not (isinstance(parts[1], (int, float)) or (isinstance(parts[1], Tensor) and parts[1].numel() == 1)):
+        mean = isinstance(total, Tensor) and total.numel() == 1 and total.is_floating_point()
+        if not mean or not _is_number(parts[-1]):
             raise LossError(f"loss(model, batch) must return a scalar or (sum, count), got {_describe(result)}")
         if self.backward and not total.requires_grad:
             raise LossError("loss(model, batch) does not depend on any trainable parameter; return a loss that does")
@@ -374,12 +310,23 @@ class _Recorder:
             if isinstance(part, Tensor):
                 origin |= self.trace.origin(part)
         _, spec = tree_flatten(None)
-        self.kinds.append(_Kind("", self.model, (), (), spec, (), spec, Cost(), False))
+        self.kinds.append(_Kind("", self.model, (), (), (), spec, (), spec, Cost(), False))
         self.calls.append(
             RecordedCall(
-                LOSS, "", 1, spec, (), tuple(sorted(origin.sources)), (), tuple(sorted(origin.reads)),
-                len(self.kinds) - 1, Cost(), (), (),
-            )  # fmt: skip
+                name=LOSS,
+                unit="",
+                occurrence=1,
+                spec=spec,
+                leaves=(),
+                sources=tuple(sorted(origin.sources)),
+                reads=(),
+                glue_reads=tuple(sorted(origin.reads)),
+                kind=len(self.kinds) - 1,
+                glue=Cost(),
+                arguments=(),
+                argument_bytes=(),
+                outputs=(),
+            )
         )
         for i, (frame, back) in enumerate(zip(self.stretches, backs, strict=True)):
             saved = tuple(SavedStorage(storage, size) for storage, size in frame.saved.items())
@@ -439,7 +386,7 @@ class _Enter(torch.autograd.Function):
 def _enter(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """A leaf that ends a piece of the graph, and the tensor to compute with."""
     end = tensor.detach().requires_grad_()
-    return end, _Enter.apply(end)  # type: ignore[no-untyped-call]
+    return end, _Enter.apply(end)  # type: ignore[no-untyped-call] # untyped in torch
 
 
 def _gradients(roots: Sequence[Tensor], ends: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -455,8 +402,12 @@ def _form(leaf: Any) -> Any:
     return leaf
 
 
+def _forms_of(leaves: Sequence[Any]) -> list[Any]:
+    return [_form(leaf) for leaf in leaves]
+
+
 def _alike(recorded: Sequence[Any], leaves: Sequence[Any]) -> bool:
-    return len(recorded) == len(leaves) and all(map(same_value, recorded, map(_form, leaves)))
+    return len(recorded) == len(leaves) and all(map(same_value, recorded, _forms_of(leaves)))
 
 
 def _forms(operations: Sequence[RawOp]) -> list[Any]:
@@ -469,10 +420,14 @@ def _leaf(unit: str, value: Any) -> Any:
         return _form(value)
     if dataclasses.is_dataclass(value) and any(isinstance(x, Tensor) for x in vars(value).values()):
         raise ModelError(
-            f"unit {unit!r} returns a {type(value).__name__}, whose tensors weft cannot see; return a tensor, tuple, list or "
-            f"dict, or register the class with torch.utils._pytree.register_dataclass"
+            f"unit {unit!r} returns a {type(value).__name__}, whose tensors weft cannot see; return a tensor, tuple, "
+            f"list or dict, or register the class with torch.utils._pytree.register_dataclass"
         )
     return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def _describe(value: Any) -> str:
@@ -481,29 +436,3 @@ def _describe(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {', '.join(map(_describe, value))}"
     return f"a {type(value).__name__}"
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Put every module's attributes back: forwards cache tensors in them."""
-    before = [(module, dict(vars(module)), {k: dict(vars(module)[k]) for k in ("_parameters", "_buffers")}) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes, registries in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for key, values in registries.items():
-                vars(module)[key].clear()
-                vars(module)[key].update(values)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the fake tensors' log to ourselves: what it would say is raised as an error."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before

@@ -3,9 +3,9 @@
 Two things are followed at once:
 
 - *cost*: each operation with its flops and bytes, live storages and what autograd saves, written to the current Frame;
-- *origin*: from which outputs of earlier calls, and through which parameters, every tensor of the glue derives. Origins
-  are kept by storage, so that they follow views, in-place writes and ``out=``, and are cut where a call returns: its outputs
-  derive from the call alone.
+- *origin*: from which outputs of earlier calls, and through which parameters, every tensor of the glue derives.
+  Origins are kept by storage, so that they follow views, in-place writes and ``out=``, and are cut where a call
+  returns: its outputs derive from the call alone.
 
 Values are not known on fake tensors, except where they follow from the batch and from constants without going through
 a parameter or a unit. Those are computed alongside, for Python code that looks at them (``mask.all()``).
@@ -19,112 +19,36 @@ import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from weft.capture.frames import NOWHERE, Frame, Origin, RawOp
 from weft.capture.operations import STAND_INS, bytes_of, flops_of, kind_of
 from weft.capture.profile import Source
 from weft.capture.tape import Ref, flat_tensors, written_arguments
 from weft.errors import ModelError
+
+__all__ = ["RawOp", "Trace", "is_library", "sequence_number", "where"]
 
 aten = torch.ops.aten
 LARGEST_KNOWN = 1 << 24
 """Values of tensors with more elements than this are not followed."""
 
 
-@dataclass(frozen=True, slots=True)
-class RawOp:
-    """One operation at one size of the batch.
-
-    Attributes:
-        func: the operator; ``name`` is its name, ``"aten.addmm"``.
-        kind: as profile.Operation.
-        flops, bytes: what it costs; both 0 for an operation on views only.
-        args, kwargs: arguments, with a Ref for every tensor.
-        outputs: the tensors it returns.
-    """
-
-    func: Any
-    name: str
-    kind: str
-    flops: int
-    bytes: int
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: tuple[Ref, ...]
-
-    @property
-    def form(self) -> tuple[Any, ...]:
-        """What makes it the same operation as another one: name and shapes."""
-        return self.name, self.flops, self.bytes, tuple((r.size, r.stride, r.dtype) for r in self.outputs)
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a tensor of the glue comes from: outputs of calls, and names of parameters and buffers read on the way."""
-
-    sources: frozenset[Source] = frozenset()
-    reads: frozenset[str] = frozenset()
-
-    def __or__(self, other: Origin) -> Origin:
-        if other is NOWHERE or other == self:
-            return self
-        return other if self is NOWHERE else Origin(self.sources | other.sources, self.reads | other.reads)
-
-
-NOWHERE = Origin()
-
-
-@dataclass(slots=True, eq=False)
-class Frame:
-    """What is being recorded: a unit's call, a stretch of glue, or the backward of either.
-
-    Attributes:
-        unit: name of the unit, "" for glue.
-        call: number of the call.
-        forward: whether this is a forward.
-        arguments: storages the call was given; reading them needs no further note.
-        operations: in order, operations on views included.
-        events: (storage, bytes) when a storage is made, (storage, -bytes) when it is freed.
-        saved: bytes autograd keeps for the backward, by storage.
-        reads: names of the parameters and buffers read.
-        extra: origin of tensors read that are neither arguments nor the unit's own.
-        looked: whether Python looked at a value.
-    """
-
-    unit: str
-    call: int
-    forward: bool = True
-    arguments: frozenset[int] = frozenset()
-    operations: list[RawOp] = field(default_factory=list)
-    events: list[tuple[int, int]] = field(default_factory=list)
-    saved: dict[int, int] = field(default_factory=dict)
-    reads: set[str] = field(default_factory=set)
-    extra: Origin = NOWHERE
-    looked: bool = False
-
-    def workspace(self, passing: frozenset[int] = frozenset()) -> int:
-        """Peak bytes of live temporaries: what is made here and not saved. ``passing`` (gradients of parameters) count only
-        for the moment they are made: they are added to ``.grad`` at once."""
-        live = peak = 0
-        for storage, size in self.events:
-            if storage not in self.saved:
-                peak = max(peak, live + size)
-                live += 0 if storage in passing else size
-        return peak
-
-
-class Trace(TorchDispatchMode):
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class has an untyped __init_subclass__
     """Records what runs while it is active, above a FakeTensorMode. ``frame`` None records nothing."""
 
     def __init__(self, mode: FakeTensorMode, names: dict[Tensor, str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call] # untyped in torch
         self.mode = mode
         self.frame: Frame | None = None
         self.origins: dict[int, Origin] = {}
@@ -145,7 +69,7 @@ class Trace(TorchDispatchMode):
         frame = self._frame()
         if frame is None:
             return func(*args, **kwargs)
-        before = self._count
+        before, node = self._count, _node(frame)
         inputs = list(flat_tensors((args, kwargs)))
         refs = [self.ref(t) for t in inputs]
         if frame.forward:
@@ -154,10 +78,9 @@ class Trace(TorchDispatchMode):
         written = list(flat_tensors(written_arguments(func, args, kwargs)))
         values = self._values(func, args, kwargs, written) if frame.forward else None
         try:
-            stand_in = STAND_INS.get(func)
-            out = func(*args, **kwargs) if stand_in is None else stand_in(*args, **kwargs)
+            out = STAND_INS.get(func, func)(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            out = self._look(frame, func, args, kwargs, values, refs, error)
+            out = self._look(frame, func, args, values, refs, error)
         outputs = list(flat_tensors(out))
         made = tuple(self.ref(t) for t in outputs)
         if frame.forward:
@@ -175,6 +98,8 @@ class Trace(TorchDispatchMode):
                     bytes_of(func, inputs, (*new, *written)) if moves else 0,
                     *encoded,
                     made,
+                    frozenset(ref for t, ref in zip(inputs, refs, strict=True) if t.requires_grad),
+                    node,
                 )
             )
         return out
@@ -307,7 +232,7 @@ class Trace(TorchDispatchMode):
         return value
 
     def _look(
-        self, frame: Frame, func: Any, args: Any, kwargs: Any, values: list[Tensor] | None, refs: list[Ref], error: Exception
+        self, frame: Frame, func: Any, args: Any, values: list[Tensor] | None, refs: list[Ref], error: Exception
     ) -> Any:
         """Answer Python code that looks at a value, or an operator whose result's shape depends on one."""
         frame.looked = True
@@ -340,7 +265,8 @@ class Trace(TorchDispatchMode):
 
     def _refuse(self, frame: Frame, func: Any, refs: Sequence[Ref], error: Exception) -> NoReturn:
         name = func._schema.name.removeprefix("aten::")
-        what = "looks at a value" if name in ("_local_scalar_dense", "equal") else f"computes a shape from values ({name})"
+        looks = name in ("_local_scalar_dense", "equal")
+        what = "looks at a value" if looks else f"computes a shape from values ({name})"
         if frame.unit:
             raise ModelError(
                 f"unit {frame.unit!r} {what} that depends on its inputs or weights ({where()}), "
@@ -352,6 +278,19 @@ class Trace(TorchDispatchMode):
             f"code between units {what}{of} ({where()}), which is not known before the model runs; "
             "compute it inside a unit without reading values"
         ) from error
+
+
+def sequence_number() -> int:
+    """Number of the next autograd node this thread makes."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def _node(frame: Frame) -> int:
+    """Number of the autograd node just made for the operation (forward), or running it (backward)."""
+    if frame.forward:
+        return sequence_number() - 1
+    node = torch._C._current_autograd_node()
+    return node._sequence_nr() if node is not None else -1
 
 
 def where() -> str:

@@ -1,11 +1,11 @@
 """Units: the modules of a model that a plan places as a whole.
 
-The search goes down from the root. A container (ModuleList, Sequential, ModuleDict) is opened, and so is any module that
-holds, somewhere below it, a container with two or more children of one class. Such *repeated blocks* are units, whatever
-they contain, with one exception: where siblings of one class hold repeated blocks themselves and no two of that class are
-built alike (the stages of a convolutional network, each wider than the last), the stages are opened and their blocks are
-the units. Every other module with parameters is a unit too. What has no parameters (dropout, activations, rotary tables)
-stays glue, and so do parameters that an opened module holds itself.
+The search goes down from the root. A container (ModuleList, Sequential, ModuleDict) is opened, and so is any module
+that holds, somewhere below it, a container with two or more children of one class. Such *repeated blocks* are units,
+whatever they contain, with one exception: where siblings of one class hold repeated blocks themselves and no two of
+that class are built alike (the stages of a convolutional network, each wider than the last), the stages are opened
+and their blocks are the units. Every other module with parameters is a unit too. What has no parameters (dropout,
+activations, rotary tables) stays glue, and so do parameters that an opened module holds itself.
 """
 
 from __future__ import annotations

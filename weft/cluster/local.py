@@ -57,7 +57,9 @@ def _within(limit: int | None, own: int) -> int:
 def _accelerators(devices: int, limit: int | None) -> Cluster:
     there = torch.accelerator.device_count()
     if not 1 <= devices <= there:
-        raise ClusterError(f"this machine has {there} accelerators, {devices} were asked for; use --devices 1 to {there}")
+        raise ClusterError(
+            f"this machine has {there} accelerators, {devices} were asked for; use --devices 1 to {there}"
+        )
     memory = _within(limit, device_memory(devices))
     name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else str(torch.accelerator.current_accelerator())
     known = presets.preset(presets.like(name), devices_per_node=devices)

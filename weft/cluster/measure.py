@@ -1,8 +1,8 @@
 """Measures a cluster from inside a job: every rank of an initialised process group calls ``measure``.
 
     rates         all ranks compute at once, each on its own device; the mean over ranks of the medians
-    cores         where devices are processes on shared cores: the processor time that all ranks together got per second, over
-                  how much faster one computes while the others sleep
+    cores         where devices are processes on shared cores: the processor time that all ranks together got per
+                  second, over how much faster one computes while the others sleep
     links         pairs of neighbours exchange messages, all pairs at once
     collectives   over groups of every size that divides the number of ranks, all groups at once
 
@@ -164,7 +164,9 @@ def _collectives(device: torch.device, ranks: int, size: int, stride: int) -> li
             mine = group
     found = []
     for kind in COLLECTIVES:
-        seconds = [_typical(_collective(kind, total, size, mine, device), device, count=3) for total in COLLECTIVE_BYTES]
+        seconds = [
+            _typical(_collective(kind, total, size, mine, device), device, count=3) for total in COLLECTIVE_BYTES
+        ]
         rates = tuple(total / spent for total, spent in zip(COLLECTIVE_BYTES, seconds, strict=True))
         found.append(Collective(kind=kind, ranks=size, rates=Curve(tuple(map(float, COLLECTIVE_BYTES)), rates)))
     if mine is not None:

@@ -1,7 +1,7 @@
 """Rates of one device by kind of operation, timed on the operations and shapes that models use.
 
-Each probe runs an operation and, where it has one, its backward, since both are what a training step does. Repeats of all probes
-are interleaved and the median of each is kept, so that a disturbance of the machine hits no probe alone.
+Each probe runs an operation and, where it has one, its backward, since both are what a training step does. Repeats of
+all probes are interleaved and the median of each is kept, so that a disturbance of the machine hits no probe alone.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ aten = torch.ops.aten
 MATMULS = ((128, 64, 64), (512, 128, 128), (512, 256, 256), (512, 256, 1024), (1024, 512, 2048))
 """(rows, in, out) of linear layers: tokens of a microbatch by features. Accelerators add ACCELERATOR_MATMULS."""
 
-ACCELERATOR_aten = torch.ops.aten
-
-MATMULS = ((2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192))
+ACCELERATOR_MATMULS = ((2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192))
 
 TENSORS = (2**14, 2**18, 2**22)
 """Elements of the tensors of memory-bound operations: in a core's cache, at its edge, out of it."""
@@ -61,7 +59,10 @@ def probes(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[Pr
         q, k, v = (torch.randn(samples, 8, 128, 32, device=device, requires_grad=True) for _ in range(3))
         flops = 4.0 * q.numel() * 128
         yield Probe("attention", flops, (1 + ATTENTION_BACKWARD) * flops, _both(_attention, q, k, v))
-    x, w = torch.randn(8, 16, 16, 16, device=device, requires_grad=True), torch.randn(32, 16, 3, 3, device=device, requires_grad=True)
+    x, w = (
+        torch.randn(8, 16, 16, 16, device=device, requires_grad=True),
+        torch.randn(32, 16, 3, 3, device=device, requires_grad=True),
+    )
     flops = 2.0 * 8 * 16 * 16 * w.numel()
     yield Probe("convolution", flops, 3 * flops, _both(lambda x, w: F.conv2d(x, w, padding=1), x, w))
     for elements in TENSORS + (ACCELERATOR_TENSORS if accelerator else ()):
@@ -114,8 +115,8 @@ def overhead_s(clock: Clock) -> float:
 class Clock:
     """Seconds of device time.
 
-    A process on a processor counts its own thread's time, in which it was not kept waiting by others on the same core; with
-    several threads, and for accelerators, time on the wall.
+    A process on a processor counts its own thread's time, in which it was not kept waiting by others on the same core;
+    with several threads, and for accelerators, time on the wall.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -153,7 +154,9 @@ def curves(work: list[Probe], seconds: list[float], overhead: float) -> dict[str
     """Rate over size by kind, the overhead of each operation taken off."""
     points: dict[str, list[tuple[float, float]]] = {}
     for probe, spent in zip(work, seconds, strict=True):
-        operations = probe.amount / probe.size if probe.kind.startswith("matmul") else 2 if probe.amount > probe.size else 1
+        operations = (
+            probe.amount / probe.size if probe.kind.startswith("matmul") else 2 if probe.amount > probe.size else 1
+        )
         net = max(spent - operations * overhead, 0.2 * spent)
         points.setdefault(probe.kind, []).append((probe.size, probe.amount / net))
     return {kind: Curve(*zip(*sorted(found), strict=True)) for kind, found in points.items()}

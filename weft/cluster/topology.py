@@ -1,7 +1,8 @@
 """Cluster: what there is to compute on. Devices with sustained rates, links in a hierarchy; plain numbers, no torch.
 
-A device's rates are those of one device computing alone. Where devices share processor cores (CPU processes), ``Nodes.cores`` says
-how many of them a node can drive at full speed at once, and ``A`` devices that compute together each run at ``min(1, cores / A)``.
+A device's rates are those of one device computing alone. Where devices share processor cores (CPU processes),
+``Nodes.cores`` says how many of them a node can drive at full speed at once, and ``A`` devices that compute together
+each run at ``min(1, cores / A)``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ CALIBRATIONS = ("measured here", "preset", "datasheet")
 FLOP_KINDS = ("matmul", "attention", "convolution")
 """Kinds of operation whose rate is in flop/s over flops; the other kinds' is in bytes/s over bytes."""
 BYTE_KINDS = (
-    "pointwise", "transcendental", "reduction", "normalization", "softmax", "gather", "random", "copy", "optimizer",
+    "pointwise", "transcendental", "reduction", "normalization", "softmax", "gather", "random", "copy",
 )  # fmt: skip
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
 
@@ -74,8 +75,8 @@ class Device:
     Attributes:
         memory_bytes: what a plan may use of it.
         matmul: flop/s over flops, by dtype.
-        rates: by kind of operation: flop/s over flops for FLOP_KINDS, bytes/s over bytes for BYTE_KINDS. A kind that is not
-            listed runs at the rate of ``matmul`` or ``pointwise``.
+        rates: by kind of operation: flop/s over flops for FLOP_KINDS, bytes/s over bytes for BYTE_KINDS. A kind that is
+            not listed runs at the rate of ``matmul`` or ``pointwise``.
         overhead_s: seconds every operation takes at least, whatever its size.
         price_per_hour: of one device; 0 where unknown.
     """
@@ -89,11 +90,17 @@ class Device:
 
     def __post_init__(self) -> None:
         if not isinstance(self.memory_bytes, int) or self.memory_bytes < 1:
-            raise ClusterError(f"device {self.name}: memory_bytes must be a whole number of at least 1, got {self.memory_bytes!r}")
+            raise ClusterError(
+                f"device {self.name}: memory_bytes must be a whole number of at least 1, got {self.memory_bytes!r}"
+            )
         if "float32" not in self.matmul:
-            raise ClusterError(f"device {self.name}: matmul needs a curve for float32, got {', '.join(self.matmul) or 'none'}")
+            raise ClusterError(
+                f"device {self.name}: matmul needs a curve for float32, got {', '.join(self.matmul) or 'none'}"
+            )
         if "pointwise" not in self.rates:
-            raise ClusterError(f"device {self.name}: rates needs a curve for pointwise, got {', '.join(self.rates) or 'none'}")
+            raise ClusterError(
+                f"device {self.name}: rates needs a curve for pointwise, got {', '.join(self.rates) or 'none'}"
+            )
         if unknown := sorted(set(self.rates) - {*FLOP_KINDS, *BYTE_KINDS}):
             known = ", ".join((*FLOP_KINDS, *BYTE_KINDS))
             raise ClusterError(f"device {self.name}: rate of unknown kind {unknown[0]!r}; known kinds are {known}")
@@ -111,7 +118,7 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """A collective as measured: ``rates`` in bytes/s over bytes, bytes being those of the whole tensor on ``ranks`` ranks."""
+    """A collective as measured on ``ranks`` ranks: ``rates`` in bytes/s over bytes, both of the whole tensor."""
 
     kind: str
     ranks: int
@@ -193,16 +200,22 @@ class Cluster:
 
     def __post_init__(self) -> None:
         if len(self.nodes) != 1:
-            raise ClusterError(f"cluster {self.name}: {len(self.nodes)} kinds of nodes; weft plans for one kind, list one [[nodes]]")
+            raise ClusterError(
+                f"cluster {self.name}: {len(self.nodes)} kinds of nodes; weft plans for one kind, list one [[nodes]]"
+            )
         if self.calibration not in CALIBRATIONS:
-            raise ClusterError(f"cluster {self.name}: calibration {self.calibration!r} is not one of {', '.join(CALIBRATIONS)}")
+            raise ClusterError(
+                f"cluster {self.name}: calibration {self.calibration!r} is not one of {', '.join(CALIBRATIONS)}"
+            )
         spans = [link.devices for link in self.links]
         if spans != sorted(set(spans)):
-            raise ClusterError(f"cluster {self.name}: links must connect more devices from one to the next, got {spans}")
+            raise ClusterError(
+                f"cluster {self.name}: links must connect more devices from one to the next, got {spans}"
+            )
         if self.devices > 1 and (not spans or spans[-1] < self.devices):
             raise ClusterError(
-                f"cluster {self.name}: the last link connects {spans[-1] if spans else 0} devices of {self.devices}; add a link "
-                f"with devices = {self.devices}"
+                f"cluster {self.name}: the last link connects {spans[-1] if spans else 0} devices of "
+                f"{self.devices}; add a link with devices = {self.devices}"
             )
 
     @classmethod
@@ -234,7 +247,7 @@ class Cluster:
 
     @classmethod
     def parse(cls, text: str) -> Cluster:
-        """What ``--cluster`` takes: a file, ``h100-sxm``, ``h100-sxm:8`` (one node) or ``h100-sxm:2x8`` (nodes x devices).
+        """What ``--cluster`` takes: a file, or a preset: ``h100-sxm``, ``h100-sxm:8`` (one node), ``h100-sxm:2x8``.
 
         Raises:
             ClusterError: none of these.
@@ -242,13 +255,13 @@ class Cluster:
         from weft.cluster.presets import names
 
         match = re.fullmatch(r"([\w-]+)(?::(?:(\d+)x)?(\d+))?", text)
-        if match is not None and match[1] in names() and not Path(text).exists():
+        if match is not None and match[1] in names() and not Path(text).is_file():
             return cls.preset(match[1], nodes=int(match[2] or 1), devices_per_node=int(match[3]) if match[3] else None)
-        if Path(text).exists():
+        if Path(text).is_file():
             return cls.load(text)
         raise ClusterError(
-            f"{text!r} is neither a cluster file nor a preset; give a file that `weft cluster` saved, or PRESET:NODESxDEVICES "
-            f"with PRESET one of {', '.join(names())}"
+            f"{text!r} is neither a cluster file nor a preset; give a file that `weft cluster` saved, or "
+            f"PRESET:NODESxDEVICES with PRESET one of {', '.join(names())}"
         )
 
     @property
@@ -298,6 +311,8 @@ class Cluster:
         """
         nodes = self.nodes[0]
         if not 1 <= devices <= self.devices or (devices > nodes.devices and devices % nodes.devices):
-            raise ClusterError(f"cannot take {devices} of the {self.devices} devices of {self.name} in whole nodes of {nodes.devices}")
+            raise ClusterError(
+                f"cannot take {devices} of the {self.devices} devices of {self.name} in whole nodes of {nodes.devices}"
+            )
         part = replace(nodes, count=max(1, devices // nodes.devices), devices=min(devices, nodes.devices))
         return replace(self, nodes=(part,), links=self.links if devices > 1 else ())

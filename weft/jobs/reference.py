@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from weft.capture.initial import build_fake
@@ -23,7 +24,7 @@ from weft.runtime.batches import Sampler, count_samples, cut, layout
 from weft.runtime.placement import Placement, Run, split_loss
 from weft.runtime.randomness import Seeds
 from weft.runtime.routes import Routes
-from weft.workload import Workload
+from weft.workload import Loss, Workload
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,29 @@ def in_dtype(workload: Workload, dtype: torch.dtype) -> Workload:
     def cast(leaf: Any) -> Any:
         return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
-    return replace(
-        workload,
-        model=lambda: workload.model().to(dtype),
-        loss=lambda model, batch: workload.loss(model, tree_map(cast, batch)),
-    )
+    def loss(model: nn.Module, batch: Any) -> Loss:
+        with InsteadOfFloat32(dtype):
+            return workload.loss(model, tree_map(cast, batch))
+
+    return replace(workload, model=lambda: workload.model().to(dtype), loss=loss)
+
+
+class InsteadOfFloat32(TorchFunctionMode):  # type: ignore[misc]  # torch exports the class without types
+    """Code that asks for float32 (norms and softmax often do) gets another dtype.
+
+    Rounding to float32 inside a float64 model turns a difference in the last bit of a float64 into one of float32.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run with the dtype exchanged."""
+        if func is Tensor.float:
+            return args[0].to(self.dtype)
+        args = tuple(self.dtype if arg is torch.float32 else arg for arg in args)
+        kwargs = {key: self.dtype if value is torch.float32 else value for key, value in (kwargs or {}).items()}
+        return func(*args, **kwargs)

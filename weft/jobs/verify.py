@@ -14,7 +14,9 @@ from weft.errors import InputError
 from weft.jobs.reference import SingleDevice, in_dtype
 from weft.plan import Plan
 from weft.runtime.engine import parallelize
+from weft.runtime.launch import launch
 from weft.runtime.totals import local
+from weft.target import Target
 from weft.workload import Workload
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
@@ -120,3 +122,19 @@ def verify_here(workload: Workload, plan: Plan, *, steps: int, dtype: str) -> Ve
         parameter_bytes=held_by_rank,
         losses=losses,
     )
+
+
+def run(target: Target, plan: Plan, *, steps: int, dtype: str) -> Verification:
+    """Verify on local devices.
+
+    Raises:
+        InputError: what was asked for cannot be.
+        WorkerError: a process died.
+    """
+
+    def here() -> Verification | None:
+        return verify_here(target.load(), plan, steps=steps, dtype=dtype)
+
+    result = launch(here, devices=plan.devices)[0]
+    assert isinstance(result, Verification)
+    return result

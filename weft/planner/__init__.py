@@ -1,7 +1,19 @@
 """Profile and Cluster to Plan. Table of contents."""
 
 from weft.planner.evaluate import StageRow
+from weft.planner.face import plan
 from weft.planner.search import Alternative, Choice, estimate, make_plan, search
 from weft.planner.space import Constraints, Keywords, Refused
 
-__all__ = ["Alternative", "Choice", "Constraints", "Keywords", "Refused", "StageRow", "estimate", "make_plan", "search"]
+__all__ = [
+    "Alternative",
+    "Choice",
+    "Constraints",
+    "Keywords",
+    "Refused",
+    "StageRow",
+    "estimate",
+    "make_plan",
+    "plan",
+    "search",
+]

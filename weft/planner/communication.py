@@ -1,18 +1,20 @@
 """Seconds and bytes of communication.
 
-For ``n`` ranks, a tensor of ``B`` bytes (the whole tensor), latency ``a`` and bandwidth ``w`` of the link they span, by the ring
-algorithm (Patarasuk and Yuan 2009):
+For ``n`` ranks, a tensor of ``B`` bytes (the whole tensor), latency ``a`` and bandwidth ``w`` of the link they span, by
+the ring algorithm (Patarasuk and Yuan 2009):
 
     all_reduce      2 (n - 1) (a + B / (n w))
     all_gather        (n - 1) (a + B / (n w))
     reduce_scatter    (n - 1) (a + B / (n w))
     transfer                   a + B / w                     point to point
 
-A link that carries measured collectives is believed instead: the measurement on as many ranks, or the one nearest in number,
-scaled by the ratio of the formulas above.
+A link that carries measured collectives is believed instead: the measurement on as many ranks, or the one nearest in
+number, scaled by the ratio of the formulas above.
 """
 
 from __future__ import annotations
+
+from bisect import bisect_right
 
 from weft.cluster.topology import Cluster, Collective, Link
 
@@ -37,12 +39,24 @@ def collective_s(kind: str, size: float, ranks: int, link: Link) -> float:
         return max(collective.ranks / ranks, ranks / collective.ranks)
 
     nearest = min(measured, key=distance)
-    seconds = size / nearest.rates.at(size)
-    # Below the smallest size measured the time no longer falls: it is latency.
-    seconds = max(seconds, nearest.rates.sizes[0] / nearest.rates.rates[0])
+    seconds = measured_s(nearest, size)
     if nearest.ranks == ranks:
         return seconds
     return seconds * ring_s(kind, size, ranks, link) / ring_s(kind, size, nearest.ranks, link)
+
+
+def measured_s(collective: Collective, size: float) -> float:
+    """Seconds, on straight lines between the sizes measured; all latency below the smallest, all bandwidth above the
+    largest."""
+    sizes = collective.rates.sizes
+    seconds = [s / r for s, r in zip(sizes, collective.rates.rates, strict=True)]
+    if size <= sizes[0]:
+        return seconds[0]
+    if size >= sizes[-1]:
+        return size / collective.rates.rates[-1]
+    i = bisect_right(sizes, size)
+    share = (size - sizes[i - 1]) / (sizes[i] - sizes[i - 1])
+    return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
 
 
 def collective_bytes(kind: str, size: float, ranks: int) -> float:

@@ -1,9 +1,9 @@
 """Seconds of computation, from the profile's operations and the device's rates.
 
-    operation  = max(flops / rate(flops), bytes / bandwidth(bytes)) + overhead         Device.seconds
-    call       = sum of its operations; an operation of a tensor group is divided by tp        call_cost
-    stage step = optimizer passes + gradient norm and clipping                                 optimizer_s
-    accumulate = every microbatch after the first adds its gradients to the kept ones         accumulate_s
+operation  = max(flops / rate(flops), bytes / bandwidth(bytes)) + overhead         Device.seconds
+call       = sum of its operations; an operation of a tensor group is divided by tp        call_cost
+stage step = optimizer passes + gradient norm and clipping                                 optimizer_s
+accumulate = every microbatch after the first adds its gradients to the kept ones         accumulate_s
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from weft.cluster.topology import Device
 
 CLIP_PASSES = 3.0
 """Bytes per byte of gradient that the global norm (one read) and scaling (a read and a write) move."""
+
+OPERATION_PASSES = 2.5
+"""Tensors that one operation of an optimizer step reads and writes, on average."""
 
 ACCUMULATE_PASSES = 3.0
 """Bytes per byte of gradient that ``grad += new`` moves: two reads and a write."""
@@ -92,12 +95,14 @@ def optimizer_s(device: Device, trainable_bytes: float, tensors: int, passes: fl
     """
     if not tensors:
         return 0.0
-    size = trainable_bytes / tensors
-    step = device.seconds("optimizer" if "optimizer" in device.rates else "pointwise", 0.0, passes * size)
-    clip = device.seconds("pointwise", 0.0, CLIP_PASSES * size)
-    return tensors * (step + clip)
+    # What a step moves has left the caches since the last step: the whole of it sets the rate.
+    operations = tensors * max(1.0, passes / OPERATION_PASSES)
+    moved = device.seconds("pointwise", 0.0, (passes + CLIP_PASSES) * trainable_bytes)
+    return moved + operations * device.overhead_s
 
 
 def accumulate_s(device: Device, trainable_bytes: float, tensors: int) -> float:
     """Seconds in which one microbatch's gradients are added to those kept."""
-    return tensors * device.seconds("pointwise", 0.0, ACCUMULATE_PASSES * trainable_bytes / tensors) if tensors else 0.0
+    if not tensors:
+        return 0.0
+    return device.seconds("pointwise", 0.0, ACCUMULATE_PASSES * trainable_bytes) + tensors * device.overhead_s

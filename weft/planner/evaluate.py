@@ -7,9 +7,9 @@
         step                 optimizer, gradient norm and clipping (optimizer_s)
     memory    = memory.stage_memory of every stage
 
-Where every device has its own core or is an accelerator, communication between replicas hides behind computation: gathers behind
-the forward and backward of their microbatch, the reduction behind the last backward. Devices that share cores hide nothing, since
-communication takes the same cores.
+Where every device has its own core or is an accelerator, communication between replicas hides behind computation:
+gathers behind the forward and backward of their microbatch, the reduction behind the last backward. Devices that share
+cores hide nothing, since communication takes the same cores.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Evaluator:
     # -- cutting ------------------------------------------------------------------------------------------------------
 
     def cut(self, candidate: Candidate) -> Ends:
-        """Where each stage ends, balanced by time; by memory too, where the fastest cut does not fit. LOSS is left out."""
+        """Where each stage ends, LOSS left out: balanced by time, and by memory too if the fastest cut does not fit."""
         degrees, samples = candidate.degrees, self.samples(candidate)
         mesh = self._mesh(degrees)
         costs = [self._call_s(self._calls.of(i, samples, degrees.tp), mesh) for i in range(len(self.profile.calls))]
@@ -116,7 +116,9 @@ class Evaluator:
         return list(pairwise((0, *ends[:-1], len(self.profile.calls))))
 
     def _mesh(self, degrees: Degrees) -> Mesh:
-        return Mesh(self.cluster, pp=degrees.pp, dp_replicate=degrees.dp_replicate, dp_shard=degrees.dp_shard, tp=degrees.tp)
+        return Mesh(
+            self.cluster, pp=degrees.pp, dp_replicate=degrees.dp_replicate, dp_shard=degrees.dp_shard, tp=degrees.tp
+        )
 
     # -- estimating ---------------------------------------------------------------------------------------------------
 
@@ -131,7 +133,10 @@ class Evaluator:
         loads = [self._load(candidate, ends, stage, flows) for stage in range(degrees.pp)]
         spent = timeline.simulate(
             actions(
-                candidate.schedule, degrees.pp, candidate.microbatches, [Edge(s, t, f.gradient > 0) for (s, t), f in flows.items()]
+                candidate.schedule,
+                degrees.pp,
+                candidate.microbatches,
+                [Edge(s, t, f.gradient > 0) for (s, t), f in flows.items()],
             ),
             [load.work for load in loads],
             self._transfers(degrees, flows),
@@ -176,7 +181,9 @@ class Evaluator:
                 output = self.profile.calls[call].outputs[leaf]
                 size = output.bytes.at(samples)
                 old = flows.get((source, target), Flow(0.0, 0.0))
-                flows[source, target] = Flow(old.activation + size, old.gradient + (size if output.requires_grad else 0.0))
+                flows[source, target] = Flow(
+                    old.activation + size, old.gradient + (size if output.requires_grad else 0.0)
+                )
         return flows
 
     def _transfers(self, degrees: Degrees, flows: dict[tuple[int, int], Flow]) -> dict[tuple[int, int], float]:
@@ -203,9 +210,7 @@ class Evaluator:
 
     # -- one stage ----------------------------------------------------------------------------------------------------
 
-    def _load(
-        self, candidate: Candidate, ends: Ends, stage: int, flows: dict[tuple[int, int], Flow]
-    ) -> StageLoad:
+    def _load(self, candidate: Candidate, ends: Ends, stage: int, flows: dict[tuple[int, int], Flow]) -> StageLoad:
         """Work of one stage."""
         degrees, microbatches = candidate.degrees, candidate.microbatches
         start, end = self.stretches(ends)[stage]
@@ -220,12 +225,17 @@ class Evaluator:
         later = (microbatches - 1) / microbatches  # the first microbatch's gradients are kept as they are
         backward += later * accumulate_s(device, holding.trainable, holding.tensors)
         forward_tp = sum(mesh.collective_s("tp", "all_reduce", size) for call in calls for size in call.forward_reduced)
-        backward_tp = sum(mesh.collective_s("tp", "all_reduce", size) for call in calls for size in call.backward_reduced)
+        backward_tp = sum(
+            mesh.collective_s("tp", "all_reduce", size) for call in calls for size in call.backward_reduced
+        )
         sent = microbatches * sum(
-            mesh.bytes("tp", "all_reduce", size) for call in calls for size in (*call.forward_reduced, *call.backward_reduced)
+            mesh.bytes("tp", "all_reduce", size)
+            for call in calls
+            for size in (*call.forward_reduced, *call.backward_reduced)
         )
         sent += microbatches * sum(
-            flow.activation * (source == stage) + flow.gradient * (target == stage) for (source, target), flow in flows.items()
+            flow.activation * (source == stage) + flow.gradient * (target == stage)
+            for (source, target), flow in flows.items()
         )
 
         gather_forward = gather_backward = 0.0
@@ -254,7 +264,9 @@ class Evaluator:
             node=stage * apart // self.cluster.devices_per_node,
             devices=min(apart, self.cluster.devices_per_node),
         )
-        return StageLoad(work, forward_tp + backward_tp, gather_forward + gather_backward, tied_s, sent + reduce_sent + tied)
+        return StageLoad(
+            work, forward_tp + backward_tp, gather_forward + gather_backward, tied_s, sent + reduce_sent + tied
+        )
 
     def _reduce(self, degrees: Degrees, holding: Holding, mesh: Mesh, hidden_s: float) -> tuple[timeline.Work, float]:
         """Averaging the gradients over the replicas, what ``hidden_s`` does not hide of it; and the bytes sent."""
@@ -270,7 +282,9 @@ class Evaluator:
             count = max(1, round(holding.trainable / BUCKET_BYTES))
             parts = shards = [holding.trainable / count] * count
             seconds, sent = [0.0] * count, 0.0
-        seconds = [s + mesh.collective_s("dp_replicate", "all_reduce", shard) for s, shard in zip(seconds, shards, strict=True)]
+        seconds = [
+            s + mesh.collective_s("dp_replicate", "all_reduce", shard) for s, shard in zip(seconds, shards, strict=True)
+        ]
         sent += sum(mesh.bytes("dp_replicate", "all_reduce", shard) for shard in shards)
         copies = sum(device.seconds("copy", 0.0, COPY_PASSES * size) for size in parts)
         return timeline.Work(copies, _exposed(seconds, hidden_s) if hidden_s else sum(seconds)), sent
@@ -282,7 +296,12 @@ class Evaluator:
         stretches = self.stretches(ends)
         start, end = stretches[stage]
         mine = {name for call in self.profile.calls[start:end] for name in call.parameters}
-        others = {name for s, e in (*stretches[:stage], *stretches[stage + 1 :]) for call in self.profile.calls[s:e] for name in call.parameters}
+        others = {
+            name
+            for s, e in (*stretches[:stage], *stretches[stage + 1 :])
+            for call in self.profile.calls[s:e]
+            for name in call.parameters
+        }
         parameters = (self.profile.parameters[name] for name in mine & others)
         return sum(p.bytes for p in parameters if p.trainable) / degrees.dp_shard
 

@@ -1,4 +1,4 @@
-"""What a stage holds: the parameters that a stretch of calls reads, as tensor and sharded data parallelism divide them."""
+"""What a stage holds: the parameters that its calls read, as tensor and sharded data parallelism divide them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,15 @@ class Holdings:
                 frozen += whole
                 frozen_shard += shard
         return Holding(
-            sum(gradients), frozen, sum(shards), frozen_shard, tensors, largest, gathered, tuple(gradients), tuple(shards)
+            sum(gradients),
+            frozen,
+            sum(shards),
+            frozen_shard,
+            tensors,
+            largest,
+            gathered,
+            tuple(gradients),
+            tuple(shards),
         )
 
     def _tensor_share(self, parameter: Parameter, tp: int) -> int:
@@ -94,6 +102,6 @@ def belongs(parameter: Parameter, unit: str) -> bool:
 
 
 def padded_share(shape: tuple[int, ...], ranks: int) -> float:
-    """Share of a tensor that its fullest rank keeps: ``fully_shard`` cuts dimension 0 in equal parts and pads the last."""
+    """Share of a tensor that its fullest rank keeps: ``fully_shard`` cuts dimension 0 and pads the last part."""
     rows = shape[0] if shape else 1
     return math.ceil(rows / ranks) / rows if rows else 0.0

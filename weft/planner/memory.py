@@ -1,17 +1,18 @@
 """Bytes on a device of each stage, at the fullest moment of a step.
 
-A stage keeps its parameters and optimizer state throughout. Activations come and go with the microbatches, and gradients appear
-as the backward goes on, so the fullest moment is one of
+A stage keeps its parameters and optimizer state throughout. Activations come and go with the microbatches, and
+gradients appear as the backward goes on, so the fullest moment is one of
 
-    backward    the first backward: ``alive`` microbatches' activations, minus what the backward has already let go, plus the
-                gradients that it has completed so far
+    backward    the first backward: ``alive`` microbatches' activations, minus what the backward has already let go,
+                plus the gradients that it has completed so far
     accumulate  a later microbatch while all gradients are kept
     step        no activations, all gradients, and the temporaries of the optimizer
 
-Every moment adds its own workspace. How many microbatches are alive follows from the schedule's own list of actions (``alive``).
+Every moment adds its own workspace. How many microbatches are alive follows from the schedule's own list of actions
+(``alive``).
 
-How data parallelism keeps gradients: ``replicate`` in buckets that live from step to step and are the gradients themselves;
-``fully_shard`` whole until the last microbatch reduces them, then sharded.
+How data parallelism keeps gradients: ``replicate`` in buckets that live from step to step and are the gradients
+themselves; ``fully_shard`` whole until the last microbatch reduces them, then sharded.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from weft.planner.holdings import Holding
 from weft.schedule import ORDERS, Kind
 
 GATHER_COPIES = 3.0
-"""Largest units that ``fully_shard`` holds gathered: the one computing, the next one, and the flat buffer it arrives in."""
+"""Largest units that ``fully_shard`` holds gathered: the one computing, the next, and the buffer it arrives in."""
 
 REDUCE_COPIES = 2.0
 """Largest units' gradients in flight: the whole gradient, and its copy in the order of the reduce-scatter."""

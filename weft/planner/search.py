@@ -1,14 +1,14 @@
 """The search: every legal candidate is costed, the fastest that fits is chosen.
 
-Exhaustive over degrees, microbatch counts (divisors of a replica's batch and powers of two) and schedules; stages are cut by exact
-dynamic programming (balance). Nothing is pruned yet, so nothing can be lost.
+Exhaustive over degrees, microbatch counts (divisors of a replica's batch and powers of two) and schedules; stages are
+cut by exact dynamic programming (balance). Nothing is pruned yet, so nothing can be lost.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Unpack
 
 from weft.capture.profile import Profile
@@ -18,6 +18,7 @@ from weft.estimate import Estimate
 from weft.plan import Plan
 from weft.planner import space
 from weft.planner.evaluate import Ends, Evaluator, StageRow
+from weft.planner.explain import explain
 from weft.planner.space import Candidate, Constraints, Degrees, Keywords, Refused
 from weft.quantity import format_bytes
 
@@ -74,6 +75,12 @@ class _Costed(NamedTuple):
         return max(self.estimate.peak_memory_bytes)
 
     @property
+    def title(self) -> str:
+        degrees, count = self.candidate.degrees, self.candidate.microbatches
+        schedule = f", {self.candidate.schedule}" if degrees.pp > 1 else ""
+        return f"{degrees.describe()}, {count} microbatch{'es' if count > 1 else ''}{schedule}"
+
+    @property
     def order(self) -> tuple[float, float]:
         return self.estimate.step_time_s, self.peak
 
@@ -116,8 +123,18 @@ def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> 
     best.sort(key=lambda c: c.order)
     chosen, others = best[0], _different(best[1:])
     estimate, stages = evaluator.evaluate(chosen.candidate, chosen.ends)
+    reasons = explain(
+        title=chosen.title,
+        estimate=estimate,
+        stages=stages,
+        memory_bytes=cluster.memory_bytes,
+        cluster=cluster.name,
+        batch_size=profile.batch_size,
+        alternatives=[(c.title, c.estimate) for c in others],
+        refused=refused,
+    )
     return Choice(
-        plan=_plan(profile, chosen.candidate, chosen.ends),
+        plan=replace(_plan(profile, chosen.candidate, chosen.ends), reasons=reasons),
         estimate=estimate,
         stages=tuple(stages),
         alternatives=tuple(Alternative(_plan(profile, c.candidate, c.ends), c.estimate) for c in others),
@@ -207,11 +224,10 @@ def _needs(peak: float, cluster: Cluster) -> str:
 
 
 def _too_large(least: _Costed, cluster: Cluster) -> str:
-    degrees, microbatches = least.candidate.degrees.describe(), least.candidate.microbatches
     whole = -(-int(least.peak) // 2**20)
     return (
-        f"nothing fits in {format_bytes(cluster.memory_bytes)} per device; the least that would do is {whole}MiB, with {degrees} "
-        f"and {microbatches} microbatches; give each device {whole}MiB or use more devices"
+        f"nothing fits in {format_bytes(cluster.memory_bytes)} per device; the least that would do is {whole}MiB, "
+        f"with {least.title}; give each device {whole}MiB or use more devices"
     )
 
 
@@ -223,5 +239,14 @@ def _impossible(constraints: Constraints, refused: list[Refused]) -> str:
 def _misplaced(placed: list[str], names: list[str]) -> str:
     missing = [name for name in names if name not in placed]
     unknown = [name for name in placed if name not in names]
-    what = f"{missing[0]!r} is missing" if missing else f"{unknown[0]!r} is not a call of it" if unknown else "they are out of order"
-    return f"the plan's stages do not hold this workload's calls in their order: {what}; make the plan again with `weft plan`"
+    what = (
+        f"{missing[0]!r} is missing"
+        if missing
+        else f"{unknown[0]!r} is not a call of it"
+        if unknown
+        else "they are out of order"
+    )
+    return (
+        f"the plan's stages do not hold this workload's calls in their order: {what}; make the plan again with "
+        "`weft plan`"
+    )

@@ -157,7 +157,8 @@ def products(devices: int, constraints: Constraints) -> list[Degrees]:
         name = next((n for n in ("dp_replicate", "dp_shard", "pp", "tp") if fixed[n] == 1), "dp_replicate")
         remedy = f"use {name}={fixed[name] * devices // product}, or {product} devices"
     elif free:
-        remedy = f"use degrees whose product divides {devices} ({', '.join(map(str, divisors(devices)))}), or {product} devices"
+        numbers = ", ".join(map(str, divisors(devices)))
+        remedy = f"use degrees whose product divides {devices} ({numbers}), or {product} devices"
     else:
         remedy = f"use degrees whose product is {devices}, or {product} devices"
     number = "1 device" if devices == 1 else f"{devices} devices"

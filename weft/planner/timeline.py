@@ -1,11 +1,12 @@
 """Simulates a schedule: the very lists of actions that the runtime executes, with the time each one takes.
 
-One representative device stands for each stage. An action computes for ``compute_s`` on a device alone, then communicates for
-``collective_s`` with the stage's other devices. Transfers between stages are asynchronous: one begins when both ends have
-posted it and the pair's previous one in that direction has arrived.
+One representative device stands for each stage. An action computes for ``compute_s`` on a device alone, then
+communicates for ``collective_s`` with the stage's other devices. Transfers between stages are asynchronous: one begins
+when both ends have posted it and the pair's previous one in that direction has arrived.
 
 Devices that share processor cores slow each other: of ``A`` devices of a node that are busy at once, each computes at
-``min(1, cores / A)`` of its speed. Communication counts as busy, but is not slowed: its rates were measured with all at work.
+``min(1, cores / A)`` of its speed. Communication counts as busy, but is not slowed: its rates were measured with all at
+work.
 
 A step's time is the end of the last stage, and for each stage
 
@@ -155,7 +156,9 @@ class _Run:
         left = [self._left(index, rates[index]) for index in range(len(self.states))]
         seconds = min(left)
         if math.isinf(seconds):
-            assert all(s.next == len(a) for s, a in zip(self.states, self.actions, strict=True)), "the schedule is stuck"
+            assert all(s.next == len(a) for s, a in zip(self.states, self.actions, strict=True)), (
+                "the schedule is stuck"
+            )
             return False
         for index, state in enumerate(self.states):
             if state.kind is not None:
@@ -216,7 +219,7 @@ class _Run:
     def _end_wait(self, state: _State, index: int) -> None:
         if state.waits_since is None:
             return
-        # Of the wait, the part in which the last tensor to arrive was on its way is the link's, the rest the schedule's.
+        # Of the wait, the part in which the last tensor to arrive travelled is the link's, the rest the schedule's.
         last = max((self.travels[key] for key in self._waited_for(index)), key=lambda travel: travel[1])
         travelling = min(self.now - state.waits_since, self.now - max(last[0], state.waits_since))
         state.spent.transfer_s += travelling

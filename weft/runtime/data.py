@@ -12,6 +12,7 @@ All sum. The weights that turn the sum into the mean over the global batch are i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -85,6 +86,8 @@ class Sharded:
     loss_scale = 1.0
 
     def __init__(self, modules: list[FSDPModule]) -> None:
+        # The output of a divided module is a view of its DTensor's local part; nothing here writes to it.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
         self._modules = modules
         self._syncing = True
         for module in modules:

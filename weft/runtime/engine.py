@@ -111,7 +111,8 @@ class Engine:
         sums = self._pipeline.run(batch, self.step_count, check=first)
         if first:
             self._warn_unless_finite(sums.unfinite)
-        totals.sum_tied(self.part.held)
+        totals.align(self.part.held)
+        totals.sum_copies(self.part.held)
         loss, self.gradient_norm = totals.agree(
             sums,
             self.part.held,

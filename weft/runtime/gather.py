@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ def gather(mine: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor]:
         sender = next(rank for rank, (s, _) in enumerate(every) if s == stage)
         for name, (shape, dtype) in every[sender][1].items():
             if grid.stage == stage:
-                tensor = mine[name].full_tensor() if isinstance(mine[name], DTensor) else mine[name]
+                tensor = full(mine[name])
             if sender == 0:
                 if dist.get_rank() == 0:
                     whole[name] = tensor.detach().cpu().clone()
@@ -40,3 +41,16 @@ def gather(mine: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor]:
                 dist.recv(buffer, sender)
                 whole.setdefault(name, buffer.cpu())
     return whole
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor; all ranks of its mesh call it."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    logger = logging.getLogger("torch.distributed.tensor._redistribute")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns that two dimensions take two collectives, which is as it must be here
+    try:
+        return tensor.full_tensor()
+    finally:
+        logger.setLevel(level)

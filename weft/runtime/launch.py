@@ -210,11 +210,8 @@ def _interruptible() -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """Keep the agent's own log off the terminal: what it has to say comes back as one error."""
     agents = ("torch.distributed.elastic", "torch.distributed.launcher")
-    loggers = [
-        logger
-        for name, logger in logging.root.manager.loggerDict.items()
-        if name.startswith(agents) and isinstance(logger, logging.Logger)
-    ]
+    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith(agents)]
+    loggers.append(logging.getLogger("torchelastic-events-null"))
     before = [logger.disabled for logger in loggers]
     for logger in loggers:
         logger.disabled = True

@@ -13,7 +13,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from weft.capture.initial import FakeModel, assign, materialize
 from weft.capture.recorder import Recording
@@ -21,7 +21,7 @@ from weft.plan import Plan
 from weft.runtime.data import Alone, DataParallel, Replicated, Sharded, shard
 from weft.runtime.grid import Grid
 from weft.runtime.tensor import divide_modules
-from weft.runtime.totals import Held, holds_first
+from weft.runtime.totals import DIVIDED, Held, holds_first
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,21 @@ def build(
     mine = ownership.stages[stage]
     assign(model, {})  # every tensor is meta now
     if plan.tp > 1:
-        divide_modules(model, plan.tensor, grid.mesh["tp"])
+        absent_units = set(units) - {c.unit for c, s in zip(recording.calls, stage_of, strict=True) if s == stage}
+        elsewhere = tuple(f"{unit}." for unit in absent_units)
+        styles = {module: style for module, style in plan.tensor.items() if not f"{module}.".startswith(elsewhere)}
+        divide_modules(model, styles, grid.mesh["tp"])
     parameters = dict(model.named_parameters())
     absent = {p for name, p in parameters.items() if name not in mine}
+    scalars = {p for p in parameters.values() if p.dim() == 0}  # fully_shard takes none
     fsdp = []
     if plan.dp_shard > 1 or (plan.dp_replicate > 1 and plan.tp > 1):
         present = [model.get_submodule(unit) for unit in gathered_units(model, units, mine, ownership.outside_units)]
-        fsdp = shard(model, present, absent, grid, plan)
+        fsdp = shard(model, present, absent | scalars, grid, plan)
     assign(model, draw(fake, model, mine, grid))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     make_absent_fake(model, mine, mode, grid.device)
-    held = hold(model, ownership, plan, grid)
+    held = hold(model, ownership, plan, grid, alone=bool(fsdp))
     data_parallel: DataParallel = Alone()
     if fsdp:
         data_parallel = Sharded(fsdp)
@@ -155,8 +159,7 @@ def cut_of(target: DTensor) -> Callable[[Tensor], Tensor]:
     def cut(full: Tensor) -> Tensor:
         for i in order:
             placement = target.placements[i]
-            if placement.is_shard():
-                assert isinstance(placement, Shard) or hasattr(placement, "dim")
+            if isinstance(placement, DIVIDED):
                 dim = placement.dim
                 chunks = torch.chunk(full, mesh.size(i), dim=dim)
                 index = mesh.get_local_rank(i)
@@ -184,18 +187,23 @@ def make_absent_fake(model: nn.Module, mine: frozenset[str], mode: FakeTensorMod
                 module._buffers[name] = fake_of(buffer)
 
 
-def hold(model: nn.Module, ownership: Ownership, plan: Plan, grid: Grid) -> list[Held]:
-    """The parameters this rank holds, with the groups that keep tied copies equal. Every rank makes the same groups in
-    order."""
+def hold(model: nn.Module, ownership: Ownership, plan: Plan, grid: Grid, *, alone: bool) -> list[Held]:
+    """The parameters this rank holds, with the groups that keep copies equal. Every rank makes the same groups in order.
+
+    Args:
+        model, ownership, plan, grid: of this job.
+        alone: scalars are left alone by the way data parallelism is done.
+    """
     names = [name for name, _ in model.named_parameters()]
     stages = {name: tuple(s for s in range(plan.pp) if name in ownership.stages[s]) for name in names}
     shared = sorted({where for where in stages.values() if len(where) > 1})
     groups = {where: grid.across_stages(where) for where in shared}
+    replicas = [grid.group(d) for d in ("dp_replicate", "dp_shard") if alone and grid.degree(d) > 1]
     return [
         Held(
             name,
             parameter,
-            groups.get(stages[name]),
+            (*([tied] if (tied := groups.get(stages[name])) else []), *(replicas if parameter.dim() == 0 else [])),
             holds_first(parameter, grid, first_stage=stages[name][0] == grid.stage),
         )
         for name, parameter in model.named_parameters()

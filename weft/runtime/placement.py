@@ -80,6 +80,8 @@ class Placement:
         for name in units:
             module = model.get_submodule(name)
             module.forward = self._placed(name, module.forward)
+            # registered last: sees what leaves the unit after PyTorch's own hooks
+            module.register_forward_hook(self._note(name))
 
     def forward(self, workload: Workload, batch: Any, run: Run) -> Loss:
         """Run the user's loss for one microbatch; ``run.produced`` holds this stage's outputs afterwards.
@@ -120,13 +122,22 @@ class Placement:
                     "one stage, or use pp=1"
                 )
             with stream(run.seeds.call(number), self.device, when=number in run.routes.random):
-                output = original(*args, **kwargs)
-            tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-            for i, tensor in enumerate(tensors):
-                run.produce(Source(number, i), tensor)
-            return output
+                return original(*args, **kwargs)
 
         return forward
+
+    def _note(self, unit: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            run = self._run
+            if run is None:
+                return
+            number = run.routes.numbers[unit, run.seen[unit]]
+            if run.routes.stage_of[number] == self.stage:
+                tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+                for i, tensor in enumerate(tensors):
+                    run.produce(Source(number, i), tensor)
+
+        return hook
 
     def _stand_in(self, run: Run, number: int, call: RecordedCall) -> Any:
         count = itertools.count()

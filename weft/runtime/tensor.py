@@ -93,8 +93,7 @@ STYLES = {
 
 
 def divide_modules(model: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh) -> None:
-    """Divide the modules a plan names, in place, over a one-dimensional mesh. A parameter that two of them share stays
-    shared.
+    """Divide modules in place over a one-dimensional mesh. A parameter that several modules share stays shared.
 
     Raises:
         PlanError: the model has no such module.
@@ -120,3 +119,7 @@ def divide_modules(model: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh
                     f"as {first.placements}; give both modules the same style, or none"
                 )
             setattr(module, key, first)
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter in shared:
+                module._parameters[key] = shared[parameter]

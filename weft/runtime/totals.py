@@ -17,10 +17,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from weft.runtime.grid import Grid
 from weft.runtime.pipeline import Sums
+
+DIVIDED = (Shard, _StridedShard)
+"""Placements that give a rank a part; the second is fully_shard's over a dimension that tensor parallelism divides."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,14 @@ class Held:
     Attributes:
         name: its first single-device name.
         parameter: the parameter or this rank's shard of it.
-        group: ranks of other stages that hold a copy (tied weights); None if there are none.
+        groups: ranks that hold a copy whose gradient nothing else brings together: other stages' of tied weights, other
+            replicas' of scalars that fully_shard does not take.
         first: whether this rank is the first of those that hold these elements.
     """
 
     name: str
     parameter: nn.Parameter
-    group: dist.ProcessGroup | None
+    groups: tuple[dist.ProcessGroup, ...]
     first: bool
 
 
@@ -50,18 +55,26 @@ def holds_first(parameter: nn.Parameter, grid: Grid, *, first_stage: bool) -> bo
     divided = set()
     if isinstance(parameter, DTensor):
         names = parameter.device_mesh.mesh_dim_names or ()
-        divided = {n for n, p in zip(names, parameter.placements, strict=True) if p.is_shard()}
+        divided = {n for n, p in zip(names, parameter.placements, strict=True) if isinstance(p, DIVIDED)}
     copies = [d for d in ("dp_replicate", "dp_shard", "cp", "tp") if d not in divided]
     return first_stage and all(grid.index(d) == 0 for d in copies)
 
 
-def sum_tied(held: list[Held]) -> None:
-    """Sum the gradients of parameters that several stages hold."""
+def align(held: list[Held]) -> None:
+    """Give every divided gradient its parameter's placement; autograd leaves some as it made them (an embedding's)."""
     for entry in held:
-        if entry.group is not None:
+        want, gradient = entry.parameter, entry.parameter.grad
+        if isinstance(want, DTensor) and isinstance(gradient, DTensor) and gradient.placements != want.placements:
+            want.grad = gradient.redistribute(placements=want.placements)
+
+
+def sum_copies(held: list[Held]) -> None:
+    """Sum the gradients of copies that nothing has brought together yet."""
+    for entry in held:
+        for group in entry.groups:
             if entry.parameter.grad is None:
                 entry.parameter.grad = torch.zeros_like(entry.parameter)
-            dist.all_reduce(local(entry.parameter.grad), group=entry.group)
+            dist.all_reduce(local(entry.parameter.grad), group=group)
 
 
 def agree(

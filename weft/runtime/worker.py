@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -96,11 +97,13 @@ def describe_stage(stage: int) -> None:
 
 def main() -> None:
     """Run this process's part of the job in the directory WEFT_JOB: a function or a script."""
-    job, rank = Path(os.environ[JOB]), int(os.environ["RANK"])
-    settings = Settings(**cloudpickle.loads((job / "settings").read_bytes()))
-    die_with(settings.parent)
-    limit = ""
+    # Registered first, so run last. Gloo's threads may still hold the last collective's tensor; dropping that takes the
+    # interpreter's lock, which aborts the process when the interpreter is being torn down. So it is not torn down.
+    atexit.register(_leave, 0)
+    job, rank, limit = Path(os.environ[JOB]), int(os.environ["RANK"]), ""
     try:
+        settings = Settings(**cloudpickle.loads((job / "settings").read_bytes()))
+        die_with(settings.parent)
         if (job / "script").exists():
             script, arguments = cloudpickle.loads((job / "script").read_bytes())
             with limited(settings) as limit:
@@ -115,9 +118,7 @@ def main() -> None:
     except BaseException as error:  # the edge of the process: whatever it was, the parent tells the user
         # Written first, while the peers cannot know yet; then out, without waiting for threads that wait for peers.
         Failure.of(error, rank, limit).save(job / f"{rank}.failure")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        _leave(1)
 
 
 def run_script(script: str, arguments: list[str]) -> None:
@@ -138,6 +139,13 @@ def die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended while we were starting
         os._exit(1)
+
+
+def _leave(code: int) -> None:
+    """End this process at once."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,68 @@
+"""Isolation: running a user's model leaves no trace in it."""
+
+from __future__ import annotations
+
+import io
+import logging
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from weft.capture.blocks import FUNCTIONS, PLAIN
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Put every module's attributes back: forwards cache tensors in them."""
+    before = [
+        (module, dict(vars(module)), {k: dict(vars(module)[k]) for k in ("_parameters", "_buffers")})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, registries in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for key, values in registries.items():
+                vars(module)[key].clear()
+                vars(module)[key].update(values)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the fake tensors' log to ourselves: what it would say is raised as an error."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def snapshot(leaf: Any) -> Any:
+    """An argument as it is now: a copy of an object the unit may change (a cache), whose tensors are not copied."""
+    if isinstance(leaf, (Tensor, nn.Module, *PLAIN)):
+        return leaf
+    kept: list[Any] = []
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> int | None:
+            if not isinstance(obj, (Tensor, nn.Module, *FUNCTIONS)):
+                return None
+            kept.append(obj)
+            return len(kept) - 1
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, pid: int) -> Any:
+            return kept[pid]
+
+    buffer = io.BytesIO()
+    try:
+        Pickler(buffer).dump(leaf)
+        return Unpickler(io.BytesIO(buffer.getvalue())).load()
+    except Exception:  # the user's object: what cannot be copied is used as it is
+        return leaf

@@ -1,0 +1,118 @@
+"""Recording: a run of a workload's loss on fake tensors, as data: calls of units, and what each kind of call costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec
+
+from weft.capture.frames import RawOp
+from weft.capture.profile import Source
+from weft.capture.tape import Ref
+
+
+@dataclass(frozen=True, slots=True)
+class TensorLeaf:
+    """The form of a tensor that a call returns."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device_type: str
+    requires_grad: bool
+
+    @property
+    def bytes(self) -> int:
+        """Size of its elements."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class SavedStorage:
+    """A storage kept for backward: its number in the recording, its bytes, and which argument or output it is, if
+    any."""
+
+    storage: int
+    bytes: int
+    argument: int | None = None
+    output: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a call, or a stretch of glue, does. Operations on views are included, at no cost. ``returned``: its
+    outputs."""
+
+    forward: tuple[RawOp, ...] = ()
+    backward: tuple[RawOp, ...] = ()
+    saved: tuple[SavedStorage, ...] = ()
+    workspace_bytes: int = 0
+    returned: tuple[Ref, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """The call a kind was recorded from: its unit, and its arguments, with a TensorLeaf for every tensor."""
+
+    unit: str
+    spec: TreeSpec
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedCall:
+    """One call of a unit, and the glue before it.
+
+    Attributes:
+        name, unit: as profile.Call.
+        occurrence: 1 for the first call of the unit.
+        spec: how the outputs are put together (``tree_unflatten(leaves, spec)``).
+        leaves: its outputs: a TensorLeaf, or the Python value itself.
+        sources: outputs of earlier calls that its arguments derive from; ``leaf`` counts tensors only.
+        reads: parameters, buffers and plain tensor attributes, by first name: the unit's own and others it read.
+        glue_reads: those the glue read on the way to its arguments.
+        kind: index into ``Recording.costs``.
+        glue: cost of the glue between the call before and this one.
+        arguments: storages of its tensor arguments, in order, of ``argument_bytes`` each (a view keeps all of its
+            storage alive); ``outputs``: storages of the tensors it returned.
+    """
+
+    name: str
+    unit: str
+    occurrence: int
+    spec: TreeSpec
+    leaves: tuple[Any, ...]
+    sources: tuple[Source, ...]
+    reads: tuple[str, ...]
+    glue_reads: tuple[str, ...]
+    kind: int
+    glue: Cost
+    arguments: tuple[int, ...]
+    argument_bytes: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def tensors(self) -> tuple[TensorLeaf, ...]:
+        """The tensors among the outputs, in order: what ``Source.leaf`` counts."""
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, TensorLeaf))
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A run of a workload's loss: its calls in order, LOSS last, and what each kind of call costs.
+
+    Attributes:
+        costs, examples: what each kind costs, and what it was recorded from.
+        names: first names of parameters, buffers and attributes, by storage, for Refs in operations.
+        units: the units.
+        alike: (unit, unit) that differ in their number only and were found to run the same operations.
+    """
+
+    calls: tuple[RecordedCall, ...]
+    costs: tuple[Cost, ...]
+    examples: tuple[Example, ...]
+    names: dict[int, str]
+    units: tuple[str, ...]
+    alike: frozenset[tuple[str, str]]

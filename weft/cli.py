@@ -1,0 +1,340 @@
+"""The command line: one thin function per verb.
+
+Results go to stdout, progress and errors to stderr; with ``--json`` stdout gets one JSON object and nothing else. Exit
+code 0: done; 1: the job failed, or verification did not hold; 2: what the user gave is wrong, in one line; 130: Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Console, RenderableType
+
+from weft.capture import capture
+from weft.cluster import Cluster, measure
+from weft.cluster.file import write_cluster
+from weft.errors import PlanError, TargetError, WeftError, WorkerError
+from weft.jobs import compare as comparing
+from weft.jobs import train as training
+from weft.jobs import verify as verifying
+from weft.plan import Plan
+from weft.planner import search
+from weft.quantity import parse_size
+from weft.report import tables
+from weft.report.progress import Bar, TrainingLog, show_cursor
+from weft.runtime.launch import device_count, launch_script
+from weft.runtime.launch import launch as launch_function
+from weft.runtime.worker import device_type
+from weft.target import Target
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Train one model on many devices.")
+
+TargetText = Annotated[str, typer.Argument(metavar="TARGET", help="file.py, file.py:name or package.module:name")]
+Arguments = Annotated[list[str] | None, typer.Argument(metavar="[name=value]...", help="for the workload function")]
+Devices = Annotated[int | None, typer.Option(min=1, help="how many; default: all accelerators, or all cores")]
+Memory = Annotated[str | None, typer.Option(help="of each device, as in 2GiB; CPU processes are held to it")]
+ClusterText = Annotated[str | None, typer.Option("--cluster", metavar="FILE|PRESET:NODESxDEVICES")]
+PlanFile = Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="run this plan instead of a search")]
+Steps = Annotated[int, typer.Option(min=1)]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="with the traceback of the process that failed first")]
+
+FIXED: dict[str, tuple[type, str]] = {
+    "pp": (int, "pipeline stages"),
+    "dp_replicate": (int, "whole copies that share the batch"),
+    "dp_shard": (int, "sharded copies that share the batch"),
+    "cp": (int, "context parallelism"),
+    "tp": (int, "tensor parallelism"),
+    "ep": (int, "expert parallelism"),
+    "microbatches": (int, "pieces of each copy's share of a batch"),
+    "schedule": (str, "order of a pipeline: gpipe or 1f1b"),
+    "recompute": (str, "activations to compute again"),
+}
+"""What a user may fix of a plan. Every verb that plans takes these as options."""
+
+
+def takes_fixed(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the options of FIXED; those that were given reach it as its argument ``fixed``."""
+
+    @functools.wraps(verb)
+    def with_options(**values: Any) -> None:
+        given = {name: value for name in FIXED if (value := values.pop(name)) is not None}
+        verb(**values, fixed=given)
+
+    signature = inspect.signature(verb, eval_str=True)
+    own = [parameter for parameter in signature.parameters.values() if parameter.name != "fixed"]
+    options = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[kind | None, typer.Option(help=text, rich_help_panel="Fixed, not searched")],
+        )
+        for name, (kind, text) in FIXED.items()
+    ]
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + options
+    with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # typer reads it
+    with_options.__annotations__ = {p.name: p.annotation for p in parameters}
+    return with_options
+
+
+@app.command()
+@takes_fixed
+def plan(
+    target: TargetText,
+    arguments: Arguments = None,
+    cluster: ClusterText = None,
+    devices: Devices = None,
+    memory: Memory = None,
+    save: Annotated[Path | None, typer.Option(metavar="FILE", help="write the plan here")] = None,
+    as_json: Json = False,
+    *,
+    fixed: dict[str, Any],
+) -> None:
+    """Choose a plan and explain it."""
+    with output(as_json) as show:
+        workload = target_of(target, arguments).load()
+        choice = search(capture(workload), cluster_of(cluster, devices, memory), **fixed)
+        if save is not None:
+            choice.plan.save(save)
+        show(choice.plan.explain(), choice.to_json())
+
+
+@app.command()
+@takes_fixed
+def train(
+    target: TargetText,
+    arguments: Arguments = None,
+    plan_file: PlanFile = None,
+    cluster: ClusterText = None,
+    devices: Devices = None,
+    memory: Memory = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="in all; default: one epoch")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(metavar="DIR", help="save here at the end")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(min=1, metavar="N", help="and every N steps")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
+    log_every: Annotated[int, typer.Option(min=1, metavar="N", help="steps per logged line")] = 10,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    *,
+    fixed: dict[str, Any],
+) -> None:
+    """Plan, unless there is a plan, and train."""
+    with output(as_json) as show:
+        work = target_of(target, arguments)
+        work.load()  # what is wrong with it shows before any process starts
+        given = None if plan_file is None else plan_of(plan_file, fixed)
+        known = None if cluster is None else cluster_of(cluster, devices, memory)
+        order = training.Order(
+            steps=steps,
+            plan=given,
+            cluster=known,
+            constraints=fixed,
+            memory_bytes=None if memory is None else parse_size(memory),
+            checkpoint=None if checkpoint is None else str(checkpoint),
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            log_every=log_every,
+        )
+        count = devices_of(devices, given, known)
+        show("", training.run(work, order, TrainingLog(), devices=count).to_json())
+
+
+@app.command()
+def compare(
+    target: TargetText,
+    arguments: Arguments = None,
+    devices: Devices = None,
+    memory: Memory = None,
+    steps: Annotated[int, typer.Option(min=1, help="timed steps of every strategy")] = 5,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train the same model under every kind of parallelism and show them side by side."""
+    with output(as_json) as show:
+        work = target_of(target, arguments)
+        limit = None if memory is None else parse_size(memory)
+        with Bar() as bar:
+            found = comparing.run(work, devices=devices_of(devices), memory_bytes=limit, steps=steps, on_progress=bar)
+        show(tables.comparison(found, steps=steps), found.to_json())
+
+
+@app.command()
+@takes_fixed
+def verify(
+    target: TargetText,
+    arguments: Arguments = None,
+    plan_file: PlanFile = None,
+    devices: Devices = None,
+    steps: Annotated[int, typer.Option(min=1, help="optimizer steps to compare")] = 3,
+    dtype: Annotated[str, typer.Option(help="float64 or float32")] = "float64",
+    as_json: Json = False,
+    verbose: Verbose = False,
+    *,
+    fixed: dict[str, Any],
+) -> None:
+    """Prove a plan against one device. Exit code 1 if it does not hold."""
+    with output(as_json) as show:
+        work = target_of(target, arguments)
+        workload = work.load()
+        if plan_file is not None:
+            given = plan_of(plan_file, fixed)
+            devices_of(devices, given)
+        else:
+            given = search(capture(workload), Cluster.local(devices_of(devices)), **fixed).plan
+        found = verifying.run(work, given, steps=steps, dtype=dtype)
+        show(tables.verification(found, plan=given.describe()), found.to_json())
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def cluster(
+    devices: Devices = None,
+    memory: Memory = None,
+    save: Annotated[Path | None, typer.Option(metavar="FILE", help="write what was measured, for --cluster")] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure this machine: all devices at once."""
+    with output(as_json) as show:
+        limit = None if memory is None else parse_size(memory)
+        found: Cluster = launch_function(measure_here, limit, devices=devices, memory=limit)[0]
+        if save is not None:
+            found.save(save)
+        show(tables.cluster(found), write_cluster(found))
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def launch(
+    script: Annotated[str, typer.Argument(metavar="SCRIPT", help="a Python file")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="for the script; after -- they are not looked at")
+    ] = None,
+    devices: Devices = None,
+    memory: Memory = None,
+    nodes: Annotated[int, typer.Option(min=1, help="machines in the job; run this on each")] = 1,
+    rendezvous: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="where the machines meet")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Run your own script on the devices of this machine."""
+    launch_script(script, arguments or [], devices=devices, memory=memory, nodes=nodes, rendezvous=rendezvous)
+
+
+def measure_here(memory_bytes: int | None) -> Cluster:
+    """Measure inside a job."""
+    return measure(memory_bytes=memory_bytes)
+
+
+def target_of(text: str, arguments: Sequence[str] | None) -> Target:
+    """The target and its ``name=value`` arguments."""
+    values = {}
+    for argument in arguments or []:
+        name, equals, value = argument.partition("=")
+        if not equals or not name.isidentifier():
+            raise TargetError(f"{argument!r} is not of the form name=value, as in layers=4")
+        values[name] = value
+    return Target.parse(text, values)
+
+
+def cluster_of(text: str | None, devices: int | None, memory: str | None) -> Cluster:
+    """What to plan for: a file or a preset, or this machine as it is known without measuring."""
+    if text is None:
+        return Cluster.local(devices, memory)
+    found = Cluster.parse(text)
+    if devices is not None:
+        found = found.with_devices(devices)
+    return found if memory is None else found.with_memory(parse_size(memory))
+
+
+def plan_of(path: Path, fixed: dict[str, Any]) -> Plan:
+    """A plan file; it fixes everything, so nothing else may."""
+    if fixed:
+        name, value = next(iter(fixed.items()))
+        option = "--" + name.replace("_", "-")
+        raise PlanError(f"--plan {path} fixes everything and {option} {value} was given too; leave one of them out")
+    return Plan.load(path)
+
+
+def devices_of(devices: int | None, plan: Plan | None = None, cluster: Cluster | None = None) -> int:
+    """How many devices a job takes: as asked, as the plan or the cluster says, or all there are."""
+    if plan is None:
+        return devices or (device_count(device_type()) if cluster is None else cluster.devices)
+    if devices not in (None, plan.devices):
+        raise PlanError(f"the plan is for {plan.devices} devices and --devices is {devices}; leave --devices out")
+    return plan.devices
+
+
+@contextlib.contextmanager
+def output(as_json: bool) -> Iterator[Callable[[RenderableType, dict[str, Any]], None]]:
+    """Yields a function that shows a result to people, or writes it as JSON.
+
+    For JSON, whatever else this process and those it starts print goes to stderr, the user's own code included.
+    """
+    if not as_json:
+        people = sys.stdout.isatty()
+        console = Console(width=None if people else 160, highlight=False, soft_wrap=not people)
+
+        def show(text: RenderableType, _: dict[str, Any]) -> None:
+            if text:
+                console.print(text)
+
+        yield show
+        return
+    sys.stdout.flush()
+    real = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with open(real, "w", closefd=False) as stdout:
+
+            def write(_: RenderableType, data: dict[str, Any]) -> None:
+                stdout.write(json.dumps(data) + "\n")
+
+            yield write
+    finally:
+        sys.stdout.flush()
+        os.dup2(real, 1)
+        os.close(real)
+
+
+USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
+"""Base of what typer raises for wrong options; the module it lives in changes with typer's version."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line; the exit code."""
+    try:
+        return int(app(list(arguments) or ["--help"], prog_name="weft", standalone_mode=False) or 0)
+    except USAGE_ERROR as error:
+        return complain(cast(typer.BadParameter, error).format_message(), 2)
+    except WeftError as error:
+        if isinstance(error, WorkerError) and error.traceback:
+            if "--verbose" in arguments:
+                sys.stderr.write(error.traceback)
+            else:
+                return complain(f"{error} (--verbose shows where)", error.exit_code)
+        return complain(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return complain("interrupted", 130)
+    finally:
+        show_cursor()
+
+
+def complain(text: str, code: int) -> int:
+    """One line on stderr."""
+    print(f"weft: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+def main() -> None:
+    """The command ``weft``."""
+    sys.exit(run(sys.argv[1:]))

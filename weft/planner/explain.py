@@ -1,0 +1,145 @@
+"""What the planner found, in words and numbers for people: the estimate's own numbers, which add up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from weft.estimate import Estimate
+from weft.planner.evaluate import StageRow
+from weft.planner.space import Refused
+from weft.quantity import format_bytes, format_count, format_seconds
+
+TIME_NAMES = {
+    "compute": "computing",
+    "tensor_parallel": "exchanging inside layers (tensor parallelism)",
+    "pipeline": "waiting for tensors between stages",
+    "data_parallel": "gathering weights and averaging gradients",
+    "bubble": "idle in the pipeline",
+    "optimizer": "optimizer step and clipping",
+}
+MEMORY_NAMES = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "activations": "activations kept for the backward",
+    "buffers": "communication buffers",
+    "slack": "workspace and allocator",
+}
+REFUSED_SHOWN = 12
+
+
+def explain(
+    *,
+    title: str,
+    estimate: Estimate,
+    stages: Sequence[StageRow],
+    memory_bytes: int,
+    cluster: str,
+    batch_size: int,
+    alternatives: Sequence[tuple[str, Estimate]],
+    refused: Sequence[Refused],
+) -> str:
+    """The text of ``Plan.explain()``.
+
+    Args:
+        title: the plan in a line.
+        estimate: of the plan.
+        stages: what its stages contribute.
+        memory_bytes: of a device.
+        cluster: its name.
+        batch_size: global batch size, in samples.
+        alternatives: other plans in a line each, with their estimates.
+        refused: what was left out.
+    """
+    step, peak = estimate.step_time_s, max(estimate.peak_memory_bytes)
+    lines = [
+        f"Plan: {title}",
+        f"on {cluster} (rates: {estimate.calibration})",
+        "",
+        f"A step takes {format_seconds(step)}: {format_count(batch_size / step, 'samples/s')}. "
+        f"The fullest device holds {format_bytes(peak)} of {format_bytes(memory_bytes)}.",
+        why(estimate, alternatives, refused),
+        "",
+        "Time of the slowest device's step:",
+        *_terms({TIME_NAMES[k]: v for k, v in estimate.time.items()}, step, format_seconds),
+        "",
+        f"Memory at its fullest moment (stage {_fullest(estimate)}):",
+        *_terms({MEMORY_NAMES[k]: v for k, v in estimate.memory[_fullest(estimate)].items()}, peak, format_bytes),
+        "",
+        "Stages:",
+        *(f"  {index}: {_stage(stage)}" for index, stage in enumerate(stages)),
+    ]
+    if alternatives:
+        lines += ["", "Alternatives:"]
+        lines += [f"  {name}: {separates(estimate, other)}" for name, other in alternatives]
+    if refused:
+        lines += ["", "Left out:"]
+        lines += [f"  {r.what}: {r.reason}" for r in refused[:REFUSED_SHOWN]]
+        if len(refused) > REFUSED_SHOWN:
+            lines.append(f"  and {len(refused) - REFUSED_SHOWN} more")
+    return "\n".join(lines)
+
+
+def why(estimate: Estimate, alternatives: Sequence[tuple[str, Estimate]], refused: Sequence[Refused]) -> str:
+    """One sentence: what made it the choice."""
+    tight = [r.what for r in refused if r.reason.startswith("needs ")]
+    without = f" {_list(tight)} would not fit." if tight else ""
+    if not alternatives:
+        return f"It is the only plan that {'fits' if tight else 'is possible'} under what was asked.{without}"
+    name, other = alternatives[0]
+    gap = other.step_time_s / estimate.step_time_s - 1
+    term, more = _largest_difference(estimate, other)
+    because = f", which spends {format_seconds(more)} more on {term}" if more > 0 else ""
+    return f"It is the fastest that fits: {gap:.1%} ahead of {name}{because}.{without}"
+
+
+def separates(chosen: Estimate, other: Estimate) -> str:
+    """What separates an alternative from the chosen plan."""
+    term, more = _largest_difference(chosen, other)
+    peak = max(other.peak_memory_bytes) - max(chosen.peak_memory_bytes)
+    parts = [f"{format_seconds(other.step_time_s)} ({other.step_time_s / chosen.step_time_s - 1:+.1%})"]
+    if more > 0:
+        parts.append(f"{format_seconds(more)} more {term}")
+    parts.append(f"{format_bytes(abs(peak))} {'more' if peak > 0 else 'less'} memory")
+    return ", ".join(parts)
+
+
+def _largest_difference(chosen: Estimate, other: Estimate) -> tuple[str, float]:
+    """Where the other plan loses most, and by how much.
+
+    Computing and idling count as one: devices that share cores compute faster while others idle.
+    """
+
+    def parts(estimate: Estimate) -> dict[str, float]:
+        rest = {TIME_NAMES[term]: value for term, value in estimate.time.items() if term not in ("compute", "bubble")}
+        return {"computing and idling": estimate.time["compute"] + estimate.time["bubble"], **rest}
+
+    mine, theirs = parts(chosen), parts(other)
+    return max(((name, theirs[name] - mine[name]) for name in mine), key=lambda pair: pair[1])
+
+
+def _fullest(estimate: Estimate) -> int:
+    peaks = estimate.peak_memory_bytes
+    return peaks.index(max(peaks))
+
+
+def _terms(terms: dict[str, float], total: float, form: Callable[[float], str]) -> list[str]:
+    """One line per term that is not zero."""
+    shown = [(name, value) for name, value in terms.items() if value]
+    width = max((len(form(value)) for _, value in shown), default=0)
+    return [f"  {form(value):>{width}}  {value / total:4.0%}  {name}" for name, value in shown]
+
+
+def _stage(stage: StageRow) -> str:
+    calls = (
+        stage.calls[0] if len(stage.calls) == 1 else f"{stage.calls[0]} to {stage.calls[-1]} ({len(stage.calls)} calls)"
+    )
+    return (
+        f"{calls}: {format_bytes(stage.parameter_bytes)} of parameters, busy {format_seconds(stage.busy_s)}, "
+        f"idle {format_seconds(stage.idle_s)}, {format_bytes(stage.memory_bytes)} at most"
+    )
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = list(names[:3]) + ([f"{len(names) - 3} others"] if len(names) > 3 else [])
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"

@@ -1,0 +1,32 @@
+"""``weft.plan``: from a workload, as the user wrote it, to a plan that explains itself."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+from weft.capture import Profile, capture
+from weft.cluster.topology import Cluster
+from weft.plan import Plan
+from weft.planner.search import search
+from weft.planner.space import Keywords
+from weft.workload import Workload
+
+
+def plan(workload: Workload | Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> Plan:
+    """The fastest plan that fits.
+
+    Args:
+        workload: what to compute, or its profile.
+        cluster: on what; all its devices are used.
+        keywords: degrees (``pp=2``, ``tp=1``), ``microbatches`` and ``schedule`` to keep; what is left out is searched.
+
+    Returns:
+        A plan whose ``explain()`` tells why.
+
+    Raises:
+        ModelError: the model cannot be run on fake tensors.
+        PlanError: what is fixed cannot be.
+        MemoryLimitError: nothing fits; the message says the least that would do.
+    """
+    profile = capture(workload) if isinstance(workload, Workload) else workload
+    return search(profile, cluster, **keywords).plan
