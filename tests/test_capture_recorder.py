@@ -301,6 +301,38 @@ def test_errors_name_unit_and_place() -> None:
     assert "reads a tensor that the call 'a' made but did not return" in message
 
 
+class InPlace(nn.Module):
+    """Begins with a write to what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.relu_())
+
+
+def test_a_unit_may_write_to_what_nobody_else_reads() -> None:
+    calls = recorded(CASES["mlp"]._replace(model=lambda: nn.Sequential(nn.Linear(8, 8), InPlace(), InPlace()))).calls
+    assert [call.sources for call in calls] == [(), (Source(0, 0),), (Source(1, 0),), (Source(2, 0),)]
+
+
+@pytest.mark.parametrize("reader", ["code between units reads", "unit 'd' is given"])
+def test_a_unit_may_not_write_to_what_others_read(reader: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = nn.Linear(8, 8), InPlace(), InPlace(), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.b(self.a(x))
+            y = self.c(x)  # replayed: it is like b
+            return y + self.d(x) if reader.startswith("unit") else x + y
+
+    with pytest.raises(ModelError, match=rf"{reader} a tensor that the call 'c' changed in place \(.*recorder\.py:\d+"):
+        recorded(CASES["mlp"]._replace(model=Model))
+
+
 def test_the_model_is_left_as_it_was() -> None:
     for name in ("skips", "llama"):
         case = CASES[name]

@@ -8,8 +8,12 @@ operations  what one operation costs
 frames      what is written down of a stretch of a run
 trace       what the dispatcher sees: operations, live bytes, where tensors come from
 blocks      whether two modules run the same operations
+blame       where in the user's code something went wrong
+border      tensors that cross from the glue into a unit's call and back
+losses      what a loss may return
 isolation   running a model leaves no trace in it
 recording   a run of the loss as data: calls of units, and what each kind of call costs
+kinds       recorded calls that stand for later ones like them
 recorder    makes one: ``record(model, units, loss, batch)``
 sharding    how a divided dimension travels through operations
 groups      the search for groups of projections in a call

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from weft.capture.blame import first_line
 from weft.capture.frames import RawOp
 from weft.capture.groups import Group
 from weft.capture.initial import FakeModel, build_fake, map_tensors
@@ -87,8 +88,9 @@ def sample_batch(workload: Workload, samples: int) -> Any:
     try:
         batch = workload.sample_batch(samples)
     except Exception as error:  # the user's code: whatever it raises is told once
-        line = next(iter(str(error).splitlines()), "")
-        raise BatchError(f"making a batch of {samples} samples raised {type(error).__name__}: {line}") from error
+        raise BatchError(
+            f"making a batch of {samples} samples raised {type(error).__name__}: {first_line(error)}"
+        ) from error
     tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
     if not tensors:
         raise BatchError(f"a batch must contain tensors, got a {type(batch).__name__} without any; convert in collate")
@@ -273,10 +275,9 @@ def _optimizer_cost(workload: Workload) -> tuple[float, float]:
             with traffic:
                 optimizer.step()
     except Exception as error:  # the user's code: whatever it raises is told once
-        line = next(iter(str(error).splitlines()), "")
         raise InputError(
-            f"Workload.optimizer raised {type(error).__name__} on a single parameter: {line}; it must be a function of "
-            "any iterable of parameters that returns a torch optimizer"
+            f"Workload.optimizer raised {type(error).__name__} on a single parameter: {first_line(error)}; it must be "
+            "a function of any iterable of parameters that returns a torch optimizer"
         ) from error
     size = parameter.numel() * parameter.itemsize
     state = sum(t.nbytes for t in tree_leaves(optimizer.state[parameter]) if isinstance(t, Tensor) and t.dim())

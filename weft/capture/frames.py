@@ -71,6 +71,7 @@ class Frame:
         reads: names of the parameters and buffers read.
         extra: origin of tensors read that are neither arguments nor the unit's own.
         looked: whether Python looked at a value.
+        changed: arguments written to.
     """
 
     unit: str
@@ -83,6 +84,7 @@ class Frame:
     reads: set[str] = field(default_factory=set)
     extra: Origin = NOWHERE
     looked: bool = False
+    changed: set[int] = field(default_factory=set)
 
     def workspace(self, passing: frozenset[int] = frozenset()) -> int:
         """Peak bytes of live temporaries: what is made here and not saved. ``passing`` (gradients of parameters)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from weft.capture.blame import first_line
 from weft.capture.isolation import restored, snapshot
 from weft.capture.operations import StandIns
 from weft.capture.recording import Cost, Example, TensorLeaf
@@ -264,8 +265,7 @@ class UnitSearch:
                 args, kwargs = tree_unflatten([_fake(x) for x in self.example.arguments], self.example.spec)
                 result = unit(*args, **kwargs)
         except Exception as error:  # the user's code on sizes it may not expect: any failure means it cannot be divided
-            line = next(iter(str(error).splitlines()), "")
-            return f"the unit's code does not run on 1/{degree} of the features: {line}"
+            return f"the unit's code does not run on 1/{degree} of the features: {first_line(error)}"
         if sorted(called) != sorted(group.styles):
             return "the unit's code uses the weights without calling their modules"
         shapes = [tuple(x.shape) for x in tree_leaves(result) if isinstance(x, Tensor)]

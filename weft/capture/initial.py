@@ -7,7 +7,6 @@ kept.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
+from weft.capture.blame import first_line, place_of
 from weft.capture.replay import replay, value
 from weft.capture.tape import Ref, Tape
 from weft.errors import ModelError
@@ -67,12 +67,12 @@ def build_fake(factory: Callable[[], nn.Module], seed: int) -> FakeModel:
                 model = factory()
             except DataDependentOutputException as error:
                 raise ModelError(
-                    f"the model factory looks at a value that depends on random numbers ({_where(error)}), which is "
+                    f"the model factory looks at a value that depends on random numbers ({place_of(error)}), which is "
                     "not known before the weights are drawn; compute it from plain Python numbers"
                 ) from error
             except Exception as error:  # the user's code: whatever it raises is told once, with its place
                 raise ModelError(
-                    f"the model factory raised {type(error).__name__}: {_first_line(error)} ({_where(error)})"
+                    f"the model factory raised {type(error).__name__}: {first_line(error)} ({place_of(error)})"
                 ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"the model factory must return a torch.nn.Module, got {type(model).__name__}")
@@ -198,14 +198,3 @@ def _truncated_normal_on(tape: Tape) -> Iterator[None]:
 
     with mock.patch.object(torch.nn.init, "_no_grad_trunc_normal_", record):
         yield
-
-
-def _where(error: BaseException) -> str:
-    """File and line of the user's code an error comes from."""
-    frames = traceback.extract_tb(error.__traceback__)
-    mine = [f for f in frames if "/torch/" not in f.filename and "/weft/capture/" not in f.filename]
-    return f"{mine[-1].filename}:{mine[-1].lineno}" if mine else "inside torch"
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")

@@ -11,7 +11,6 @@ grow with depth.
 from __future__ import annotations
 
 import dataclasses
-import traceback
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,14 +22,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
-from weft.capture.blocks import Likeness, likeness, same_value
-from weft.capture.frames import NOWHERE, Frame, Origin, RawOp
+from weft.capture.blame import told
+from weft.capture.blocks import Likeness
+from weft.capture.border import enter, form, forms_of, gradients_of, output_leaf
+from weft.capture.frames import NOWHERE, Frame, Origin
 from weft.capture.initial import map_tensors
 from weft.capture.isolation import quiet, restored, snapshot
+from weft.capture.kinds import Kind
+from weft.capture.losses import loss_parts
 from weft.capture.profile import LOSS, Source
 from weft.capture.recording import Cost, Example, RecordedCall, Recording, SavedStorage, TensorLeaf
-from weft.capture.trace import Trace, is_library, sequence_number
-from weft.errors import LossError, ModelError, WeftError
+from weft.capture.trace import Trace, sequence_number
+from weft.errors import LossError, ModelError
 
 __all__ = ["Cost", "RecordedCall", "Recording", "TensorLeaf", "record"]
 
@@ -62,22 +65,6 @@ def record(
 
 
 @dataclass(slots=True)
-class _Kind:
-    """A recorded call that others may be replayed from."""
-
-    unit: str
-    module: nn.Module
-    state: tuple[Any, ...]
-    given: Sequence[Any]
-    arguments: Sequence[Any]
-    spec: TreeSpec
-    out_leaves: tuple[Any, ...]
-    out_spec: TreeSpec
-    cost: Cost
-    replayable: bool
-
-
-@dataclass(slots=True)
 class _Recorder:
     model: nn.Module
     units: Sequence[str]
@@ -85,7 +72,7 @@ class _Recorder:
     alike: set[tuple[str, str]]
     trace: Trace = field(init=False)
     first: dict[int, str] = field(init=False)
-    kinds: list[_Kind] = field(init=False, default_factory=list)
+    kinds: list[Kind] = field(init=False, default_factory=list)
     calls: list[RecordedCall] = field(init=False, default_factory=list)
     occurrences: dict[str, int] = field(init=False, default_factory=dict)
     stretches: list[Frame] = field(init=False, default_factory=list)
@@ -118,7 +105,7 @@ class _Recorder:
             stack.enter_context(self.trace)
             stack.enter_context(saved_tensors_hooks(self.trace.pack, lambda t: t))
             self._start_stretch()
-            result = self._told("", loss, self.model, fakes)
+            result = told("", loss, self.model, fakes)
             self._finish(result)
             self.trace.frame = None
         return Recording(
@@ -163,15 +150,16 @@ class _Recorder:
             given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             origin = NOWHERE
             for tensor in given:
+                self.trace.check_unchanged(self.trace.ref(tensor), f"unit {unit!r} is given")
                 origin |= self.trace.origin(tensor)
             self.roots += [t for t in given if t.requires_grad]
             self.bounds.append(sequence_number())
             kind, extra, reads = self._kind(number, unit, module, forward, leaves, spec)
             origin |= extra
+            for position in self.kinds[kind].changes:
+                self.trace.changed[self.trace.ref(given[position]).storage] = number
             outputs, fresh = self._outputs(number, self.kinds[kind])
-            own: list[str] = []
-            for tensor in self._tensors_of(module):
-                own.append(self.first[id(tensor)])
+            own = [self.first[id(t)] for t in self._tensors_of(module)]
             self.calls.append(
                 RecordedCall(
                     name=name,
@@ -183,7 +171,6 @@ class _Recorder:
                     reads=tuple(dict.fromkeys([*own, *sorted(reads)])),
                     glue_reads=tuple(sorted(origin.reads)),
                     kind=kind,
-                    glue=Cost(),
                     arguments=tuple(self.trace.ref(t).storage for t in given),
                     argument_bytes=tuple(t.untyped_storage().nbytes() for t in given),
                     outputs=tuple(self.trace.ref(t).storage for t in fresh),
@@ -199,31 +186,42 @@ class _Recorder:
         state = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
         numbered: list[int] = []
         for index, kind in enumerate(self.kinds):
-            if kind.replayable and kind.state == state and kind.spec == spec and _alike(kind.given, leaves):
-                match likeness(kind.module, module, kind.unit, unit):
-                    case Likeness.SAME:
+            match kind.likeness(unit, module, state, leaves, spec):
+                case Likeness.SAME:
+                    return index, NOWHERE, set()
+                case Likeness.SAME_BUT_NUMBERED:
+                    if (kind.unit, unit) in self.alike:
                         return index, NOWHERE, set()
-                    case Likeness.SAME_BUT_NUMBERED:
-                        if (kind.unit, unit) in self.alike:
-                            return index, NOWHERE, set()
-                        numbered.append(index)
+                    numbered.append(index)
         # Objects are kept as they are now: a unit may change what it is given (a cache).
-        arguments = [_form(leaf if numbered else snapshot(leaf)) for leaf in leaves]
+        arguments = [form(leaf if numbered else snapshot(leaf)) for leaf in leaves]
         frame, run = self._run(number, unit, module, forward, leaves, spec)
         replayable = not frame.looked and frame.extra is NOWHERE and not frame.reads - self._names_of(module)
         for index in numbered:
-            if replayable and _forms(frame.operations) == _forms(self.kinds[index].cost.forward):
+            if replayable and self.kinds[index].runs(frame.operations):
                 self.alike.add((self.kinds[index].unit, unit))
                 return index, NOWHERE, set()
-        out_leaves, out_spec, cost = run()
+        out_leaves, out_spec, cost, changes = run()
         self.kinds.append(
-            _Kind(unit, module, state, _forms_of(leaves), arguments, spec, out_leaves, out_spec, cost, replayable)
+            Kind(
+                unit=unit,
+                module=module,
+                state=state,
+                given=forms_of(leaves),
+                arguments=arguments,
+                spec=spec,
+                out_leaves=out_leaves,
+                out_spec=out_spec,
+                cost=cost,
+                changes=changes,
+                replayable=replayable,
+            )
         )
         return len(self.kinds) - 1, frame.extra, frame.reads
 
     def _run(
         self, number: int, unit: str, module: nn.Module, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec
-    ) -> tuple[Frame, Callable[[], tuple[tuple[Any, ...], TreeSpec, Cost]]]:
+    ) -> tuple[Frame, Callable[[], tuple[tuple[Any, ...], TreeSpec, Cost, frozenset[int]]]]:
         """Run a unit's forward on tensors of its own; what is returned runs its backward and sums up."""
         ends: dict[int, Tensor] = {}
         entered: dict[int, Tensor] = {}
@@ -231,18 +229,18 @@ class _Recorder:
             if isinstance(leaf, Tensor) and id(leaf) not in entered:
                 entered[id(leaf)] = leaf
                 if leaf.requires_grad:
-                    ends[id(leaf)], entered[id(leaf)] = _enter(leaf)
+                    ends[id(leaf)], entered[id(leaf)] = enter(leaf)
         arguments = [entered[id(x)] if isinstance(x, Tensor) else x for x in leaves]
         given = [self.trace.ref(x).storage for x in arguments if isinstance(x, Tensor)]
         frame = Frame(unit, number, arguments=frozenset(given))
         args, kwargs = tree_unflatten(arguments, spec)
         with self.trace.recording(frame):
-            result = self._told(unit, forward, *args, **kwargs)
+            result = told(unit, forward, *args, **kwargs)
         workspace = frame.workspace()
 
-        def finish() -> tuple[tuple[Any, ...], TreeSpec, Cost]:
+        def finish() -> tuple[tuple[Any, ...], TreeSpec, Cost, frozenset[int]]:
             flat, out_spec = tree_flatten(result)
-            out_leaves = tuple(_leaf(unit, x) for x in flat)
+            out_leaves = tuple(output_leaf(unit, x) for x in flat)
             tensors = [x for x in flat if isinstance(x, Tensor)]
             refs = tuple(self.trace.ref(x) for x in tensors)
             returned = [ref.storage for ref in refs]
@@ -253,7 +251,7 @@ class _Recorder:
                 weights = [t for t in self._read_tensors(frame) if t.requires_grad]
                 gradients = [self._given(t) for t in roots]
                 with self.trace.recording(back):
-                    results = self._told(unit, _gradients, roots, [*ends.values(), *weights], gradients)
+                    results = told(unit, gradients_of, roots, [*ends.values(), *weights], gradients)
                 passing = frozenset(self.trace.ref(g).storage for g in results[len(ends) :] if g is not None)
                 peak = max(peak, back.workspace(passing))
             saved = tuple(
@@ -265,11 +263,13 @@ class _Recorder:
                 )
                 for storage, size in frame.saved.items()
             )
-            return out_leaves, out_spec, Cost(tuple(frame.operations), tuple(back.operations), saved, peak, refs)
+            changes = frozenset(i for i, storage in enumerate(given) if storage in frame.changed)
+            cost = Cost(tuple(frame.operations), tuple(back.operations), saved, peak, refs)
+            return out_leaves, out_spec, cost, changes
 
         return frame, finish
 
-    def _outputs(self, number: int, kind: _Kind) -> tuple[Any, list[Tensor]]:
+    def _outputs(self, number: int, kind: Kind) -> tuple[Any, list[Tensor]]:
         """New tensors for the glue, in the form of a recorded call's outputs."""
         fresh: list[Tensor] = []
         values: list[Any] = []
@@ -278,7 +278,7 @@ class _Recorder:
             if isinstance(leaf, TensorLeaf):
                 value = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=leaf.device_type)
                 if leaf.requires_grad:
-                    end, value = _enter(value)
+                    end, value = enter(value)
                     self.ends.append(end)
                 self.trace.returned(value, Source(number, len(fresh)))
                 fresh.append(value)
@@ -288,11 +288,8 @@ class _Recorder:
     def _finish(self, result: Any) -> None:
         """Check the loss, run the backward of the glue, and close the recording with LOSS."""
         self.trace.frame = None
-        parts = list(result) if isinstance(result, tuple) and len(result) == 2 else [result]
+        parts = loss_parts(result)
         total = parts[0]
-        mean = isinstance(total, Tensor) and total.numel() == 1 and total.is_floating_point()
-        if not mean or not _is_number(parts[-1]):
-            raise LossError(f"loss(model, batch) must return a scalar or (sum, count), got {_describe(result)}")
         if self.backward and not total.requires_grad:
             raise LossError("loss(model, batch) does not depend on any trainable parameter; return a loss that does")
         backs = [Frame("", frame.call, forward=False) for frame in self.stretches]
@@ -303,14 +300,13 @@ class _Recorder:
             gradients = [self._given(t) for t in roots]
             self.trace.segments = (self.bounds, backs)
             with self.trace.recording(backs[-1]):
-                self._told("", _gradients, roots, [*self.ends, *weights], gradients)
+                told("", gradients_of, roots, [*self.ends, *weights], gradients)
             self.trace.segments = None
         origin = NOWHERE
         for part in parts:
-            if isinstance(part, Tensor):
-                origin |= self.trace.origin(part)
+            origin |= self.trace.origin(part)
         _, spec = tree_flatten(None)
-        self.kinds.append(_Kind("", self.model, (), (), (), spec, (), spec, Cost(), False))
+        self.kinds.append(Kind("", self.model, (), (), (), spec, (), spec, Cost(), frozenset(), replayable=False))
         self.calls.append(
             RecordedCall(
                 name=LOSS,
@@ -322,10 +318,6 @@ class _Recorder:
                 reads=(),
                 glue_reads=tuple(sorted(origin.reads)),
                 kind=len(self.kinds) - 1,
-                glue=Cost(),
-                arguments=(),
-                argument_bytes=(),
-                outputs=(),
             )
         )
         for i, (frame, back) in enumerate(zip(self.stretches, backs, strict=True)):
@@ -356,83 +348,3 @@ class _Recorder:
 
     def _read_tensors(self, frame: Frame) -> list[Tensor]:
         return [t for t in self._tensors_of(self.model) if self.first[id(t)] in frame.reads]
-
-    def _told(self, unit: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the user's code; whatever it raises is told once, with its place."""
-        try:
-            return run(*args, **kwargs)
-        except WeftError:
-            raise
-        except Exception as error:
-            frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_library(f.filename)]
-            place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-            who = f"unit {unit!r}" if unit else "the model"
-            line = next(iter(str(error).splitlines()), "")
-            raise ModelError(f"{who} raised {type(error).__name__} on fake tensors: {line}{place}") from error
-
-
-class _Enter(torch.autograd.Function):
-    """A tensor of the same form in a storage of its own, and no leaf, so that in-place operations on it are allowed."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
-
-
-def _enter(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """A leaf that ends a piece of the graph, and the tensor to compute with."""
-    end = tensor.detach().requires_grad_()
-    return end, _Enter.apply(end)  # type: ignore[no-untyped-call] # untyped in torch
-
-
-def _gradients(roots: Sequence[Tensor], ends: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    if not ends:
-        return ()
-    return torch.autograd.grad(roots, ends, gradients, allow_unused=True)
-
-
-def _form(leaf: Any) -> Any:
-    """An argument as later ones are compared with it; the form of a tensor, anything else itself."""
-    if isinstance(leaf, Tensor):
-        return TensorLeaf(tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device.type, leaf.requires_grad)
-    return leaf
-
-
-def _forms_of(leaves: Sequence[Any]) -> list[Any]:
-    return [_form(leaf) for leaf in leaves]
-
-
-def _alike(recorded: Sequence[Any], leaves: Sequence[Any]) -> bool:
-    return len(recorded) == len(leaves) and all(map(same_value, recorded, _forms_of(leaves)))
-
-
-def _forms(operations: Sequence[RawOp]) -> list[Any]:
-    return [op.form for op in operations]
-
-
-def _leaf(unit: str, value: Any) -> Any:
-    """An output as it is kept."""
-    if isinstance(value, Tensor):
-        return _form(value)
-    if dataclasses.is_dataclass(value) and any(isinstance(x, Tensor) for x in vars(value).values()):
-        raise ModelError(
-            f"unit {unit!r} returns a {type(value).__name__}, whose tensors weft cannot see; return a tensor, tuple, "
-            f"list or dict, or register the class with torch.utils._pytree.register_dataclass"
-        )
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {', '.join(map(_describe, value))}"
-    return f"a {type(value).__name__}"

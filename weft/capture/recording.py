@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -88,10 +88,10 @@ class RecordedCall:
     reads: tuple[str, ...]
     glue_reads: tuple[str, ...]
     kind: int
-    glue: Cost
-    arguments: tuple[int, ...]
-    argument_bytes: tuple[int, ...]
-    outputs: tuple[int, ...]
+    glue: Cost = field(default_factory=Cost)
+    arguments: tuple[int, ...] = ()
+    argument_bytes: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
 
     @property
     def tensors(self) -> tuple[TensorLeaf, ...]:

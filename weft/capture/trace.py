@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,13 +30,14 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from weft.capture.blame import where
 from weft.capture.frames import NOWHERE, Frame, Origin, RawOp
 from weft.capture.operations import STAND_INS, bytes_of, flops_of, kind_of
 from weft.capture.profile import Source
 from weft.capture.tape import Ref, flat_tensors, written_arguments
 from weft.errors import ModelError
 
-__all__ = ["RawOp", "Trace", "is_library", "sequence_number", "where"]
+__all__ = ["RawOp", "Trace", "sequence_number"]
 
 aten = torch.ops.aten
 LARGEST_KNOWN = 1 << 24
@@ -57,6 +57,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
         self.segments: tuple[list[int], list[Frame]] | None = None
         self._serials: dict[int, tuple[int, Any]] = {}
         self._count = 0
+        self.changed: dict[int, int] = {}
         self._inner: dict[int, int] = {}
         self._known: dict[int, dict[Ref, Tensor]] = {}
         self.names = {self.ref(tensor).storage: name for tensor, name in names.items()}
@@ -84,6 +85,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
         outputs = list(flat_tensors(out))
         made = tuple(self.ref(t) for t in outputs)
         if frame.forward:
+            frame.changed.update(ref.storage for ref in map(self.ref, written) if ref.storage in frame.arguments)
             self._pass_on(frame, refs, made, [self.ref(t) for t in written])
             self._learn(made, values)
         new = [t for t, ref in zip(outputs, made, strict=True) if ref.storage >= before]
@@ -125,6 +127,14 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
     def returned(self, tensor: Tensor, source: Source) -> None:
         """Note that a tensor is an output of a call."""
         self.origins[self.ref(tensor).storage] = Origin(frozenset({source}))
+
+    def check_unchanged(self, ref: Ref, who: str) -> None:
+        """A unit's writes to its arguments happen only where the unit runs, so nobody else may count on them."""
+        if ref.storage in self.changed:
+            raise ModelError(
+                f"{who} a tensor that the call {self.call_names[self.changed[ref.storage]]!r} changed in place "
+                f"({where()}); let the unit work on a copy, or return the changed tensor and use that"
+            )
 
     def know(self, tensor: Tensor, value: Tensor) -> None:
         """Note the value of a tensor of the batch."""
@@ -178,6 +188,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
                     f"{reader} reads a tensor that the call {self.call_names[maker]!r} made but did not return "
                     f"({where()}); return it from the unit, or name a module around both in Workload(units=[...])"
                 )
+            if not frame.unit:
+                self.check_unchanged(ref, "code between units reads")
             if frame.unit:
                 if ref.storage in self.names:
                     frame.reads.add(self.names[ref.storage])
@@ -291,17 +303,3 @@ def _node(frame: Frame) -> int:
         return sequence_number() - 1
     node = torch._C._current_autograd_node()
     return node._sequence_nr() if node is not None else -1
-
-
-def where() -> str:
-    """File and line of the innermost running code that is neither torch's nor this package's."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and is_library(frame.f_code.co_filename):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def is_library(filename: str) -> bool:
-    """Whether a file is torch's or this package's."""
-    path = filename.replace("\\", "/")
-    return "/torch/" in path or "/weft/capture/" in path or path.startswith("<")

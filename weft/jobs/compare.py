@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from weft.capture import capture
 from weft.capture.profile import Profile
@@ -16,7 +16,7 @@ from weft.errors import InputError
 from weft.estimate import Estimate, Measurement
 from weft.jobs.reference import SingleDevice
 from weft.plan import Plan
-from weft.planner import Choice, estimate, search
+from weft.planner import Choice, Keywords, estimate, search
 from weft.quantity import format_bytes, format_seconds
 from weft.runtime import memory
 from weft.runtime.engine import parallelize
@@ -159,7 +159,7 @@ def searched(name: str, profile: Profile, cluster: Cluster, choices: list[dict[s
     found, reasons = [], []
     for degrees in choices:
         try:
-            found.append(search(profile, cluster, **degrees))
+            found.append(search(profile, cluster, **cast(Keywords, degrees)))
         except InputError as error:
             reasons.append(str(error))
     if not found:

@@ -80,7 +80,7 @@ class SingleDevice:
     def _whole(self, batch: Any) -> float:
         value, count = split_loss(self.workload.loss(self.model, batch))
         mean = value if count is None else value / count
-        mean.backward()
+        mean.backward()  # type: ignore[no-untyped-call]  # torch's
         return float(mean.detach())
 
     def _pieces(self, batch: Any, step: int) -> float:
@@ -101,7 +101,7 @@ class SingleDevice:
             sums.append(value if count is not None else value * len(piece))
             counts.append(float(count) if count is not None else float(len(piece)))
         mean = torch.stack(sums).sum() / sum(counts)
-        mean.backward()
+        mean.backward()  # type: ignore[no-untyped-call]  # torch's
         return float(mean.detach())
 
     def _record(self, microbatch: Any) -> Recording:
@@ -125,7 +125,7 @@ def in_dtype(workload: Workload, dtype: torch.dtype) -> Workload:
     return replace(workload, model=lambda: workload.model().to(dtype), loss=loss)
 
 
-class InsteadOfFloat32(TorchFunctionMode):  # type: ignore[misc]  # torch exports the class without types
+class InsteadOfFloat32(TorchFunctionMode):
     """Code that asks for float32 (norms and softmax often do) gets another dtype.
 
     Rounding to float32 inside a float64 model turns a difference in the last bit of a float64 into one of float32.

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 
 from weft.errors import CheckpointError
 from weft.plan import Plan
@@ -52,7 +54,7 @@ def newest(directory: Path) -> Path:
 def save(directory: Path, step: int, plan: Plan, part: Part, optimizer: torch.optim.Optimizer) -> Path:
     """Write a checkpoint; all ranks call it. Returns the folder made for it."""
     path = directory / f"step-{step:08d}"
-    dcp.save({**model_state(part), **optimizer_state(part, optimizer)}, checkpoint_id=path)
+    write_tensors({**model_state(part), **optimizer_state(part, optimizer)}, checkpoint_id=path)
     dist.barrier()
     if dist.get_rank() == 0:
         groups = [{k: v for k, v in group.items() if is_plain(v) and k != "params"} for group in optimizer.param_groups]
@@ -72,7 +74,7 @@ def load(directory: Path, plan: Plan, part: Part, optimizer: torch.optim.Optimiz
     """
     path = directory if (directory / MARK).exists() else newest(directory)
     training = read_training(path)
-    reader = dcp.FileSystemReader(path)
+    reader = FileSystemReader(path)
     stored = reader.read_metadata().state_dict_metadata
     model = model_state(part)
     for name, tensor in model.items():
@@ -82,7 +84,7 @@ def load(directory: Path, plan: Plan, part: Part, optimizer: torch.optim.Optimiz
         if entry.size != tensor.shape:
             raise CheckpointError(f"{path}: {name} has shape {tuple(entry.size)}, the model's is {tuple(tensor.shape)}")
     moments = blank_optimizer_state(part, stored)
-    dcp.load({**model, **moments}, storage_reader=reader)
+    read_tensors({**model, **moments}, storage_reader=reader)
     for held in part.held:
         prefix = f"optimizer.{held.name}."
         state = {name.removeprefix(prefix): value for name, value in moments.items() if name.startswith(prefix)}

@@ -98,6 +98,9 @@ class Sharded:
         """Reduce in the last backward only."""
         root = self._modules[-1]
         root.set_is_last_backward(last)
+        # What the root itself gathered is in the graphs of later microbatches too, and in the middle of a pipeline no
+        # hook would gather it again for them: the model's own output is not computed there.
+        root.set_reshard_after_backward(last, recurse=False)
         if last != self._syncing:
             root.set_requires_gradient_sync(last)
             self._syncing = last

@@ -49,7 +49,7 @@ class Grid:
         gradients = None
         if plan.pp > 1:
             pipelines = mesh.mesh.reshape(plan.pp, -1).T.tolist()  # every column is one pipeline
-            gradients, _ = dist.new_subgroups_by_enumeration(pipelines)
+            gradients, _ = dist.new_subgroups_by_enumeration(pipelines)  # type: ignore[no-untyped-call]  # torch's
         return cls(mesh, device, gradients)
 
     def degree(self, dimension: str) -> int:

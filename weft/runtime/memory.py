@@ -98,7 +98,7 @@ class ProcessMemory(Memory):
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         soft = hard
         if limit_bytes is not None:
-            _return_memory_at_once()
+            economise()
             soft = _status("VmData") + limit_bytes
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
@@ -157,8 +157,11 @@ class AcceleratorMemory(Memory):
         return int(torch.accelerator.max_memory_allocated(self._device)) - self._baseline
 
 
-def _return_memory_at_once() -> None:
-    """Have glibc give freed tensors back to the system, and threads to come take small stacks. Cannot be undone."""
+def economise() -> None:
+    """Have glibc give freed tensors back to the system, and threads to come take small stacks. Cannot be undone.
+
+    ``limit`` does it; a process that is going to be limited does it first of all, before it has threads.
+    """
     libc = ctypes.CDLL(None)
     try:
         malloc_option, default_of, set_size, set_default = (

@@ -188,7 +188,7 @@ def make_absent_fake(model: nn.Module, mine: frozenset[str], mode: FakeTensorMod
 
 
 def hold(model: nn.Module, ownership: Ownership, plan: Plan, grid: Grid, *, alone: bool) -> list[Held]:
-    """The parameters this rank holds, with the groups that keep copies equal. Every rank makes the same groups in order.
+    """The parameters this rank holds, with the groups that keep copies equal. All ranks make the same groups.
 
     Args:
         model, ownership, plan, grid: of this job.

@@ -95,6 +95,8 @@ class Pipeline:
         self.bytes_sent = 0
         self._routes: dict[int, Routes] = {}
         self._actions: list[Action] = []
+        self._flights: dict[int, InFlight] = {}
+        self._sends: list[tuple[dist.Work, Tensor]] = []
 
     def run(self, batch: Batch, step: int, *, check: bool = False) -> Sums:
         """Forward and backward of every microbatch; gradients are left reduced over the replicas.
@@ -109,7 +111,7 @@ class Pipeline:
         """
         zero = torch.zeros((), dtype=torch.float64, device=self.grid.device)
         self._sums = Sums(zero, zero.clone())
-        self._batch, self._flights, self._sends = batch, {}, []
+        self._batch, self._flights = batch, {}
         self._microbatches = [self._to_device(m) for m in batch.microbatches]
         for m, microbatch in enumerate(self._microbatches):
             recording = self.record(microbatch)
@@ -119,6 +121,7 @@ class Pipeline:
             self._perform(action)
         for work, _ in self._sends:
             self._wait(work)
+        self._sends.clear()
         return self._sums
 
     def _routes_of(self, recording: Recording) -> Routes:

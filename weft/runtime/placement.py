@@ -109,7 +109,7 @@ class Placement:
             number = run.routes.numbers.get((unit, run.seen[unit]))
             if number is None:
                 raise ModelError(
-                    f"{unit} was called {run.seen[unit]} times in a step but less often when the model was captured; the "
+                    f"{unit} was called {run.seen[unit]} times in a step, less often when the model was captured; the "
                     "forward depends on something that changes from step to step"
                 )
             call = run.recording.calls[number]

@@ -33,7 +33,7 @@ from weft.errors import InputError
 from weft.runtime import worker
 from weft.runtime.failure import Failure
 from weft.runtime.launch import command, device_count, environment_for, read_failure, settings_for
-from weft.runtime.worker import JOB, TIMEOUT_S, Settings, call_of, die_with, join
+from weft.runtime.worker import JOB, TIMEOUT_S, Settings, call_of, join, prepare
 
 GRACE_S = 5.0
 """Seconds the others get to fail by themselves after the first failure of a run."""
@@ -173,7 +173,7 @@ def main() -> None:
     """Serve runs until the pipe closes."""
     rank, port, pipe = int(sys.argv[1]), int(sys.argv[2]), Connection(int(sys.argv[3]))
     settings: Settings = pipe.recv()
-    die_with(settings.parent)
+    prepare(settings)
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=settings.timeout_s))
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
     while True:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -42,7 +42,7 @@ class Entrance:
         return made
 
 
-class Projection(ParallelStyle):  # type: ignore[misc]  # torch exports the class without types
+class Projection(ParallelStyle):
     """Divide one module's weight and bias, and convert what goes in and what comes out.
 
     Args:
@@ -59,7 +59,9 @@ class Projection(ParallelStyle):  # type: ignore[misc]  # torch exports the clas
         self.entrance, self.weight, self.bias, self.inputs, self.outputs = entrance, weight, bias, inputs, outputs
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(module, device_mesh, self._divide, self._enter, self._leave)
+        # torch says its functions return None; it uses what they return
+        enter, leave = cast(Any, self._enter), cast(Any, self._leave)
+        return distribute_module(module, device_mesh, self._divide, enter, leave)
 
     def _divide(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
         for key, parameter in module.named_parameters(recurse=False):
@@ -78,7 +80,7 @@ class Projection(ParallelStyle):  # type: ignore[misc]  # torch exports the clas
         assert isinstance(output, DTensor)
         if output.placements != (self.outputs,):
             output = output.redistribute(placements=[self.outputs], async_op=True)
-        return output.to_local()
+        return cast(Tensor, output.to_local())
 
 
 WHOLE, FEATURES = Replicate(), Shard(-1)
@@ -99,7 +101,7 @@ def divide_modules(model: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh
         PlanError: the model has no such module.
     """
     entrance = Entrance()
-    shared: dict[nn.Parameter, nn.Parameter] = {}
+    shared: dict[Tensor, DTensor] = {}
     for name, style in styles.items():
         try:
             module = model.get_submodule(name)
@@ -109,10 +111,10 @@ def divide_modules(model: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh
             ) from error
         before = dict(module.named_parameters(recurse=False))
         parallelize_module(module, mesh, STYLES[style](entrance), src_data_rank=None)
-        for key, parameter in before.items():
+        for key, whole in before.items():
             divided = module.get_parameter(key)
             assert isinstance(divided, DTensor)
-            first = shared.setdefault(parameter, divided)
+            first = shared.setdefault(whole, divided)
             if first.placements != divided.placements:
                 raise PlanError(
                     f"the plan divides {name}.{key} as {divided.placements} but a module that shares it "
@@ -121,5 +123,5 @@ def divide_modules(model: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh
             setattr(module, key, first)
     for module in model.modules():
         for key, parameter in module._parameters.items():
-            if parameter in shared:
-                module._parameters[key] = shared[parameter]
+            if parameter is not None and parameter in shared:
+                module._parameters[key] = cast(nn.Parameter, shared[parameter])

@@ -103,7 +103,7 @@ def main() -> None:
     job, rank, limit = Path(os.environ[JOB]), int(os.environ["RANK"]), ""
     try:
         settings = Settings(**cloudpickle.loads((job / "settings").read_bytes()))
-        die_with(settings.parent)
+        prepare(settings)
         if (job / "script").exists():
             script, arguments = cloudpickle.loads((job / "script").read_bytes())
             with limited(settings) as limit:
@@ -131,6 +131,13 @@ def run_script(script: str, arguments: list[str]) -> None:
     except SystemExit as end:
         if end.code not in (None, 0):
             raise
+
+
+def prepare(settings: Settings) -> None:
+    """What a process of a job does first."""
+    die_with(settings.parent)
+    if settings.memory_bytes is not None and settings.device == "cpu":
+        memory.economise()
 
 
 def die_with(parent: int) -> None:

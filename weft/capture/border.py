@@ -1,0 +1,73 @@
+"""Border: tensors that cross from the glue into a unit's call and back.
+
+On either side a tensor is new: a leaf of its own, so that each piece of the graph has a backward of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weft.capture.blocks import same_value
+from weft.capture.recording import TensorLeaf
+from weft.errors import ModelError
+
+
+class Enter(torch.autograd.Function):
+    """A tensor of the same form in a storage of its own, and no leaf, so that in-place operations on it are allowed."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def enter(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """A leaf that ends a piece of the graph, and the tensor to compute with."""
+    end = tensor.detach().requires_grad_()
+    return end, Enter.apply(end)  # type: ignore[no-untyped-call] # untyped in torch
+
+
+def gradients_of(
+    roots: Sequence[Tensor], ends: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """Run a piece's backward: gradients of the tensors it ends in, None for those nothing depends on."""
+    if not ends:
+        return ()
+    return torch.autograd.grad(roots, ends, gradients, allow_unused=True)
+
+
+def form(leaf: Any) -> Any:
+    """An argument as later ones are compared with it; the form of a tensor, anything else itself."""
+    if isinstance(leaf, Tensor):
+        return TensorLeaf(tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device.type, leaf.requires_grad)
+    return leaf
+
+
+def forms_of(leaves: Sequence[Any]) -> list[Any]:
+    """The forms of arguments."""
+    return [form(leaf) for leaf in leaves]
+
+
+def alike(recorded: Sequence[Any], leaves: Sequence[Any]) -> bool:
+    """Whether arguments have the recorded forms."""
+    return len(recorded) == len(leaves) and all(map(same_value, recorded, forms_of(leaves)))
+
+
+def output_leaf(unit: str, value: Any) -> Any:
+    """An output as it is kept."""
+    if isinstance(value, Tensor):
+        return form(value)
+    if dataclasses.is_dataclass(value) and any(isinstance(x, Tensor) for x in vars(value).values()):
+        raise ModelError(
+            f"unit {unit!r} returns a {type(value).__name__}, whose tensors weft cannot see; return a tensor, tuple, "
+            f"list or dict, or register the class with torch.utils._pytree.register_dataclass"
+        )
+    return value
