@@ -73,7 +73,7 @@ def _tokens(samples: int) -> dict[str, Tensor]:
     x = torch.arange(samples * 12).reshape(samples, 12) % 29 + 3
     mask = torch.ones_like(x)
     mask[1:, 8:] = 0
-    return {"x": x, "y": x, "mask": mask}
+    return {"x": x, "y": x.clone(), "mask": mask}
 
 
 def _images(samples: int) -> dict[str, Tensor]:

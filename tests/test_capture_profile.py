@@ -4,11 +4,12 @@ from typing import Any
 import pytest
 import torch
 from capture_models import CASES, Case
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import Dataset
 
 from examples.code_lm import workload as example
 from weft.capture import Profile, capture
-from weft.capture.initial import build_fake
+from weft.capture.initial import build_fake, map_tensors
 from weft.capture.profile import LOSS, NO_GROUP, Affine
 from weft.capture.recorder import record
 from weft.capture.units import find_units
@@ -84,6 +85,29 @@ def test_saved_activations_are_kept_once(profile: Profile) -> None:
     assert inside[attention] == 4 * hidden + 4 * 16 * 4  # query, key, value, result; softmax statistics
     assert inside[feed_forward] == 2 * 4 * hidden
     assert profile.calls[5].saved[0].bytes == Affine(0, hidden + 2 * 16 * 4)
+
+
+@pytest.mark.parametrize("name", ["example", "llama", "gpt2", "bert", "vit", "mixtral", "mlp", "skips"])
+def test_saved_bytes_are_those_of_a_real_run(name: str) -> None:
+    case = CASES[name]
+    torch.manual_seed(0)
+    model = case.model()
+    own: set[int] = set()
+    map_tensors(model, lambda _, t: own.add(t.untyped_storage().data_ptr()) or t)  # type: ignore[func-returns-value]
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        result = case.loss(model, case.batch(4))
+    real = sum(storage.nbytes() for storage in kept.values())
+    del result
+    profile = capture(workload(case))
+    assert sum(saved.bytes.at(4) for call in profile.calls for saved in call.saved) == real
 
 
 def test_divided_operations_are_marked(profile: Profile) -> None:

@@ -65,7 +65,16 @@ def test_bad_curves(points):
 
 def measured() -> Cluster:
     flat = Curve((1.0, 1e6), (1e9, 2e9))
-    device = Device(name="a", memory_bytes=2**30, matmul={"float32": flat}, rates={"pointwise": flat}, overhead_s=1e-6)
+    device = Device(
+        name="a",
+        memory_bytes=2**30,
+        matmul={"float32": flat},
+        rates={"pointwise": flat},
+        overhead_s=1e-6,
+        accelerator=False,
+        reserved_bytes=2**20,
+        allocator_share=0.1,
+    )
     return Cluster(
         name="c",
         nodes=(Nodes(count=2, devices=4, device=device, cores=1.5),),
@@ -104,6 +113,11 @@ def test_a_saved_cluster_reads_back_equal(cluster, tmp_path):
         (lambda t: t.replace("overhead_s", "overhead"), "unknown key 'overhead'"),
         (lambda t: t.replace('name = "c"\n', ""), "'name' is missing"),
         (lambda t: t.replace("measured here", "guessed"), "calibration 'guessed'"),
+        (lambda t: t.replace("accelerator = false", "accelerator = 0"), "accelerator must be true or false"),
+        (
+            lambda t: t.replace("allocator_share = 0.1", "allocator_share = -0.1"),
+            "allocator_share must not be negative",
+        ),
         (lambda t: t.replace("count = 2", 'count = "2"'), "count must be a whole number"),
         (lambda t: t.replace("memory = 1073741824", 'memory = "1 GBB"'), "unit 'GBB' is unknown"),
         (lambda t: t.replace("devices = 8", "devices = 6"), "the last link connects 6 devices of 8"),

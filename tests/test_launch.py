@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -194,6 +195,7 @@ def test_no_process_outlives_its_launcher(tmp_path: Path, how: signal.Signals) -
         )
     )
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, start_new_session=True) as launcher:
+        family: list[psutil.Process] = []
         try:
             assert launcher.stdout is not None
             assert [launcher.stdout.readline() for _ in range(2)] == [b"up\n", b"up\n"]
@@ -204,7 +206,9 @@ def test_no_process_outlives_its_launcher(tmp_path: Path, how: signal.Signals) -
             _, alive = psutil.wait_procs(family, timeout=SOON_S)
             assert not alive
         finally:
-            launcher.kill()
+            for process in (launcher, *family):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def record(rank: int, moment: float, *, lost_peer: bool = False) -> Failure:

@@ -6,10 +6,14 @@ from hypothesis import strategies as st
 from planner_profiles import gpt
 
 from weft.capture.profile import Parameter
+from weft.cluster.presets import processes
 from weft.planner.compute import CallCost
 from weft.planner.holdings import Holding, Holdings, padded_share
-from weft.planner.memory import ALLOWANCE, GATHER_COPIES, REDUCE_COPIES, STEP_COPIES, Alive, alive, stage_memory
+from weft.planner.memory import GATHER_COPIES, REDUCE_COPIES, STEP_COPIES, Alive, alive, stage_memory
+from weft.planner.space import Degrees
 from weft.schedule import ORDERS, Kind, in_flight
+
+PROCESS = processes(1, memory_bytes=2**30, cores=1).device
 
 
 def call(saved, workspace=0.0):
@@ -26,8 +30,8 @@ def holding(gradients, shards=None, units=None):
 def memory(calls, held, **changes):
     settings = {
         "alive": Alive(1, 0),
-        "replicated": False,
-        "sharded": False,
+        "degrees": Degrees(),
+        "device": PROCESS,
         "optimizer_state": 2.0,
         "boundary_bytes": 0.0,
         "kept_output_bytes": 0.0,
@@ -66,11 +70,16 @@ def test_the_fullest_moment_is_the_walk_s(schedule, stages, microbatches, costs,
     held = holding(gradients)._replace(largest=0.0)
     for stage in range(stages):
         terms = memory(
-            [call(s) for s in saved], held, alive=alive(schedule, stage, stages, microbatches), replicated=replicated
+            [call(s) for s in saved],
+            held,
+            alive=alive(schedule, stage, stages, microbatches),
+            degrees=Degrees(dp_replicate=2 if replicated else 1),
         )
         order = ORDERS[schedule](stage, stages, microbatches)
-        # Buckets of `replicate` are there before the first backward too, but activations only grow until it begins.
-        assert terms["activations"] + terms["gradients"] == pytest.approx(walked(saved, gradients, order, replicated))
+        # With one microbatch the buckets are the gradients, with several they stand beside them.
+        kept = replicated and microbatches == 1
+        assert terms["activations"] + terms["gradients"] == pytest.approx(walked(saved, gradients, order, kept))
+        assert terms["buffers"] == (sum(gradients) if replicated and microbatches > 1 else 0.0)
 
 
 @given(st.sampled_from(sorted(ORDERS)), st.integers(1, 6), st.integers(1, 12))
@@ -90,13 +99,15 @@ def test_one_microbatch_never_holds_all_activations_and_all_gradients():
 def test_the_optimizer_step_can_be_the_fullest_moment():
     terms = memory([call(1.0)], holding([50.0]))
     assert (terms["activations"], terms["gradients"], terms["optimizer"]) == (0.0, 50.0, 100.0)
-    assert terms["slack"] == pytest.approx(STEP_COPIES * 50 + ALLOWANCE * (50 + 50 + 100))
+    assert terms["slack"] == pytest.approx(
+        STEP_COPIES * 50 * (1 + 0.02) + 0.02 * (50 + 50 + 100) + PROCESS.reserved_bytes
+    )
 
 
 def test_sharding_gathers_whole_units_and_keeps_whole_gradients_between_microbatches():
     held = holding([80.0, 40.0], [20.0, 10.0], {"a": 80.0, "b": 40.0})
-    once = memory([call(500.0), call(0.0)], held, sharded=True)
-    again = memory([call(500.0), call(0.0)], held, sharded=True, alive=Alive(1, 1))
+    once = memory([call(500.0), call(0.0)], held, degrees=Degrees(dp_shard=4))
+    again = memory([call(500.0), call(0.0)], held, degrees=Degrees(dp_shard=4), alive=Alive(1, 1))
     assert (once["parameters"], once["optimizer"]) == (30.0, 60.0)
     assert once["buffers"] == (GATHER_COPIES + REDUCE_COPIES) * 80.0
     assert (once["gradients"], again["gradients"]) == (30.0, 120.0)

@@ -92,7 +92,7 @@ def test_files_that_are_missing_or_broken(file: Path, tmp_path: Path) -> None:
         with pytest.raises(TargetError, match=said):
             Target.parse(text).load()
     for name, source, said in [
-        ("raises", "import weft\n\nraise KeyError('gone')\n", r"importing it raised KeyError: 'gone' \(raises_here\.py:3\)$"),
+        ("raises", "import weft\nraise KeyError('gone')\n", r"raised KeyError: 'gone' \(raises_here.py:2\)$"),
         ("broken", "def workload(:\n", r"importing it raised SyntaxError: .* \(.*broken_here\.py:1\)$"),
         ("needs", "import not_installed_here\n", "raised ModuleNotFoundError: No module named 'not_installed_here'"),
     ]:

@@ -2,7 +2,9 @@
 
 from weft.cluster import Cluster
 from weft.errors import InputError, JobError, WeftError
+from weft.jobs.verify import Verification, verify
 from weft.plan import Plan
+from weft.planner import plan
 from weft.runtime.engine import Engine, parallelize
 from weft.runtime.launch import launch
 from weft.workload import Workload
@@ -13,9 +15,12 @@ __all__ = [
     "InputError",
     "JobError",
     "Plan",
+    "Verification",
     "WeftError",
     "Workload",
     "launch",
     "parallelize",
+    "plan",
+    "verify",
 ]
 __version__ = "0.1.0"

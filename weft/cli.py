@@ -294,7 +294,7 @@ def output(as_json: bool) -> Iterator[Callable[[RenderableType, dict[str, Any]],
     real = os.dup(1)
     os.dup2(2, 1)
     try:
-        with open(real, "w", closefd=False) as stdout:
+        with open(real, "w", closefd=False) as stdout, contextlib.redirect_stdout(sys.stderr):
 
             def write(_: RenderableType, data: dict[str, Any]) -> None:
                 stdout.write(json.dumps(data) + "\n")

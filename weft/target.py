@@ -63,7 +63,7 @@ class Target:
             workload = function(**values)
         except WeftError:
             raise  # it names the remedy itself
-        except Exception as error:
+        except Exception as error:  # the user's code: whatever it raises is told in one line
             raise self._raised(error, f"{self.name}() raised") from error
         if not isinstance(workload, Workload):
             raise TargetError(
@@ -111,7 +111,7 @@ class Target:
         sys.modules[name] = module  # dataclasses and pickle look a class's module up while it is being made
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except Exception as error:  # the user's code: whatever it raises is told in one line
             del sys.modules[name]
             raise self._raised(error, "importing it raised") from error
         return module
@@ -125,7 +125,7 @@ class Target:
             raise TargetError(
                 f"{self.file}: no module of this name can be imported; for a file, write its path with .py"
             ) from error
-        except Exception as error:
+        except Exception as error:  # the user's code: whatever it raises is told in one line
             raise self._raised(error, "importing it raised") from error
 
     def _values(self, function: Callable[..., Any]) -> dict[str, Any]:

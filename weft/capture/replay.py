@@ -28,9 +28,7 @@ aten = torch.ops.aten
 Key = TypeVar("Key", bound=Hashable)
 
 
-def replay(
-    tape: Tape, wanted: Mapping[Key, Ref], keep: Callable[[Key, Tensor], None], *, draws: bool = True
-) -> None:
+def replay(tape: Tape, wanted: Mapping[Key, Ref], keep: Callable[[Key, Tensor], None], *, draws: bool = True) -> None:
     """Run what is wanted for real, on the device it was recorded for.
 
     Args:

@@ -14,6 +14,9 @@
     name = "CPU process"
     memory = "2GiB"
     overhead_s = 4e-06
+    accelerator = false
+    reserved = "24MiB"
+    allocator_share = 0.02
     price_per_hour = 0.0
 
     [nodes.device.matmul.float32]    # flop/s over flops
@@ -92,6 +95,20 @@ class Table:
             raise ClusterError(f"{self.where}: {key} must be a whole number, got {value!r}")
         return value
 
+    def flag(self, key: str) -> bool:
+        """True or false."""
+        value = self._value(key, None)
+        if not isinstance(value, bool):
+            raise ClusterError(f"{self.where}: {key} must be true or false, got {value!r}")
+        return value
+
+    def size(self, key: str) -> int:
+        """A size: text with a unit, or bytes."""
+        value = self._value(key, None)
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            raise ClusterError(f'{self.where}: {key} must be a size such as "2GiB", got {value!r}')
+        return parse_size(value)
+
     def text(self, key: str) -> str:
         """A string."""
         value = self._value(key, None)
@@ -153,12 +170,24 @@ def _read_nodes(table: Table) -> Nodes:
 
 
 def _read_device(table: Table) -> Device:
-    table.close("name", "memory", "overhead_s", "price_per_hour", "matmul", "rates")
-    memory = table.data.get("memory", "")
+    table.close(
+        "name",
+        "memory",
+        "overhead_s",
+        "accelerator",
+        "reserved",
+        "allocator_share",
+        "price_per_hour",
+        "matmul",
+        "rates",
+    )
     return Device(
         name=table.text("name"),
-        memory_bytes=parse_size(memory if isinstance(memory, int) else table.text("memory")),
+        memory_bytes=table.size("memory"),
         overhead_s=table.number("overhead_s"),
+        accelerator=table.flag("accelerator"),
+        reserved_bytes=table.size("reserved"),
+        allocator_share=table.number("allocator_share"),
         price_per_hour=table.number("price_per_hour", 0.0),
         matmul=_read_curves(table.table("matmul")),
         rates=_read_curves(table.table("rates")),
@@ -205,6 +234,9 @@ def write_cluster(cluster: Cluster) -> dict[str, Any]:
                     "name": nodes.device.name,
                     "memory": nodes.device.memory_bytes,
                     "overhead_s": nodes.device.overhead_s,
+                    "accelerator": nodes.device.accelerator,
+                    "reserved": nodes.device.reserved_bytes,
+                    "allocator_share": nodes.device.allocator_share,
                     "price_per_hour": nodes.device.price_per_hour,
                     "matmul": {name: _write_curve(curve) for name, curve in nodes.device.matmul.items()},
                     "rates": {name: _write_curve(curve) for name, curve in nodes.device.rates.items()},

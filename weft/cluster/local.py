@@ -33,7 +33,7 @@ def local(devices: int | None = None, memory: str | int | None = None) -> Cluste
     if count < 1:
         raise ClusterError(f"devices must be at least 1, got {count}")
     own = device_memory(count)
-    return presets.processes(count, memory_bytes=_within(limit, own), cores=cores)
+    return presets.processes(count, memory_bytes=_within(limit, own), cores=cores, limited=limit is not None)
 
 
 def usable_cores() -> int:

@@ -13,14 +13,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from statistics import fmean, median
+from statistics import fmean, quantiles
 
 import torch
 import torch.distributed as dist
 
+from weft.cluster import presets
 from weft.cluster.local import device_memory
 from weft.cluster.rates import Clock, Probe, curves, overhead_s, probes, time_probes
-from weft.cluster.topology import COLLECTIVES, Cluster, Collective, Curve, Device, Link, Nodes
+from weft.cluster.topology import (
+    COLLECTIVES,
+    LIMITED_SHARE,
+    UNLIMITED_SHARE,
+    Cluster,
+    Collective,
+    Curve,
+    Device,
+    Link,
+    Nodes,
+)
+from weft.errors import ClusterError
 
 # Renamed in torch 2.13, which warns of the old names.
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -31,8 +43,8 @@ MESSAGE_BYTES = (64, 2**22)
 """A message that is all latency, and one that is all bandwidth."""
 
 COLLECTIVE_BYTES = (2**12, 2**18, 2**22)
-WINDOW_S = 0.4
-"""How long all ranks compute to see how many cores they get."""
+WINDOWS, WINDOW_S = 3, 0.25
+"""How often and how long all ranks compute to see how many cores they get."""
 
 
 def measure(
@@ -44,15 +56,23 @@ def measure(
         memory_bytes: limit of each device; None: an accelerator's own memory, or an equal part of the machine's.
         devices_per_node: consecutive ranks on one node; None: all.
         dtypes: of the matrix products to time.
+
+    Raises:
+        ClusterError: nodes that are not equal.
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     per_node = devices_per_node or ranks
+    if ranks % per_node:
+        raise ClusterError(f"{ranks} ranks do not make whole nodes of {per_node} devices per node")
     accelerator = torch.accelerator.current_accelerator()
     device = torch.device("cpu") if accelerator is None else accelerator
     clock = Clock(device)
     rates, overhead = _rates(clock, dtypes)
     cores = _cores(clock, ranks, per_node) if clock.shares_cores and ranks > 1 else None
     name = "CPU process" if device.type == "cpu" else _device_name(device)
+    reserved, share = presets.accelerator_memory()
+    if device.type == "cpu":
+        reserved, share = presets.process_bytes(), UNLIMITED_SHARE if memory_bytes is None else LIMITED_SHARE
     matmul = {kind.split()[1]: curve for kind, curve in rates.items() if kind.startswith("matmul")}
     found = Cluster(
         name=f"{ranks} x {name}",
@@ -67,6 +87,9 @@ def measure(
                     matmul=matmul,
                     rates={kind: curve for kind, curve in rates.items() if not kind.startswith("matmul")},
                     overhead_s=overhead,
+                    accelerator=device.type != "cpu",
+                    reserved_bytes=reserved,
+                    allocator_share=share,
                 ),
             ),
         ),
@@ -81,15 +104,18 @@ def _rates(clock: Clock, dtypes: tuple[str, ...]) -> tuple[dict[str, Curve], flo
     work: list[Probe] = list(probes(clock.device, tuple(getattr(torch, name) for name in dtypes)))
     _barrier()
     overhead = _mean([overhead_s(clock)])[0]
-    seconds = _mean(time_probes(work, clock, repeats=REPEATS, at_least_s=1e-3))
+    seconds = _mean(time_probes(work, clock, repeats=5, at_least_s=5e-4))
     return curves(work, seconds, overhead), overhead
 
 
 def _cores(clock: Clock, ranks: int, per_node: int) -> float | None:
     """How many of a node's processes compute at full speed at once; None: all."""
-    together = _spin(clock)
-    shares = _mean([together[0]])[0]
-    speed = _mean([together[1]])[0]
+    # Other programs come and go: the most of several windows is what the machine gives.
+    shares = speed = 0.0
+    for _ in range(WINDOWS):
+        _barrier()
+        share, rate = _mean(list(_spin(clock)))
+        shares, speed = (share, rate) if share > shares else (shares, speed)
     # The others wait in the barrier, asleep.
     alone = _spin(clock)[1] if dist.get_rank() == 0 else 0.0
     _barrier()
@@ -190,7 +216,7 @@ def _collective(
 
 
 def _typical(run: Callable[[], object] | None, device: torch.device, *, count: int) -> float:
-    """Median seconds of a communication, ``count`` in a row; the mean over the ranks that take part."""
+    """Seconds of a communication, ``count`` in a row: the lower quartile, as disturbances only add; mean over ranks."""
     times = []
     for _ in range(REPEATS):
         _barrier()
@@ -202,7 +228,7 @@ def _typical(run: Callable[[], object] | None, device: torch.device, *, count: i
             run()
         _synchronize(device)
         times.append((time.perf_counter() - began) / count)
-    seconds = median(times) if times else 0.0
+    seconds = quantiles(times, n=4)[0] if times else 0.0
     total, taking_part = _mean([seconds, float(run is not None)])
     return total / taking_part
 

@@ -6,7 +6,7 @@ import tomllib
 from importlib import resources
 
 from weft.cluster.file import Table
-from weft.cluster.topology import Cluster, Curve, Device, Link, Nodes
+from weft.cluster.topology import LIMITED_SHARE, UNLIMITED_SHARE, Cluster, Curve, Device, Link, Nodes
 from weft.errors import ClusterError
 from weft.quantity import parse_size
 
@@ -46,6 +46,9 @@ def preset(name: str, *, nodes: int = 1, devices_per_node: int | None = None) ->
         matmul={dtype: matmul.scaled(peak.number(dtype)) for dtype in peak.data},
         rates={"pointwise": memory, "attention": _curve(shares.table("attention")).scaled(peak.number("float32"))},
         overhead_s=entry.number("overhead_s"),
+        accelerator=True,
+        reserved_bytes=accelerator_memory()[0],
+        allocator_share=accelerator_memory()[1],
     )
     share = _curve(shares.table("link")).rates[0]
     links = []
@@ -67,13 +70,14 @@ def like(driver_name: str) -> str:
     return next((name for name in names() if table.table(name).text("driver_name") in driver_name), UNKNOWN)
 
 
-def processes(devices: int, *, memory_bytes: int, cores: float) -> Cluster:
+def processes(devices: int, *, memory_bytes: int, cores: float, limited: bool = True) -> Cluster:
     """Processes on this machine's processor, by a guess at its cores.
 
     Args:
         devices: how many processes.
         memory_bytes: of each.
         cores: the machine's.
+        limited: the operating system holds them to their memory.
     """
     entry = _table().table("cpu")
     memory = entry.number("memory_bytes_per_s")
@@ -88,6 +92,9 @@ def processes(devices: int, *, memory_bytes: int, cores: float) -> Cluster:
             "transcendental": _flat(entry.number("transcendental_bytes_per_s")),
         },
         overhead_s=entry.number("overhead_s"),
+        accelerator=False,
+        reserved_bytes=process_bytes(),
+        allocator_share=LIMITED_SHARE if limited else UNLIMITED_SHARE,
     )
     return Cluster(
         name=f"{devices} CPU processes",
@@ -95,6 +102,17 @@ def processes(devices: int, *, memory_bytes: int, cores: float) -> Cluster:
         links=(_link(entry.table("link"), devices, 1.0),) if devices > 1 else (),
         calibration="preset",
     )
+
+
+def process_bytes() -> int:
+    """What a CPU process takes besides tensors."""
+    return _table().table("cpu").size("reserved")
+
+
+def accelerator_memory() -> tuple[int, float]:
+    """What an accelerator takes besides tensors, and the share that its allocator keeps."""
+    table = _table().table("accelerator")
+    return table.size("reserved"), table.number("allocator_share")
 
 
 def _table() -> Table:

@@ -20,7 +20,7 @@ from weft.cluster.topology import Curve
 
 aten = torch.ops.aten
 
-MATMULS = ((128, 64, 64), (512, 128, 128), (512, 256, 256), (512, 256, 1024), (1024, 512, 2048))
+MATMULS = ((128, 64, 64), (512, 128, 128), (512, 256, 256), (512, 256, 1024), (1024, 512, 1024))
 """(rows, in, out) of linear layers: tokens of a microbatch by features. Accelerators add ACCELERATOR_MATMULS."""
 
 ACCELERATOR_MATMULS = ((2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192))

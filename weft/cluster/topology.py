@@ -23,6 +23,13 @@ FLOP_KINDS = ("matmul", "attention", "convolution")
 BYTE_KINDS = (
     "pointwise", "transcendental", "reduction", "normalization", "softmax", "gather", "random", "copy",
 )  # fmt: skip
+LIMITED_SHARE = 0.02
+"""What the allocator of a CPU process keeps besides what is asked of it where its memory is limited: it is then told to
+give freed memory back (runtime/memory.py)."""
+
+UNLIMITED_SHARE = 0.2
+"""The same where it is not limited: freed tensors stay in one heap, with holes."""
+
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
 
 
@@ -78,6 +85,9 @@ class Device:
         rates: by kind of operation: flop/s over flops for FLOP_KINDS, bytes/s over bytes for BYTE_KINDS. A kind that is
             not listed runs at the rate of ``matmul`` or ``pointwise``.
         overhead_s: seconds every operation takes at least, whatever its size.
+        accelerator: the process that drives it runs ahead of it; False where the device is the process itself.
+        reserved_bytes: taken besides tensors: libraries' scratch memory, and the process's own objects.
+        allocator_share: memory that the allocator keeps besides what is asked of it, as a share of that.
         price_per_hour: of one device; 0 where unknown.
     """
 
@@ -86,6 +96,9 @@ class Device:
     matmul: Mapping[str, Curve]
     rates: Mapping[str, Curve]
     overhead_s: float
+    accelerator: bool
+    reserved_bytes: int
+    allocator_share: float
     price_per_hour: float = 0.0
 
     def __post_init__(self) -> None:
@@ -104,8 +117,9 @@ class Device:
         if unknown := sorted(set(self.rates) - {*FLOP_KINDS, *BYTE_KINDS}):
             known = ", ".join((*FLOP_KINDS, *BYTE_KINDS))
             raise ClusterError(f"device {self.name}: rate of unknown kind {unknown[0]!r}; known kinds are {known}")
-        if not self.overhead_s >= 0 or not self.price_per_hour >= 0:
-            raise ClusterError(f"device {self.name}: overhead_s and price_per_hour must not be negative")
+        for name in ("overhead_s", "reserved_bytes", "allocator_share", "price_per_hour"):
+            if not getattr(self, name) >= 0:
+                raise ClusterError(f"device {self.name}: {name} must not be negative, got {getattr(self, name)!r}")
 
     def seconds(self, kind: str, flops: float, bytes: float, dtype: str = "float32") -> float:
         """Seconds of one operation: the slower of its arithmetic and its memory traffic, and the overhead."""
@@ -299,9 +313,11 @@ class Cluster:
         return next((link for link in self.links if one // link.devices == other // link.devices), self.links[-1])
 
     def with_memory(self, memory_bytes: int) -> Cluster:
-        """The same cluster, its devices with this much memory."""
+        """The same cluster, its devices limited to this much memory."""
         nodes = self.nodes[0]
-        return replace(self, nodes=(replace(nodes, device=replace(nodes.device, memory_bytes=memory_bytes)),))
+        share = nodes.device.allocator_share if nodes.device.accelerator else LIMITED_SHARE
+        device = replace(nodes.device, memory_bytes=memory_bytes, allocator_share=share)
+        return replace(self, nodes=(replace(nodes, device=device),))
 
     def with_devices(self, devices: int) -> Cluster:
         """The first ``devices`` devices of this cluster.

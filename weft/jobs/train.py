@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -134,10 +135,10 @@ def run(target: Target, order: Order, watcher: Watcher, *, devices: int) -> Trai
 def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
     """Train inside a launched job; every rank calls it and gets the result."""
     device = join()
-    used = memory.of(device)
     workload = target.load()
     first = dist.get_rank() == 0
     plan, predicted = make_plan(target, order, watcher if first else None)
+    used = memory.of(device)  # after measuring and planning, which are no part of training
     engine = parallelize(workload, plan)
     if order.resume:
         assert order.checkpoint is not None
@@ -155,7 +156,10 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
         warm = step > begin + 1
         if warm:
             meter.start()
-        losses.append(engine.step(batch, gradient_norm=logged))
+        with warnings.catch_warnings(record=True) as caught:
+            losses.append(engine.step(batch, gradient_norm=logged))
+        for warning in caught:
+            watcher.say(f"warning: {warning.message}")
         if warm:
             meter.stop()
         if logged:

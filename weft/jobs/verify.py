@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -125,15 +125,38 @@ def verify_here(workload: Workload, plan: Plan, *, steps: int, dtype: str) -> Ve
 
 
 def run(target: Target, plan: Plan, *, steps: int, dtype: str) -> Verification:
-    """Verify on local devices.
+    """Verify a TARGET on local devices.
 
     Raises:
         InputError: what was asked for cannot be.
         WorkerError: a process died.
     """
+    return launched(target.load, plan, steps, dtype)
+
+
+def verify(workload: Workload, plan: Plan, *, steps: int = 3, dtype: str = "float64") -> Verification:
+    """Verify on local devices that a plan gives what one device gives.
+
+    Args:
+        workload: it crosses to the processes with its functions.
+        plan: the plan; as many processes as it has devices are started.
+        steps: optimizer steps to compare.
+        dtype: ``"float64"`` (errors up to 1e-10 are rounding) or ``"float32"`` (1e-5).
+
+    Raises:
+        InputError: what was asked for cannot be.
+        WorkerError: a process died.
+    """
+    return launched(lambda: workload, plan, steps, dtype)
+
+
+def launched(load: Callable[[], Workload], plan: Plan, steps: int, dtype: str) -> Verification:
+    """Verify in processes of its own, each of which loads the workload."""
+    if steps < 1:
+        raise InputError(f"steps must be at least 1, got {steps}")
 
     def here() -> Verification | None:
-        return verify_here(target.load(), plan, steps=steps, dtype=dtype)
+        return verify_here(load(), plan, steps=steps, dtype=dtype)
 
     result = launch(here, devices=plan.devices)[0]
     assert isinstance(result, Verification)

@@ -24,7 +24,7 @@ from weft.cluster.topology import Cluster
 from weft.estimate import Estimate
 from weft.planner import balance, timeline
 from weft.planner.communication import Mesh, transfer_s
-from weft.planner.compute import CallCost, CallCosts, accumulate_s, optimizer_s
+from weft.planner.compute import SHARDED_OPERATIONS, CallCost, CallCosts, accumulate_s, optimizer_s
 from weft.planner.holdings import Holding, Holdings
 from weft.planner.memory import alive, stage_memory
 from weft.planner.space import Candidate, Degrees
@@ -38,8 +38,6 @@ COPY_PASSES = 2.0
 
 CONTROL_BYTES = 64.0
 """Size of the sums that every device exchanges once a step: the sample count, the loss, the gradient norm."""
-
-CONTROL_REDUCES = 3
 
 Ends = tuple[int, ...]
 
@@ -146,7 +144,7 @@ class Evaluator:
         time = self._terms(candidate, loads[slowest], spent[slowest])
         step = sum(time.values())
         memory = tuple(self._memory(candidate, s, *stretch) for s, stretch in enumerate(self.stretches(ends)))
-        idle = [stage.idle_s + spent[slowest].end_s - stage.end_s for stage in spent]
+        idle = [spent[slowest].end_s - stage.compute_s - stage.step_s for stage in spent]
         estimate = Estimate(
             step_time_s=step,
             time=time,
@@ -243,6 +241,8 @@ class Evaluator:
             units = list(holding.units.values())
             gathers = [mesh.collective_s("dp_shard", "all_gather", size) for size in units]
             copies = sum(device.seconds("copy", 0.0, COPY_PASSES * size) for size in units)
+            if not device.accelerator:
+                copies += len(units) * SHARDED_OPERATIONS * device.overhead_s
             forward, backward = forward + copies, backward + copies
             gather_forward = _exposed(gathers, forward) if hides else sum(gathers)
             gather_backward = _exposed(gathers, backward) if hides else sum(gathers)
@@ -253,7 +253,7 @@ class Evaluator:
         tied_s = 2 * transfer_s(tied, mesh.pipeline) if tied and mesh.pipeline else 0.0
         step = timeline.Work(
             optimizer_s(device, holding.trainable_shard, holding.tensors, self.profile.optimizer_passes),
-            CONTROL_REDUCES * mesh.everyone_s(CONTROL_BYTES),
+            mesh.everyone_s(CONTROL_BYTES),
         )
         apart = degrees.devices // degrees.pp
         work = timeline.Stage(
@@ -319,8 +319,8 @@ class Evaluator:
             [self._calls.of(i, samples, degrees.tp) for i in range(start, end)],
             self._holdings.of(start, end, degrees.tp, degrees.dp_shard),
             alive=alive(candidate.schedule, stage, degrees.pp, candidate.microbatches),
-            replicated=degrees.dp_replicate > 1,
-            sharded=degrees.dp_shard > 1,
+            degrees=degrees,
+            device=self.cluster.device,
             optimizer_state=self.profile.optimizer_state_bytes,
             boundary_bytes=2 * (size(arriving) + size(leaving)) + batch,
             kept_output_bytes=size(leaving),

@@ -11,8 +11,8 @@ gradients appear as the backward goes on, so the fullest moment is one of
 Every moment adds its own workspace. How many microbatches are alive follows from the schedule's own list of actions
 (``alive``).
 
-How data parallelism keeps gradients: ``replicate`` in buckets that live from step to step and are the gradients
-themselves; ``fully_shard`` whole until the last microbatch reduces them, then sharded.
+How data parallelism keeps gradients: replicas in buckets that live from step to step, beside the gradients of earlier
+microbatches if there are several; ``fully_shard`` whole until the last microbatch reduces them, then sharded.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from weft.cluster.topology import Device
 from weft.planner.compute import CallCost
 from weft.planner.holdings import Holding
+from weft.planner.space import Degrees
 from weft.schedule import ORDERS, Kind
 
 GATHER_COPIES = 3.0
@@ -33,9 +35,6 @@ REDUCE_COPIES = 2.0
 
 STEP_COPIES = 2.0
 """Temporaries of a single-tensor optimizer step, in sizes of its largest parameter."""
-
-ALLOWANCE = 0.02
-"""Share of everything else that the allocator keeps beyond what it was asked for."""
 
 
 class Alive(NamedTuple):
@@ -65,8 +64,8 @@ def stage_memory(
     holding: Holding,
     *,
     alive: Alive,
-    replicated: bool,
-    sharded: bool,
+    degrees: Degrees,
+    device: Device,
     optimizer_state: float,
     boundary_bytes: float,
     kept_output_bytes: float,
@@ -77,16 +76,22 @@ def stage_memory(
         calls: costs of the stage's calls, in order.
         holding: its parameters.
         alive: how many microbatches it keeps.
-        replicated, sharded: whether ``dp_replicate`` and ``dp_shard`` are above one.
+        degrees: of the plan.
+        device: whose memory it is.
         optimizer_state: bytes per byte of trainable parameter.
         boundary_bytes: tensors on their way to and from other stages, and the batch.
         kept_output_bytes: outputs for other stages that wait for their gradients, per microbatch.
     """
     whole = holding.gradients
     saved = sum(call.saved_bytes for call in calls) + kept_output_bytes
-    bucketed = replicated and not sharded
-    reduced_at_once = sharded and not alive.later  # with one microbatch a unit's gradient is sharded at once
-    grown = holding.gradient_shards if reduced_at_once else whole
+    sharded = degrees.dp_shard > 1
+    replicated = degrees.dp_replicate > 1 and not sharded
+    several = alive.later > 0
+    # Gradients that are there from the start: the buckets, where the only backward writes straight into them, and
+    # what fully_shard's way of replicating divided tensors keeps.
+    standing = replicated and (degrees.tp > 1 or not several)
+    # With one microbatch a unit's gradient is sharded as soon as it is whole.
+    grown = holding.gradient_shards if sharded and not several else whole
 
     moments: list[tuple[float, float, float]] = []  # activations, gradients, workspace
     done = 0.0
@@ -94,16 +99,21 @@ def stage_memory(
     for call, gradient in zip(reversed(calls), reversed(grown), strict=True):
         # The call's activations are still held while its gradients are made.
         done += gradient
-        moments.append((alive.first * saved - gone, sum(whole) if bucketed else done, call.workspace_bytes))
+        moments.append((alive.first * saved - gone, sum(whole) if standing else done, call.workspace_bytes))
         gone += call.saved_bytes
-    if alive.later:
+    if several:
         workspace = max(call.workspace_bytes for call in calls)
         moments.append((alive.later * saved, sum(whole), workspace))
     moments.append((0.0, sum(holding.gradient_shards) if sharded else sum(whole), STEP_COPIES * holding.largest))
     activations, gradients, workspace = max(moments, key=sum)
 
-    unit = max(holding.units.values(), default=0.0)
-    buffers = boundary_bytes + (sharded and (GATHER_COPIES + REDUCE_COPIES) * unit)
+    buffers = boundary_bytes
+    if sharded:
+        buffers += (GATHER_COPIES + REDUCE_COPIES) * max(holding.units.values(), default=0.0)
+    elif replicated and (several or degrees.tp > 1):
+        buffers += (
+            holding.trainable
+        )  # the buckets beside the gradients, or the copies that divided tensors compute with
     terms = {
         "parameters": holding.trainable_shard + holding.frozen_shard,
         "gradients": gradients,
@@ -111,4 +121,5 @@ def stage_memory(
         "activations": activations,
         "buffers": buffers,
     }
-    return {**terms, "slack": workspace + ALLOWANCE * sum(terms.values())}
+    asked = workspace + sum(terms.values())
+    return {**terms, "slack": workspace + device.reserved_bytes + device.allocator_share * asked}
