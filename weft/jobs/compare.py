@@ -252,15 +252,12 @@ def conclude(rows: list[Row]) -> str:
     chosen = next(row for row in rows if row.strategy == "chosen")
     assert timed
     assert chosen.measured_step_s is not None
-    best = min([*timed, chosen], key=seconds)
-    parts = [
-        f"Best here: {label(best)}, {format_seconds(seconds(best))} per step"
-        + (
-            ""
-            if best.degrees == chosen.degrees
-            else f" (weft chose {label(chosen)}, {format_seconds(seconds(chosen))})"
-        )
-    ]
+    best = min([*timed, chosen], key=seconds)  # the first of equals: the strategy's own name
+    parts = [f"Best here: {label(best)}, {format_seconds(seconds(best))} per step"]
+    if best.degrees == chosen.degrees:
+        parts.append("it is the plan weft chose")
+    else:
+        parts.append(f"weft chose {degrees_of(chosen)}, {format_seconds(seconds(chosen))}")
     bounds = [
         f"{row.strategy}: {bound(row, best)}"
         for row in rows
@@ -277,8 +274,12 @@ def seconds(row: Row) -> float:
 
 def label(row: Row) -> str:
     """A strategy with its degrees."""
-    degrees = " ".join(f"{name}={degree}" for name, degree in row.degrees.items() if degree > 1)
-    return f"{row.strategy} ({degrees})" if degrees else row.strategy
+    return f"{row.strategy} ({degrees})" if (degrees := degrees_of(row)) else row.strategy
+
+
+def degrees_of(row: Row) -> str:
+    """The degrees above one."""
+    return " ".join(f"{name}={degree}" for name, degree in row.degrees.items() if degree > 1)
 
 
 def bound(row: Row, best: Row) -> str:

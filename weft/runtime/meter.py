@@ -73,8 +73,10 @@ class Meter:
             self._idle.append(max(0.0, 1.0 - (now.wanted_core_s - then.wanted_core_s) / wall))
         else:
             self._idle.append((self.waited_s() - self._waited) / wall)
+        ranks = dist.get_world_size()
         if now.bytes_sent is not None and then.bytes_sent is not None:
-            self._bytes.append((now.bytes_sent - then.bytes_sent) / dist.get_world_size())
+            # alone, all there is on the interface is what others on this machine send
+            self._bytes.append((now.bytes_sent - then.bytes_sent) / ranks if ranks > 1 else 0.0)
 
     def measurement(self) -> Measurement:
         """What the steps so far cost; all ranks call it and get the same.
