@@ -96,6 +96,15 @@ def test_one_microbatch_never_holds_all_activations_and_all_gradients():
     assert (kept["activations"], kept["gradients"]) == (200.0, 120.0)
 
 
+def test_replicas_keep_buckets():
+    """One microbatch writes into them, several keep their gradients beside them."""
+    twice = Degrees(dp_replicate=2)
+    once = memory([call(100.0), call(100.0)], holding([60.0, 60.0]), degrees=twice)
+    several = memory([call(100.0), call(100.0)], holding([60.0, 60.0]), degrees=twice, alive=Alive(1, 1))
+    assert (once["activations"], once["gradients"], once["buffers"]) == (200.0, 120.0, 0.0)
+    assert (several["activations"], several["gradients"], several["buffers"]) == (200.0, 120.0, 120.0)
+
+
 def test_the_optimizer_step_can_be_the_fullest_moment():
     terms = memory([call(1.0)], holding([50.0]))
     assert (terms["activations"], terms["gradients"], terms["optimizer"]) == (0.0, 50.0, 100.0)

@@ -14,6 +14,7 @@ cores hide nothing, since communication takes the same cores.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -143,6 +144,7 @@ class Evaluator:
         slowest = max(range(degrees.pp), key=lambda s: spent[s].end_s)
         time = self._terms(candidate, loads[slowest], spent[slowest])
         step = sum(time.values())
+        assert math.isclose(step, spent[slowest].end_s, rel_tol=1e-9), "the terms do not add up to the timeline"
         memory = tuple(self._memory(candidate, s, *stretch) for s, stretch in enumerate(self.stretches(ends)))
         idle = [spent[slowest].end_s - stage.compute_s - stage.step_s for stage in spent]
         estimate = Estimate(

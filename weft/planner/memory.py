@@ -111,9 +111,8 @@ def stage_memory(
     if sharded:
         buffers += (GATHER_COPIES + REDUCE_COPIES) * max(holding.units.values(), default=0.0)
     elif replicated and (several or degrees.tp > 1):
-        buffers += (
-            holding.trainable
-        )  # the buckets beside the gradients, or the copies that divided tensors compute with
+        # The buckets beside the gradients, or the copies that divided tensors compute with.
+        buffers += holding.trainable
     terms = {
         "parameters": holding.trainable_shard + holding.frozen_shard,
         "gradients": gradients,
