@@ -45,10 +45,19 @@ def gpt(
     def call(name: str, kind: int, forward, saved, inputs, parameter_names, leaves=(token,), workspace=token) -> None:
         calls.append(
             Call(
-                name, name if name != LOSS else "", kind, tuple(forward), tuple(op for op in forward for _ in range(2)), tuple(saved),
-                tuple(inputs), tuple(Output(Affine(0, size), True) for size in leaves), tuple(parameter_names), (), Affine(0, workspace),
+                name,
+                name if name != LOSS else "",
+                kind,
+                tuple(forward),
+                tuple(op for op in forward for _ in range(2)),
+                tuple(saved),
+                tuple(inputs),
+                tuple(Output(Affine(0, size), True) for size in leaves),
+                tuple(parameter_names),
+                (),
+                Affine(0, workspace),
             )
-        )  # fmt: skip
+        )
 
     table = linear("token.weight", vocabulary, h)
     call("token", 0, [pointwise("gather", token)], [Saved(Affine(0, 8.0 * t))], [], [table])
@@ -56,13 +65,23 @@ def gpt(
         unit, a = f"blocks.{i}", len(groups)
         groups += [
             TensorGroup(
-                unit, tuple((f"{unit}.attention.{n}", "colwise") for n in ("query", "key", "value")) + ((f"{unit}.attention.out", "rowwise"),),
-                (("heads", heads), ("features", h)), Affine(0, token), Affine(0, token),
+                unit,
+                (
+                    *((f"{unit}.attention.{n}", "colwise") for n in ("query", "key", "value")),
+                    (f"{unit}.attention.out", "rowwise"),
+                ),
+                (("heads", heads), ("features", h)),
+                Affine(0, token),
+                Affine(0, token),
             ),
             TensorGroup(
-                unit, ((f"{unit}.mlp.0", "colwise"), (f"{unit}.mlp.2", "rowwise")), (("features", 4 * h),), Affine(0, token), Affine(0, token)
+                unit,
+                ((f"{unit}.mlp.0", "colwise"), (f"{unit}.mlp.2", "rowwise")),
+                (("features", 4 * h),),
+                Affine(0, token),
+                Affine(0, token),
             ),
-        ]  # fmt: skip
+        ]
         names = [
             linear(f"{unit}.attention.{n}.weight", h, h, a, 1 if n == "out" else 0)
             for n in ("query", "key", "value", "out")
