@@ -69,11 +69,12 @@ def test_launch_returns_every_ranks_result() -> None:
 
 def test_launch_names_the_process_that_was_killed(capfd: pytest.CaptureFixture[str]) -> None:
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    before = set(psutil.Process().children())  # the pool of other tests
     with pytest.raises(WorkerError, match=r"^rank 1 \(stage 11\) failed: killed by SIGKILL") as caught:
         launch(fail, "killed", devices=3, device="cpu")
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert (caught.value.rank, caught.value.stage, caught.value.traceback) == (1, 11, "")
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= before
     assert capfd.readouterr() == ("", "")  # no agent's log, no traceback of a peer
 
 

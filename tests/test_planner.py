@@ -127,7 +127,7 @@ def test_refused_plans_say_what_bound_them_and_it_is_true():
     assert "dp_replicate=4" in reasons
     assert choice.plan.describe() not in reasons
     for what, reason in reasons.items():
-        degrees = dict(part.split("=") for part in what.split())
+        degrees = dict(part.split("=") for part in what.split() if what != "one device")
         best = min(
             max(estimate(profile, cluster, make_plan(profile, cluster, **{k: int(v) for k, v in degrees.items()},
                 microbatches=c.microbatches, schedule=c.schedule)).peak_memory_bytes)

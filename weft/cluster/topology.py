@@ -27,7 +27,7 @@ LIMITED_SHARE = 0.02
 """What the allocator of a CPU process keeps besides what is asked of it where its memory is limited: it is then told to
 give freed memory back (runtime/memory.py)."""
 
-UNLIMITED_SHARE = 0.2
+UNLIMITED_SHARE = 0.3
 """The same where it is not limited: freed tensors stay in one heap, with holes."""
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")

@@ -15,7 +15,7 @@ from weft.cluster import Cluster, measure
 from weft.errors import InputError
 from weft.estimate import Estimate, Measurement
 from weft.plan import Plan
-from weft.planner import estimate, search
+from weft.planner import Refused, estimate, search
 from weft.runtime import memory
 from weft.runtime.engine import Engine, parallelize
 from weft.runtime.launch import launch
@@ -214,22 +214,26 @@ def make_plan(target: Target, order: Order, watcher: Watcher | None) -> tuple[Pl
     dist.broadcast_object_list(chosen, src=0)
     if isinstance(chosen[0], InputError):
         raise chosen[0]
-    plan, predicted = chosen[0]
+    plan, predicted, refused = chosen[0]
     if watcher:
+        for what, reason in refused:
+            watcher.say(f"left out: {what} {reason}")
         watcher.planned(plan, predicted)
     return plan, predicted
 
 
-def plan_alone(target: Target, order: Order, cluster: Cluster | None) -> tuple[Plan, Estimate | None]:
-    """Capture and search, in one process."""
+def plan_alone(
+    target: Target, order: Order, cluster: Cluster | None
+) -> tuple[Plan, Estimate | None, tuple[Refused, ...]]:
+    """Capture and search, in one process: the plan, its estimate, and what was left out."""
     if order.plan is not None and cluster is None:
-        return order.plan, None
+        return order.plan, None, ()
     assert cluster is not None
     profile = capture(target.load())
     if order.plan is not None:
-        return order.plan, estimate(profile, cluster, order.plan)
+        return order.plan, estimate(profile, cluster, order.plan), ()
     choice = search(profile, cluster, **order.constraints)
-    return choice.plan, choice.estimate
+    return choice.plan, choice.estimate, choice.refused
 
 
 def log_line(engine: Engine, meter: Meter, loss: Any, step: int, steps: int, done: int, elapsed_s: float) -> Line:

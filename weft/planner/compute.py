@@ -24,11 +24,14 @@ ACCUMULATE_PASSES = 3.0
 """Bytes per byte of gradient that ``grad += new`` moves: two reads and a write."""
 
 
-DIVIDED_OPERATIONS = 100
-"""Overheads of an operation that one forward or backward of a divided module takes in DTensor's Python: 0.25 ms on a
-core whose overhead is 2.6 us. Felt where the device is the process itself."""
+DTENSOR_OVERHEADS = 20
+"""Overheads of an operation that one operation on DTensors takes: PyTorch dispatches it in Python, 55 us where the
+overhead is 2.7 us. Felt where the device is the process itself; an accelerator's process runs ahead of it."""
 
-SHARDED_OPERATIONS = 100
+DIVIDED_OPERATIONS = 10
+"""Operations on DTensors in one forward or backward of a divided module, conversions included."""
+
+SHARDED_OPERATIONS = 10
 """The same for one unit that ``fully_shard`` gathers, and frees or reduces."""
 
 
@@ -72,7 +75,7 @@ class CallCosts:
         groups = [self._profile.tensor_groups[g] for g in self._groups.get(call.unit, ())]
         reduced = [group for group in groups if tp > 1 and group.divisible_by(tp)]
         modules = sum(len(group.styles) for group in reduced)
-        python = 0.0 if self._device.accelerator else modules * DIVIDED_OPERATIONS * self._device.overhead_s
+        python = dtensor_s(self._device, modules * DIVIDED_OPERATIONS)
         return CallCost(
             forward_s=self._seconds(call.forward, samples, tp) + python,
             backward_s=self._seconds(call.backward, samples, tp) + python,
@@ -94,7 +97,12 @@ class CallCosts:
         return tp if group != NO_GROUP and self._profile.tensor_groups[group].divisible_by(tp) else 1
 
 
-def optimizer_s(device: Device, trainable_bytes: float, tensors: int, passes: float) -> float:
+def dtensor_s(device: Device, operations: float) -> float:
+    """Seconds that so many operations take because they are on DTensors."""
+    return 0.0 if device.accelerator else operations * DTENSOR_OVERHEADS * device.overhead_s
+
+
+def optimizer_s(device: Device, trainable_bytes: float, tensors: int, passes: float, *, dtensors: int = 0) -> float:
     """Seconds of an optimizer step over a device's own parameters, with the gradient norm and clipping.
 
     Args:
@@ -102,13 +110,14 @@ def optimizer_s(device: Device, trainable_bytes: float, tensors: int, passes: fl
         trainable_bytes: bytes of trainable parameters on the device.
         tensors: how many they are; each is stepped by itself.
         passes: bytes read and written by the optimizer per byte of parameter.
+        dtensors: how many of them are DTensors.
     """
     if not tensors:
         return 0.0
     # What a step moves has left the caches since the last step: the whole of it sets the rate.
-    operations = tensors * max(1.0, passes / OPERATION_PASSES)
+    operations = max(1.0, passes / OPERATION_PASSES)
     moved = device.seconds("pointwise", 0.0, (passes + CLIP_PASSES) * trainable_bytes)
-    return moved + operations * device.overhead_s
+    return moved + tensors * operations * device.overhead_s + dtensor_s(device, dtensors * operations)
 
 
 def accumulate_s(device: Device, trainable_bytes: float, tensors: int) -> float:

@@ -25,7 +25,7 @@ from weft.cluster.topology import Cluster
 from weft.estimate import Estimate
 from weft.planner import balance, timeline
 from weft.planner.communication import Mesh, transfer_s
-from weft.planner.compute import SHARDED_OPERATIONS, CallCost, CallCosts, accumulate_s, optimizer_s
+from weft.planner.compute import SHARDED_OPERATIONS, CallCost, CallCosts, accumulate_s, dtensor_s, optimizer_s
 from weft.planner.holdings import Holding, Holdings
 from weft.planner.memory import alive, stage_memory
 from weft.planner.space import Candidate, Degrees
@@ -243,8 +243,7 @@ class Evaluator:
             units = list(holding.units.values())
             gathers = [mesh.collective_s("dp_shard", "all_gather", size) for size in units]
             copies = sum(device.seconds("copy", 0.0, COPY_PASSES * size) for size in units)
-            if not device.accelerator:
-                copies += len(units) * SHARDED_OPERATIONS * device.overhead_s
+            copies += dtensor_s(device, len(units) * SHARDED_OPERATIONS)
             forward, backward = forward + copies, backward + copies
             gather_forward = _exposed(gathers, forward) if hides else sum(gathers)
             gather_backward = _exposed(gathers, backward) if hides else sum(gathers)
@@ -253,8 +252,11 @@ class Evaluator:
         reduce, reduce_sent = self._reduce(degrees, holding, mesh, backward if hides else 0.0)
         tied = self._tied_bytes(ends, stage, degrees)
         tied_s = 2 * transfer_s(tied, mesh.pipeline) if tied and mesh.pipeline else 0.0
+        dtensors = holding.tensors if degrees.uses_fsdp else holding.divided
         step = timeline.Work(
-            optimizer_s(device, holding.trainable_shard, holding.tensors, self.profile.optimizer_passes),
+            optimizer_s(
+                device, holding.trainable_shard, holding.tensors, self.profile.optimizer_passes, dtensors=dtensors
+            ),
             mesh.everyone_s(CONTROL_BYTES),
         )
         apart = degrees.devices // degrees.pp

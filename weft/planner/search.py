@@ -100,7 +100,7 @@ def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> 
     began = time.perf_counter()
     constraints = Constraints.parse(keywords)
     evaluator = Evaluator(profile, cluster)
-    refused: list[Refused] = []
+    refused: list[Refused] = _one_device(evaluator) if cluster.devices > 1 else []
     best: list[_Costed] = []
     smallest: list[_Costed] = []
     for degrees in space.products(cluster.devices, constraints):
@@ -192,6 +192,15 @@ def estimate(profile: Profile, cluster: Cluster, plan: Plan) -> Estimate:
 def _cost(evaluator: Evaluator, candidate: Candidate) -> _Costed:
     ends = evaluator.cut(candidate)
     return _Costed(candidate, ends, evaluator.estimate(candidate, ends))
+
+
+def _one_device(evaluator: Evaluator) -> list[Refused]:
+    """Why one of these devices would not do, if it would not: the first thing one wants to know of a plan for many."""
+    candidates = space.candidates(evaluator.profile, Degrees(), Constraints())
+    least = min(_cost(evaluator, candidate).peak for candidate in candidates)
+    if least <= evaluator.cluster.memory_bytes:
+        return []
+    return [Refused(Degrees().describe(), f"needs {_needs(least, evaluator.cluster)}")]
 
 
 def _plan(profile: Profile, candidate: Candidate, ends: Ends) -> Plan:

@@ -105,6 +105,11 @@ class Degrees(NamedTuple):
         return self.dp_replicate * self.dp_shard
 
     @property
+    def uses_fsdp(self) -> bool:
+        """Whether the runtime meets replicas through the FSDP2 family: sharded, or replicas of divided tensors."""
+        return self.dp_shard > 1 or (self.dp_replicate > 1 and self.tp > 1)
+
+    @property
     def kind(self) -> frozenset[str]:
         """Which dimensions are used at all."""
         return frozenset(name for name, degree in self._asdict().items() if degree > 1)
