@@ -28,7 +28,7 @@ def told(unit: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return run(*args, **kwargs)
     except WeftError:
         raise
-    except Exception as error:
+    except Exception as error:  # the user's code: whatever it raises is told once
         who = f"unit {unit!r}" if unit else "the model"
         message = f"{who} raised {type(error).__name__} on fake tensors: {first_line(error)} ({place_of(error)})"
         raise ModelError(message) from error
