@@ -123,7 +123,7 @@ def test_what_is_divided_in_the_example() -> None:
     assert second.styles == {"blocks.0.mlp.0": "colwise", "blocks.0.mlp.2": "rowwise"}
     activation = 2 * 12 * 16 * 4
     assert (second.forward_bytes, second.backward_bytes) == (activation, activation)
-    assert (first.forward_bytes, first.backward_bytes) == (activation, 3 * activation)
+    assert (first.forward_bytes, first.backward_bytes) == (activation, activation)
     assert groups[-1].unit == "blocks.2"
     assert refused == {"head": "its features leave the unit"}
 

@@ -209,7 +209,7 @@ class UnitSearch:
             sizes=_sizes(heads, features),
             dims={name: dim for piece in pieces for name, dim in piece.items()},
             forward_bytes=sum(map(_bytes, (p.output for p in rows))),
-            backward_bytes=sum(map(_bytes, (p.input for p in columns))),
+            backward_bytes=sum(map(_bytes, {p.input for p in columns})),  # projections of one tensor share its gradient
             work={self.kind: Work(places, self._nodes(places), frozenset(ref.storage for ref in divided))},
         )
 
