@@ -13,6 +13,7 @@ from weft.capture.profile import (
     Source,
     TensorGroup,
 )
+from weft.plan import TensorStyle
 
 
 def gpt(
@@ -67,8 +68,8 @@ def gpt(
             TensorGroup(
                 unit,
                 (
-                    *((f"{unit}.attention.{n}", "colwise") for n in ("query", "key", "value")),
-                    (f"{unit}.attention.out", "rowwise"),
+                    *((f"{unit}.attention.{n}", TensorStyle("colwise")) for n in ("query", "key", "value")),
+                    (f"{unit}.attention.out", TensorStyle("rowwise")),
                 ),
                 (("heads", heads), ("features", h)),
                 Affine(0, token),
@@ -76,7 +77,7 @@ def gpt(
             ),
             TensorGroup(
                 unit,
-                ((f"{unit}.mlp.0", "colwise"), (f"{unit}.mlp.2", "rowwise")),
+                ((f"{unit}.mlp.0", TensorStyle("colwise")), (f"{unit}.mlp.2", TensorStyle("rowwise"))),
                 (("features", 4 * h),),
                 Affine(0, token),
                 Affine(0, token),

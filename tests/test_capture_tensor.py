@@ -15,6 +15,11 @@ from weft.capture.tensor import tensor_groups
 from weft.capture.units import find_units
 
 
+def names(group: Any) -> dict[str, str]:
+    """Names of modules and of their styles."""
+    return {name: style.name for name, style in group.styles.items()}
+
+
 def groups_of(case: Case) -> tuple[list[Group], dict[str, str]]:
     fake = build_fake(case.model, 0)
     recording = record(fake.model, find_units(fake.model), case.loss, case.batch(2))
@@ -32,7 +37,7 @@ class Team:
         for rank, mine in enumerate(self.models):
             for group in groups:
                 for name, style in group.styles.items():
-                    self.divide(mine.get_submodule(name), style, rank, degree)
+                    self.divide(mine.get_submodule(name), style.name, rank, degree)
 
     def all_gather(self, rank: int, value: Tensor) -> list[Tensor]:
         self.parts[rank] = value
@@ -110,7 +115,7 @@ def test_what_is_divided_in_the_example() -> None:
     groups, refused = groups_of(CASES["example"])
     first, second = groups[:2]
     assert len(groups) == 6
-    assert first.styles == {
+    assert names(first) == {
         "blocks.0.attention.query": "colwise",
         "blocks.0.attention.key": "colwise",
         "blocks.0.attention.value": "colwise",
@@ -120,7 +125,7 @@ def test_what_is_divided_in_the_example() -> None:
     assert first.dims["blocks.0.attention.out.weight"] == 1
     assert first.dims["blocks.0.attention.query.bias"] == 0
     assert "blocks.0.attention.out.bias" not in first.dims
-    assert second.styles == {"blocks.0.mlp.0": "colwise", "blocks.0.mlp.2": "rowwise"}
+    assert names(second) == {"blocks.0.mlp.0": "colwise", "blocks.0.mlp.2": "rowwise"}
     activation = 2 * 12 * 16 * 4
     assert (second.forward_bytes, second.backward_bytes) == (activation, activation)
     assert (first.forward_bytes, first.backward_bytes) == (activation, activation)
@@ -132,7 +137,7 @@ def test_shared_heads_and_the_models_own_plan() -> None:
     groups, _ = groups_of(CASES["llama"])
     attention = next(g for g in groups if "model.layers.1.self_attn.q_proj" in g.styles)
     assert attention.sizes[:2] == (("heads", 4), ("key/value heads", 2))
-    styles = {name: style for group in groups for name, style in group.styles.items()}
+    styles = {name: style for group in groups for name, style in names(group).items()}
     assert styles["lm_head"] == "colwise_gather"
     assert styles["model.embed_tokens"] == "embedding_rowwise"
     assert styles["model.layers.2.mlp.down_proj"] == "rowwise"
@@ -140,7 +145,7 @@ def test_shared_heads_and_the_models_own_plan() -> None:
 
 def test_transposed_weights() -> None:
     groups, refused = groups_of(CASES["gpt2"])
-    assert groups[0].styles == {
+    assert names(groups[0]) == {
         "transformer.h.0.mlp.c_fc": "colwise_transposed",
         "transformer.h.0.mlp.c_proj": "rowwise_transposed",
     }
@@ -154,7 +159,7 @@ def test_transposed_weights() -> None:
 
 def test_single_projections_are_gathered_where_nothing_else_can_be_divided() -> None:
     groups, _ = groups_of(CASES["mlp"])
-    assert [group.styles for group in groups] == [{name: "colwise_gather"} for name in ("0", "2", "4")]
+    assert [names(group) for group in groups] == [{name: "colwise_gather"} for name in ("0", "2", "4")]
 
 
 class Block(nn.Module):
@@ -223,7 +228,7 @@ class Reversed(Block):
 def test_what_is_not_exact_is_refused(block: type[Block], reason: str) -> None:
     case = CASES["mlp"]
     plain, _ = groups_of(case._replace(model=lambda: nn.Sequential(Block(), Block())))
-    assert plain[0].styles == {"0.up": "colwise", "0.down": "rowwise"}
+    assert names(plain[0]) == {"0.up": "colwise", "0.down": "rowwise"}
     groups, refused = groups_of(case._replace(model=lambda: nn.Sequential(block(), block())))
     assert not groups
     assert reason in refused["0.up"]

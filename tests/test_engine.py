@@ -37,7 +37,7 @@ def test_a_global_batch_in_the_users_own_loop(pool: Pool) -> None:
     workload = workloads.mlp()
     torch.manual_seed(workload.seed)
     model = workload.model()
-    optimizer = workload.optimizer(model.parameters())
+    optimizer = workload.optimizer(weft.Parameters(model.named_parameters()))
     for expected in losses[0]:
         loss = workload.loss(model, workload.sample_batch(8))
         optimizer.zero_grad()

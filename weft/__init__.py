@@ -7,13 +7,14 @@ from weft.plan import Plan
 from weft.planner import plan
 from weft.runtime.engine import Engine, parallelize
 from weft.runtime.launch import launch
-from weft.workload import Workload
+from weft.workload import Parameters, Workload
 
 __all__ = [
     "Cluster",
     "Engine",
     "InputError",
     "JobError",
+    "Parameters",
     "Plan",
     "Verification",
     "WeftError",

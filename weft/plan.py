@@ -11,20 +11,83 @@ from typing import Any
 
 from weft.errors import PlanError
 
-VERSION = 1
+VERSION = 2
 SCHEDULES = ("gpipe", "1f1b")
 DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Mesh dimensions, outermost first: neighbours in rank order differ in the innermost, the chattiest."""
-STYLES = (
-    "colwise",
-    "rowwise",
-    "colwise_gather",
-    "embedding_rowwise",
-    "colwise_transposed",
-    "rowwise_transposed",
-)
-"""How tensor parallelism divides a module: over its outputs, over its inputs, over its outputs which are then
-gathered, over the rows of an embedding table. ``_transposed``: the weight is stored [in, out] instead of [out, in]."""
+PRECISIONS = ("float32", "bf16", "fp16")
+RECOMPUTE = ("selective", "full")
+STYLES = {
+    "colwise": "a projection, over its outputs: what enters is whole, what leaves is this rank's share",
+    "rowwise": "a projection, over its inputs: what enters is this rank's share, what leaves is summed",
+    "colwise_gather": "a projection or convolution, over its outputs, which are gathered",
+    "colwise_transposed": "as colwise, of a weight stored [in, out]",
+    "rowwise_transposed": "as rowwise, of a weight stored [in, out]",
+    "colwise_gather_transposed": "as colwise_gather, of a weight stored [in, out]",
+    "embedding_rowwise": "an embedding, over the rows of its table; what leaves is summed",
+    "reduce": "a module whose parameters have styles of their own: what enters is whole, what leaves is summed",
+    "shard": "a parameter, over dimension ``dim``",
+    "sum_gradient": "a whole parameter that works on divided values: its gradient is summed",
+    "share": "a whole number kept on a module (a count of heads): divided by tp",
+}
+"""What tensor parallelism does with a module, a parameter or a number, by name."""
+
+
+@dataclass(frozen=True)
+class TensorStyle:
+    """How tensor parallelism divides one module, parameter or number.
+
+    Attributes:
+        name: one of STYLES.
+        parts: where the divided dimension consists of several stretches (queries, keys and values in one matrix), their
+            lengths: each is divided by itself. Empty: it is one.
+        dim: the divided dimension of a parameter, for ``"shard"``.
+
+    Raises:
+        PlanError: an unknown style, a part below one, ``dim`` missing or out of place.
+    """
+
+    name: str
+    parts: tuple[int, ...] = ()
+    dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in STYLES:
+            raise PlanError(f"plan: tensor style {self.name!r} is unknown; choose from {', '.join(STYLES)}")
+        if not all(_is_count(part) for part in self.parts):
+            raise PlanError(f"plan: parts of tensor style {self.name} must be whole numbers of at least 1")
+        if (self.dim is not None) != (self.name == "shard"):
+            raise PlanError("plan: tensor style 'shard' needs dim, the dimension to divide, and no other style has it")
+        object.__setattr__(self, "parts", tuple(self.parts))
+
+    def to_json(self) -> Any:
+        """The name, or an object where there is more to say."""
+        more = ({"dim": self.dim} if self.dim is not None else {}) | ({"parts": [*self.parts]} if self.parts else {})
+        return {"style": self.name, **more} if more else self.name
+
+    @classmethod
+    def from_json(cls, data: Any, *, source: str = "plan") -> TensorStyle:
+        """The style that ``to_json`` wrote.
+
+        Raises:
+            PlanError: neither a name nor an object with ``style`` and, where they apply, ``dim`` and ``parts``.
+        """
+        if isinstance(data, str):
+            return cls(data)
+        if not isinstance(data, dict) or "style" not in data or not set(data) <= {"style", "dim", "parts"}:
+            raise PlanError(f"{source}: a tensor style is a name or an object with style, dim and parts, got {data!r}")
+        parts, dim = data.get("parts", []), data.get("dim")
+        if not isinstance(parts, list) or not (dim is None or (isinstance(dim, int) and dim >= 0)):
+            raise PlanError(f"{source}: a tensor style has parts, a list, and dim, a whole number; got {data!r}")
+        return cls(data["style"], tuple(parts), dim)
+
+    def __str__(self) -> str:
+        dim = f" on dimension {self.dim}" if self.dim is not None else ""
+        return f"{self.name}{dim}" + (f" in parts of {', '.join(map(str, self.parts))}" if self.parts else "")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +101,13 @@ class Plan:
         schedule: ``"gpipe"`` or ``"1f1b"``: the order of a pipeline's actions.
         stages: per pipeline stage the calls placed on it, in order of the forward; ``"h.0"`` is the first call
             of unit ``h.0``, ``"h.0@2"`` its second.
-        tensor: module name to the style tensor parallelism divides it by (see STYLES); others are replicated.
+        tensor: names of modules, parameters and numbers to how tensor parallelism divides them; others are replicated.
         batch_size: global batch size, in samples.
-        recompute: ``"none"``: activations are kept.
-        precision: ``"float32"``: the parameters' own dtype is used throughout.
+        recompute: names of units whose activations are computed again in the backward, to how much: ``"full"`` keeps
+            what enters the unit only, ``"selective"`` also what is costly to compute. Other units keep everything.
+        precision: ``"float32"``: the parameters' own dtype is used throughout; ``"bf16"`` or ``"fp16"``: parameters and
+            gradients keep their dtype, and operations run in the lower one where autocast says so.
+        compile: run every unit through ``torch.compile``.
         reasons: why the planner chose it, for people; not part of the plan itself, neither saved nor compared.
 
     Raises:
@@ -57,34 +123,35 @@ class Plan:
     microbatches: int = 1
     schedule: str = "1f1b"
     stages: tuple[tuple[str, ...], ...]
-    tensor: Mapping[str, str] = field(default_factory=dict)
+    tensor: Mapping[str, TensorStyle] = field(default_factory=dict)
     batch_size: int
-    recompute: str = "none"
+    recompute: Mapping[str, str] = field(default_factory=dict)
     precision: str = "float32"
+    compile: bool = False
     reasons: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in (*DIMENSIONS, "ep", "microbatches", "batch_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_count(value):
                 raise PlanError(f"plan: {name} must be a whole number of at least 1, got {value!r}")
         for name in ("cp", "ep"):
             if getattr(self, name) != 1:
                 raise PlanError(f"plan: {name}={getattr(self, name)} cannot run yet; use {name}=1")
         if self.schedule not in SCHEDULES:
             raise PlanError(f"plan: schedule {self.schedule!r} is unknown; choose from {', '.join(SCHEDULES)}")
-        if self.recompute != "none":
-            raise PlanError(f"plan: recompute {self.recompute!r} is unknown; use 'none'")
-        if self.precision != "float32":
-            raise PlanError(f"plan: precision {self.precision!r} is unknown; use 'float32'")
+        for unit, mode in self.recompute.items():
+            if mode not in RECOMPUTE:
+                raise PlanError(f"plan: recompute {mode!r} of {unit} is unknown; choose from {', '.join(RECOMPUTE)}")
+        if self.precision not in PRECISIONS:
+            raise PlanError(f"plan: precision {self.precision!r} is unknown; choose from {', '.join(PRECISIONS)}")
+        if not isinstance(self.compile, bool):
+            raise PlanError(f"plan: compile must be true or false, got {self.compile!r}")
         if len(self.stages) != self.pp or not all(self.stages):
             raise PlanError(f"plan: pp={self.pp} needs {self.pp} non-empty stages, got {len(self.stages)}")
         calls = [call for stage in self.stages for call in stage]
         if len(set(calls)) != len(calls):
             raise PlanError("plan: a call stands on two stages; each call of a unit is placed once")
-        for module, style in self.tensor.items():
-            if style not in STYLES:
-                raise PlanError(f"plan: tensor style {style!r} of {module} is unknown; choose from {', '.join(STYLES)}")
         if self.tensor and self.tp == 1:
             raise PlanError("plan: tensor styles are given but tp=1; remove them or raise tp")
         if self.batch_size < self.replicas * self.microbatches:
@@ -93,7 +160,8 @@ class Plan:
                 f"{self.microbatches} microbatches; raise batch_size to {self.replicas * self.microbatches} "
                 "or lower one of them"
             )
-        object.__setattr__(self, "tensor", dict(sorted(self.tensor.items())))  # own copy; a plain dict, so plans pickle
+        for name in ("tensor", "recompute"):  # own copies; plain dicts, so plans pickle
+            object.__setattr__(self, name, dict(sorted(getattr(self, name).items())))
 
     @property
     def devices(self) -> int:
@@ -138,7 +206,8 @@ class Plan:
             "version": VERSION,
             **values,
             "stages": [list(calls) for calls in self.stages],
-            "tensor": dict(self.tensor),
+            "tensor": {name: style.to_json() for name, style in self.tensor.items()},
+            "recompute": dict(self.recompute),
         }
 
     @classmethod
@@ -159,15 +228,18 @@ class Plan:
             raise PlanError(
                 f"{source}: version {data['version']!r} is not {VERSION}; make the plan again with `weft plan`"
             )
-        stages, tensor = data["stages"], data["tensor"]
+        stages, tensor, recompute = data["stages"], data["tensor"], data["recompute"]
         if not isinstance(stages, list) or not all(
             isinstance(stage, list) and all(isinstance(call, str) for call in stage) for stage in stages
         ):
             raise PlanError(f"{source}: stages must be a list of lists of call names")
-        if not isinstance(tensor, dict) or not all(isinstance(style, str) for style in tensor.values()):
-            raise PlanError(f"{source}: tensor must map module names to styles")
+        if not isinstance(tensor, dict):
+            raise PlanError(f"{source}: tensor must map names to styles")
+        if not isinstance(recompute, dict) or not all(isinstance(mode, str) for mode in recompute.values()):
+            raise PlanError(f"{source}: recompute must map names of units to {' or '.join(RECOMPUTE)}")
         values = {k: v for k, v in data.items() if k != "version"}
-        return cls(**{**values, "stages": tuple(map(tuple, stages))})
+        styles = {name: TensorStyle.from_json(style, source=source) for name, style in tensor.items()}
+        return cls(**{**values, "stages": tuple(map(tuple, stages)), "tensor": styles})
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""

@@ -4,15 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import default_collate
 
 from weft.errors import BatchError, InputError
 
 Loss = Tensor | tuple[Tensor, Tensor | int | float]
+
+
+class Parameters(Sequence[nn.Parameter]):
+    """The parameters a process holds, in the model's order, with the names a single device gives them.
+
+    Parameter groups are made from the names::
+
+        optimizer=lambda params: torch.optim.AdamW([
+            {"params": [p for name, p in params.named() if name.endswith("bias")], "weight_decay": 0.0},
+            {"params": [p for name, p in params.named() if not name.endswith("bias")], "weight_decay": 0.1},
+        ])
+
+    A name may be looked at; a shape may be that of a piece. A group may be empty on some processes.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self._named = list(named)
+
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters."""
+        return list(self._named)
+
+    @overload
+    def __getitem__(self, index: int) -> nn.Parameter: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[nn.Parameter]: ...
+    def __getitem__(self, index: int | slice) -> nn.Parameter | list[nn.Parameter]:
+        chosen = self._named[index]
+        return [parameter for _, parameter in chosen] if isinstance(chosen, list) else chosen[1]
+
+    def __len__(self) -> int:
+        return len(self._named)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +58,15 @@ class Workload:
         loss: ``loss(model, batch)``: a scalar mean over the samples of ``batch``, or ``(sum, count)`` for an exact
             weighted mean over the global batch (padding, for example).
         data: map-style data set (``len`` and ``[i]``); a sample is a tensor, a tuple or a dict.
-        optimizer: factory of the optimizer from an iterable of parameters.
+        optimizer: factory of the optimizer from the parameters, a ``Parameters``: an iterable of parameters that also
+            tells their names, for parameter groups with settings of their own.
         batch_size: global batch size, in samples.
         units: names of the modules to place as a whole; None finds them (the repeated blocks).
         seed: seeds the weights, the order of the samples and the random streams.
         shuffle: draw the samples of every epoch in a new order.
         collate: makes a batch of a list of samples; every tensor in it has the samples in dimension 0.
         max_grad_norm: clip gradients to this global L2 norm; None leaves them.
+        scheduler: factory of the learning-rate scheduler from the optimizer; it steps after every optimizer step.
 
     Raises:
         InputError: a value of the wrong kind.
@@ -40,13 +75,14 @@ class Workload:
     model: Callable[[], nn.Module]
     loss: Callable[[nn.Module, Any], Loss]
     data: Any
-    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    optimizer: Callable[[Parameters], torch.optim.Optimizer]
     batch_size: int
     units: Sequence[str] | None = None
     seed: int = 0
     shuffle: bool = True
     collate: Callable[[list[Any]], Any] = default_collate
     max_grad_norm: float | None = None
+    scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None
 
     def __post_init__(self) -> None:
         for name in ("model", "loss", "optimizer", "collate"):

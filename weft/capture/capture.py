@@ -25,7 +25,7 @@ from weft.capture.tape import flat_tensors, written_arguments
 from weft.capture.tensor import tensor_groups
 from weft.capture.units import find_units
 from weft.errors import BatchError, InputError, ModelError
-from weft.workload import Workload
+from weft.workload import Parameters, Workload
 
 SAMPLES = (2, 4)
 """Batch sizes the loss is recorded at; not one, which some models treat specially."""
@@ -267,7 +267,7 @@ def _optimizer_cost(workload: Workload) -> tuple[float, float]:
     one."""
     parameter = nn.Parameter(torch.zeros(32, 32))
     try:
-        optimizer = workload.optimizer([parameter])
+        optimizer = workload.optimizer(Parameters([("weight", parameter)]))
         traffic = _Traffic()  # type: ignore[no-untyped-call] # untyped in torch
         for _ in range(2):  # the first step makes the state
             parameter.grad = torch.zeros_like(parameter)

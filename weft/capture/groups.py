@@ -19,6 +19,7 @@ from weft.capture.operations import StandIns
 from weft.capture.recording import Cost, Example, TensorLeaf
 from weft.capture.sharding import Divided, RefusedError, apply, tensors_of
 from weft.capture.tape import Ref
+from weft.plan import TensorStyle
 
 GATHERING = ("colwise_gather_output", "colwise_rep", "colwise_gather")
 """Names in use for a projection divided over its outputs, which are then gathered."""
@@ -47,9 +48,9 @@ class Projection:
         dims = {self.weight: int(column) if self.transposed else 1 - int(column)}
         return {**dims, self.bias: 0} if column and self.bias else dims
 
-    def style(self, column: bool) -> str:
+    def style(self, column: bool) -> TensorStyle:
         """Its style, one of plan.STYLES."""
-        return ("colwise" if column else "rowwise") + ("_transposed" if self.transposed else "")
+        return TensorStyle(("colwise" if column else "rowwise") + ("_transposed" if self.transposed else ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class Group:
     """
 
     unit: str
-    styles: dict[str, str]
+    styles: dict[str, TensorStyle]
     sizes: tuple[tuple[str, int], ...]
     dims: dict[str, int]
     forward_bytes: int
@@ -234,7 +235,7 @@ class UnitSearch:
         done = {self.kind: Work(frozenset({place}), self._nodes(frozenset({place})))}
         if style == "embedding_rowwise" and op.name == "aten.embedding":
             sizes, dims = (("vocabulary", int(shape[0])),), {weight: 0}
-            return Group(unit, {unit: style}, sizes, dims, _bytes(result), 0, done)
+            return Group(unit, {unit: TensorStyle(style)}, sizes, dims, _bytes(result), 0, done)
         if style in GATHERING and place in (projections := self._projections()):
             p = projections[place]
             if p.transposed or p.module != self.example.unit:
@@ -243,7 +244,7 @@ class UnitSearch:
             if p.bias:
                 dims[self.first[f"{unit}.bias"]] = 0
             spent = _bytes(result), _bytes(p.input)
-            return Group(unit, {unit: "colwise_gather"}, sizes, dims, *spent, done)
+            return Group(unit, {unit: TensorStyle("colwise_gather")}, sizes, dims, *spent, done)
         return None
 
     def _try(self, group: Group, columns: list[Projection], rows: list[Projection]) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from weft.plan import TensorStyle
+
 LOSS = "loss"
 """Name of the last pseudo-call: the glue after the last unit, which ends in the loss. It is on the last stage."""
 
@@ -125,7 +127,7 @@ class TensorGroup:
 
     Attributes:
         unit: the unit they belong to.
-        styles: module name to style (plan.STYLES).
+        styles: names of modules, parameters and numbers, and how each is divided.
         sizes: what the degree must divide: ``(("key/value heads", 2), ("features", 256))``. Where it does not, the
             group stays replicated.
         forward_bytes: bytes of the tensors all-reduced (or gathered) in a forward of each call.
@@ -133,7 +135,7 @@ class TensorGroup:
     """
 
     unit: str
-    styles: tuple[tuple[str, str], ...]
+    styles: tuple[tuple[str, TensorStyle], ...]
     sizes: tuple[tuple[str, int], ...]
     forward_bytes: Affine
     backward_bytes: Affine

@@ -24,7 +24,7 @@ from weft.runtime.batches import Sampler, count_samples, cut, layout
 from weft.runtime.placement import Placement, Run, split_loss
 from weft.runtime.randomness import Seeds
 from weft.runtime.routes import Routes
-from weft.workload import Loss, Workload
+from weft.workload import Loss, Parameters, Workload
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class SingleDevice:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(workload.seed)
             self.model = workload.model().to(device)
-        self.optimizer = workload.optimizer(self.model.parameters())
+        self.optimizer = workload.optimizer(Parameters(self.model.named_parameters()))
         self.sampler = Sampler(workload)
         self._fake = build_fake(workload.model, workload.seed)
         self._units = find_units(self._fake.model, workload.units)

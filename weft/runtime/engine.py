@@ -25,7 +25,7 @@ from weft.runtime.pipeline import Pipeline
 from weft.runtime.placement import Placement
 from weft.runtime.routes import Routes
 from weft.runtime.worker import describe_stage, join
-from weft.workload import Workload
+from weft.workload import Parameters, Workload
 
 
 class Engine:
@@ -61,8 +61,7 @@ class Engine:
         fake = build_fake(workload.model, workload.seed)
         self.part = part.build(fake, self._units, self._first, stage_of, plan, self.grid)
         self.model = self.part.model
-        trainable = [held.parameter for held in self.part.held]
-        self.optimizer = workload.optimizer(trainable)
+        self.optimizer = workload.optimizer(Parameters((h.name, h.parameter) for h in self.part.held))
         placement = Placement(
             self.model, self._units, stage=self.grid.stage, mode=self.part.mode, device=self.grid.device
         )

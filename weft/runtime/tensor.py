@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torch.distributed.tensor.placement_types import Placement
 
 from weft.errors import PlanError
+from weft.plan import TensorStyle
 
 
 class Entrance:
@@ -94,7 +95,7 @@ STYLES = {
 }
 
 
-def divide_modules(model: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh) -> None:
+def divide_modules(model: nn.Module, styles: Mapping[str, TensorStyle], mesh: DeviceMesh) -> None:
     """Divide modules in place over a one-dimensional mesh. A parameter that several modules share stays shared.
 
     Raises:
@@ -110,7 +111,7 @@ def divide_modules(model: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh
                 f"the plan divides module {name!r}, which this model does not have; make the plan again"
             ) from error
         before = dict(module.named_parameters(recurse=False))
-        parallelize_module(module, mesh, STYLES[style](entrance), src_data_rank=None)
+        parallelize_module(module, mesh, STYLES[style.name](entrance), src_data_rank=None)
         for key, whole in before.items():
             divided = module.get_parameter(key)
             assert isinstance(divided, DTensor)
