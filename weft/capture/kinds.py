@@ -27,6 +27,7 @@ class Kind:
         out_leaves, out_spec: its outputs, and how they are put together.
         cost: what it does.
         changes: which of its tensor arguments it writes to.
+        reach: for each tensor it returns, the tensor arguments its gradient goes on to.
         replayable: whether it depends on nothing but its arguments, module and state.
     """
 
@@ -40,6 +41,7 @@ class Kind:
     out_spec: TreeSpec
     cost: Cost
     changes: frozenset[int]
+    reach: tuple[frozenset[int], ...]
     replayable: bool
 
     def likeness(

@@ -31,6 +31,7 @@ from weft.capture.isolation import quiet, restored, snapshot
 from weft.capture.kinds import Kind
 from weft.capture.losses import loss_parts
 from weft.capture.profile import LOSS, Source
+from weft.capture.reach import reached, with_gradient
 from weft.capture.recording import Cost, Example, RecordedCall, Recording, SavedStorage, TensorLeaf
 from weft.capture.trace import Trace, sequence_number
 from weft.errors import LossError, ModelError
@@ -64,6 +65,10 @@ def record(
     return _Recorder(model, units, backward, set(alike)).record(loss, batch)
 
 
+Ran = tuple[tuple[Any, ...], TreeSpec, Cost, frozenset[int], tuple[frozenset[int], ...]]
+"""Outputs and their spec, cost, arguments written to, and for each output the arguments its gradient goes on to."""
+
+
 @dataclass(slots=True)
 class _Recorder:
     model: nn.Module
@@ -79,6 +84,9 @@ class _Recorder:
     bounds: list[int] = field(init=False, default_factory=list)
     roots: list[Tensor] = field(init=False, default_factory=list)
     ends: list[Tensor] = field(init=False, default_factory=list)
+    sources: dict[int, Source] = field(init=False, default_factory=dict)
+    given: list[list[Tensor]] = field(init=False, default_factory=list)
+    _live: frozenset[Source] = field(init=False, default=frozenset())
 
     def record(self, loss: Callable[[nn.Module, Any], Any], batch: Any) -> Recording:
         tensors: dict[Tensor, str] = {}
@@ -113,6 +121,7 @@ class _Recorder:
             costs=tuple(kind.cost for kind in self.kinds),
             examples=tuple(Example(kind.unit, kind.spec, tuple(kind.arguments)) for kind in self.kinds),
             names=dict(self.trace.names),
+            with_gradient=self._live,
             units=tuple(self.units),
             alike=frozenset(self.alike),
         )
@@ -153,6 +162,7 @@ class _Recorder:
                 self.trace.check_unchanged(self.trace.ref(tensor), f"unit {unit!r} is given")
                 origin |= self.trace.origin(tensor)
             self.roots += [t for t in given if t.requires_grad]
+            self.given.append(given)
             self.bounds.append(sequence_number())
             kind, extra, reads = self._kind(number, unit, module, forward, leaves, spec)
             origin |= extra
@@ -201,7 +211,7 @@ class _Recorder:
             if replayable and self.kinds[index].runs(frame.operations):
                 self.alike.add((self.kinds[index].unit, unit))
                 return index, NOWHERE, set()
-        out_leaves, out_spec, cost, changes = run()
+        out_leaves, out_spec, cost, changes, reach = run()
         self.kinds.append(
             Kind(
                 unit=unit,
@@ -214,6 +224,7 @@ class _Recorder:
                 out_spec=out_spec,
                 cost=cost,
                 changes=changes,
+                reach=reach,
                 replayable=replayable,
             )
         )
@@ -221,7 +232,7 @@ class _Recorder:
 
     def _run(
         self, number: int, unit: str, module: nn.Module, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec
-    ) -> tuple[Frame, Callable[[], tuple[tuple[Any, ...], TreeSpec, Cost, frozenset[int]]]]:
+    ) -> tuple[Frame, Callable[[], Ran]]:
         """Run a unit's forward on tensors of its own; what is returned runs its backward and sums up."""
         ends: dict[int, Tensor] = {}
         entered: dict[int, Tensor] = {}
@@ -238,7 +249,7 @@ class _Recorder:
             result = told(unit, forward, *args, **kwargs)
         workspace = frame.workspace()
 
-        def finish() -> tuple[tuple[Any, ...], TreeSpec, Cost, frozenset[int]]:
+        def finish() -> Ran:
             flat, out_spec = tree_flatten(result)
             out_leaves = tuple(output_leaf(unit, x) for x in flat)
             tensors = [x for x in flat if isinstance(x, Tensor)]
@@ -247,6 +258,10 @@ class _Recorder:
             back = Frame(unit, number, forward=False)
             peak = workspace
             roots = [t for t in tensors if t.requires_grad]
+            places = {
+                id(ends[id(t)]): i for i, t in enumerate(x for x in leaves if isinstance(x, Tensor)) if id(t) in ends
+            }
+            reach = tuple(frozenset(reached([t], places, set())) for t in tensors)
             if self.backward and roots:
                 weights = [t for t in self._read_tensors(frame) if t.requires_grad]
                 gradients = [self._given(t) for t in roots]
@@ -265,7 +280,7 @@ class _Recorder:
             )
             changes = frozenset(i for i, storage in enumerate(given) if storage in frame.changed)
             cost = Cost(tuple(frame.operations), tuple(back.operations), saved, peak, refs)
-            return out_leaves, out_spec, cost, changes
+            return out_leaves, out_spec, cost, changes, reach
 
         return frame, finish
 
@@ -280,6 +295,7 @@ class _Recorder:
                 if leaf.requires_grad:
                     end, value = enter(value)
                     self.ends.append(end)
+                    self.sources[id(end)] = Source(number, len(fresh))
                 self.trace.returned(value, Source(number, len(fresh)))
                 fresh.append(value)
             values.append(value)
@@ -292,6 +308,8 @@ class _Recorder:
         total = parts[0]
         if self.backward and not total.requires_grad:
             raise LossError("loss(model, batch) does not depend on any trainable parameter; return a loss that does")
+        reach = [self.kinds[call.kind].reach for call in self.calls]
+        self._live = with_gradient(total, self.sources, self.given, reach)
         backs = [Frame("", frame.call, forward=False) for frame in self.stretches]
         if self.backward:
             glue_reads = {name for o in map(self.trace.origin, [total, *self.roots]) for name in o.reads}
@@ -306,7 +324,7 @@ class _Recorder:
         for part in parts:
             origin |= self.trace.origin(part)
         _, spec = tree_flatten(None)
-        self.kinds.append(Kind("", self.model, (), (), (), spec, (), spec, Cost(), frozenset(), replayable=False))
+        self.kinds.append(Kind("", self.model, (), (), (), spec, (), spec, Cost(), frozenset(), (), replayable=False))
         self.calls.append(
             RecordedCall(
                 name=LOSS,

@@ -106,6 +106,7 @@ class Recording:
     Attributes:
         costs, examples: what each kind costs, and what it was recorded from.
         names: first names of parameters, buffers and attributes, by storage, for Refs in operations.
+        with_gradient: outputs of calls that get a gradient from the loss.
         units: the units.
         alike: (unit, unit) that differ in their number only and were found to run the same operations.
     """
@@ -114,5 +115,6 @@ class Recording:
     costs: tuple[Cost, ...]
     examples: tuple[Example, ...]
     names: dict[int, str]
+    with_gradient: frozenset[Source]
     units: tuple[str, ...]
     alike: frozenset[tuple[str, str]]

@@ -2,7 +2,7 @@
 
 Three ways, one face. Which one is a function of the plan:
 
-    replicas that hold whole copies     DistributedDataParallel's reducer: buckets, overlapped with backward
+    replicas that hold whole copies     a reducer of our own: buckets, overlapped with backward
     the same, with divided tensors      replicate() of the FSDP2 family, which takes DTensors
     sharded (dp_shard > 1)              fully_shard(): parameters are gathered when used, gradients reduce-scattered;
                                         with dp_replicate > 1 too, then all-reduced over the replicas of a shard
@@ -19,10 +19,10 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 from weft.plan import Plan
 from weft.runtime.grid import Grid
+from weft.runtime.reducer import Reducer
 
 
 class DataParallel(Protocol):
@@ -51,33 +51,20 @@ class Alone:
 
 
 class Replicated:
-    """Whole copies, through the reducer of DistributedDataParallel over the bare parameters: no hook on the user's
-    model.
+    """Whole copies: a Reducer over the bare parameters, no hook on the user's model."""
 
-    The reducer averages, hence ``loss_scale``. It is armed right before the last backward rather than in the forward,
-    since in a pipeline the last forward comes before earlier microbatches' backwards.
-    """
+    loss_scale = 1.0
 
-    def __init__(self, parameters: list[nn.Parameter], grid: Grid, *, some_unused: bool) -> None:
-        self.loss_scale = float(grid.degree("dp_replicate"))
-        trainable = [p for p in parameters if p.requires_grad]
-        self._reducer = DistributedDataParallel(
-            nn.ParameterList(trainable),
-            process_group=grid.group("dp_replicate"),
-            gradient_as_bucket_view=True,
-            find_unused_parameters=some_unused,
-            init_sync=False,  # every rank has drawn the same weights
-        )
-        self._some_unused = some_unused
+    def __init__(self, parameters: list[nn.Parameter], grid: Grid) -> None:
+        self._reducer = Reducer([p for p in parameters if p.requires_grad], grid.group("dp_replicate"))
 
     def before_backward(self, *, last: bool, roots: Sequence[Tensor]) -> None:
-        """Arm the reducer for the last backward, keep it quiet before."""
-        self._reducer.require_backward_grad_sync = last
-        if last:
-            self._reducer.reducer.prepare_for_backward(list(roots) if self._some_unused else [])
+        """Arm the reducer for the last backward."""
+        self._reducer.before_backward(last=last)
 
     def finish(self) -> None:
-        """The reducer finishes inside the backward."""
+        """Wait for the sums."""
+        self._reducer.finish()
 
 
 class Sharded:

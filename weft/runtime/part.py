@@ -100,9 +100,7 @@ def build(
     if fsdp:
         data_parallel = Sharded(fsdp)
     elif plan.dp_replicate > 1:
-        trained = {name for call in recording.calls for name in (*call.reads, *call.glue_reads)}
-        unused = any(h.parameter.requires_grad and h.name not in trained for h in held)
-        data_parallel = Replicated([h.parameter for h in held], grid, some_unused=unused)
+        data_parallel = Replicated([h.parameter for h in held], grid)
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in mine}
     return Part(model, held, buffers, data_parallel, mode)
 

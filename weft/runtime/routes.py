@@ -7,7 +7,7 @@ higher stage and may skip stages between.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -63,7 +63,12 @@ class Routes:
                     wanted.setdefault((stage_of[source.call], target), set()).add(source)
         tensors = {pair: tuple(sorted(sources)) for pair, sources in sorted(wanted.items())}
         sent = {source for sources in tensors.values() for source in sources}
-        leaves = {source: recording.calls[source.call].tensors[source.leaf] for source in sent}
+        leaves = {
+            source: replace(
+                recording.calls[source.call].tensors[source.leaf], requires_grad=source in recording.with_gradient
+            )
+            for source in sent
+        }
         numbers = {(call.unit, call.occurrence): number for number, call in enumerate(recording.calls)}
         random = frozenset(n for n, call in enumerate(recording.calls) if draws(recording.costs[call.kind]))
         glue_random = any(draws(call.glue) for call in recording.calls)

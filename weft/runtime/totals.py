@@ -69,12 +69,44 @@ def align(held: list[Held]) -> None:
 
 
 def sum_copies(held: list[Held]) -> None:
-    """Sum the gradients of copies that nothing has brought together yet."""
-    for entry in held:
-        for group in entry.groups:
-            if entry.parameter.grad is None:
-                entry.parameter.grad = torch.zeros_like(entry.parameter)
-            dist.all_reduce(local(entry.parameter.grad), group=group)
+    """Sum the gradients of copies that nothing has brought together yet; one that no copy has stays None.
+
+    Those of one group travel together, with a count for each of the copies that have a gradient. Groups are met in the
+    order of the model's parameters, which is the same everywhere.
+    """
+    for depth in range(max((len(entry.groups) for entry in held), default=0)):
+        together: dict[tuple[dist.ProcessGroup, torch.dtype], list[Held]] = {}
+        for entry in held:
+            if depth < len(entry.groups) and entry.parameter.requires_grad:
+                together.setdefault((entry.groups[depth], entry.parameter.dtype), []).append(entry)
+        for (group, _), entries in together.items():
+            sum_together(entries, group)
+
+
+def sum_together(entries: list[Held], group: dist.ProcessGroup) -> None:
+    """Sum the gradients of some parameters over a group, in one all-reduce."""
+    gradients = [entry.parameter.grad for entry in entries]
+    pieces = [
+        local(entry.parameter).detach() if g is None else local(g) for entry, g in zip(entries, gradients, strict=True)
+    ]
+    counts = torch.tensor([float(g is not None) for g in gradients], dtype=pieces[0].dtype, device=pieces[0].device)
+    flat = torch.cat([*(piece.flatten() for piece in pieces), counts])
+    for gradient, part in zip(
+        gradients, torch.split(flat, [piece.numel() for piece in pieces] + [len(pieces)]), strict=False
+    ):
+        if gradient is None:
+            part.zero_()
+    dist.all_reduce(flat, group=group)
+    made = gradients if all(g is not None for g in gradients) else flat[-len(pieces) :].tolist()
+    start = 0
+    for entry, gradient, piece, there in zip(entries, gradients, pieces, made, strict=True):
+        total = flat[start : start + piece.numel()].view(piece.shape)
+        start += piece.numel()
+        if gradient is not None:
+            local(gradient).copy_(total)
+        elif there:
+            entry.parameter.grad = torch.zeros_like(entry.parameter)
+            local(entry.parameter.grad).copy_(total)
 
 
 def agree(
