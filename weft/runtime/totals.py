@@ -18,13 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 
+from weft.runtime.division import Division
 from weft.runtime.grid import Grid
 from weft.runtime.pipeline import Sums
-
-DIVIDED = (Shard, _StridedShard)
-"""Placements that give a rank a part; the second is fully_shard's over a dimension that tensor parallelism divides."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +31,9 @@ class Held:
     Attributes:
         name: its first single-device name.
         parameter: the parameter or this rank's shard of it.
-        groups: ranks that hold a copy whose gradient nothing else brings together: other stages' of tied weights, other
-            replicas' of scalars that fully_shard does not take.
+        groups: ranks whose gradients of it nothing else adds up: other stages' of tied weights, other replicas' of
+            scalars that fully_shard does not take, the tensor-parallel group's of a whole parameter that works on
+            divided values.
         first: whether this rank is the first of those that hold these elements.
     """
 
@@ -50,22 +48,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def holds_first(parameter: nn.Parameter, grid: Grid, *, first_stage: bool) -> bool:
+def holds_first(parameter: nn.Parameter, division: Division | None, grid: Grid, *, first_stage: bool) -> bool:
     """Whether this rank is the first that holds these elements of a parameter."""
-    divided = set()
+    divided = {"tp"} if division else set()
     if isinstance(parameter, DTensor):
         names = parameter.device_mesh.mesh_dim_names or ()
-        divided = {n for n, p in zip(names, parameter.placements, strict=True) if isinstance(p, DIVIDED)}
+        divided |= {n for n, p in zip(names, parameter.placements, strict=True) if isinstance(p, Shard)}
     copies = [d for d in ("dp_replicate", "dp_shard", "cp", "tp") if d not in divided]
     return first_stage and all(grid.index(d) == 0 for d in copies)
-
-
-def align(held: list[Held]) -> None:
-    """Give every divided gradient its parameter's placement; autograd leaves some as it made them (an embedding's)."""
-    for entry in held:
-        want, gradient = entry.parameter, entry.parameter.grad
-        if isinstance(want, DTensor) and isinstance(gradient, DTensor) and gradient.placements != want.placements:
-            want.grad = gradient.redistribute(placements=want.placements)
 
 
 def sum_copies(held: list[Held]) -> None:
@@ -91,13 +81,13 @@ def sum_together(entries: list[Held], group: dist.ProcessGroup) -> None:
     ]
     counts = torch.tensor([float(g is not None) for g in gradients], dtype=pieces[0].dtype, device=pieces[0].device)
     flat = torch.cat([*(piece.flatten() for piece in pieces), counts])
-    for gradient, part in zip(
-        gradients, torch.split(flat, [piece.numel() for piece in pieces] + [len(pieces)]), strict=False
-    ):
+    start = 0
+    for gradient, piece in zip(gradients, pieces, strict=True):
         if gradient is None:
-            part.zero_()
+            flat[start : start + piece.numel()].zero_()
+        start += piece.numel()
     dist.all_reduce(flat, group=group)
-    made = gradients if all(g is not None for g in gradients) else flat[-len(pieces) :].tolist()
+    made = [1.0] * len(pieces) if all(g is not None for g in gradients) else flat[-len(pieces) :].tolist()
     start = 0
     for entry, gradient, piece, there in zip(entries, gradients, pieces, made, strict=True):
         total = flat[start : start + piece.numel()].view(piece.shape)
