@@ -18,6 +18,9 @@ from weft.capture.tape import Ref
 
 PASSES = 12
 """Passes over a unit, at most."""
+UNIFORM = frozenset({"aten.zeros", "aten.ones", "aten.full", "aten.new_zeros", "aten.new_ones", "aten.new_full"})
+CONSTANT = "@"
+"""Seeds that are no parameters have names that begin so."""
 
 
 class Projection(NamedTuple):
@@ -70,7 +73,7 @@ class Following:
     _shadows: dict[Ref, dict[tuple[str, int], Divided]] = field(default_factory=dict)
     _whole: set[str] = field(default_factory=set)
     _written: dict[int, frozenset[int]] = field(default_factory=dict)
-    _zeros: set[Ref] = field(default_factory=set)
+    _sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def again(self) -> Following:
         """The next pass, which knows what this one found."""
@@ -96,7 +99,7 @@ class Following:
                 self._project(place, op, given, tags)
             elif given:
                 self._apply(op, given, tags)
-            self._derive(op, refs, given)
+            self._derive(place, op, refs, given)
         for ref in self.unit.cost.returned:
             if ref in self.states:
                 self._fail(self.states[ref].tags, "its features leave the unit")
@@ -213,17 +216,31 @@ class Following:
         elif isinstance(error, WantedError):
             total = sum(error.stretches)
             for (name, dim), shadow in self._shadows.get(error.ref, {}).items():
-                size = self.unit.parameters[name].shape[dim]
+                size = (self._sizes[name] if name in self._sizes else self.unit.parameters[name].shape)[dim]
                 if name not in self.seeds and shadow.dim == error.dim and sum(shadow.stretches) == total:
                     if size % total == 0:
                         stretches = tuple(n * (size // total) for n in error.stretches)
                         self.seeds[name], self.more = Seed(dim, stretches), True
                         return
 
-    def _derive(self, op: RawOp, refs: list[Ref], given: Mapping[Ref, State]) -> None:
-        """Follow what is made of parameters alone, whole."""
+    def _derive(self, place: int, op: RawOp, refs: list[Ref], given: Mapping[Ref, State]) -> None:
+        """Follow what is made of parameters alone, whole; and how whole values would be divided, were it they."""
+        if given:
+            return
+        if op.name in UNIFORM:
+            self._constant(place, op.outputs[0])
+        shadowed = [ref for ref in dict.fromkeys(refs) if ref in self._shadows]
+        if len(shadowed) == 1 and op.kind not in ("matmul", "convolution", "attention"):
+            for key, shadow in self._shadows[shadowed[0]].items():
+                try:
+                    states = apply(op, {shadowed[0]: shadow})
+                except RefusedError:
+                    continue
+                for out, state in zip(op.outputs, states, strict=True):
+                    if isinstance(state, Divided):
+                        self._shadows.setdefault(out, {})[key] = state
         sources = [ref for ref in dict.fromkeys(refs) if ref in self._made_of]
-        if not sources or given:
+        if not sources:
             return
         if not op.gradients <= set(sources) or len(sources) < len({r for r in refs if r.dtype.is_floating_point}):
             self._whole.update(name for ref in sources for name in self._made_of[ref])
@@ -231,15 +248,15 @@ class Following:
         names = frozenset[str]().union(*(self._made_of[ref] for ref in sources))
         for out in op.outputs:
             self._made_of.setdefault(out, names)
-        if len(sources) == 1:
-            for key, shadow in self._shadows.get(sources[0], {}).items():
-                try:
-                    states = apply(op, {sources[0]: shadow})
-                except RefusedError:
-                    continue
-                for out, state in zip(op.outputs, states, strict=True):
-                    if isinstance(state, Divided):
-                        self._shadows.setdefault(out, {})[key] = state
+
+    def _constant(self, place: int, ref: Ref) -> None:
+        """A tensor of equal numbers is divided by making it smaller, which the unit's code has to do."""
+        name = f"{CONSTANT}{place}"
+        if name in self.seeds:
+            self.states[ref] = Divided(*self.seeds[name], frozenset({self._seed_tag(name)}))
+        else:
+            self._shadows[ref] = {(name, d): Divided(d, (n,)) for d, n in enumerate(ref.size) if n > 1}
+            self._sizes[name] = ref.size
 
     def _root(self, tag: int) -> int:
         while self._parent.setdefault(tag, tag) != tag:

@@ -152,7 +152,7 @@ class Unit:
         return {self.names[r.storage] for r in tensors_of((op.args, op.kwargs)) if r.storage in self.names}
 
     def work(
-        self, places: Collection[int], states: Mapping[Ref, State], sent: Sequence[Ref], back: Sequence[Ref]
+        self, places: Collection[int], storages: Collection[int], sent: Sequence[Ref], back: Sequence[Ref]
     ) -> Work:
         """The work of a group: these operations, with these values divided."""
         made: dict[int, int] = {}
@@ -162,7 +162,7 @@ class Unit:
         return Work(
             frozenset(places),
             frozenset(node for node, place in made.items() if place in places),
-            frozenset(ref.storage for ref in states),
+            frozenset(storages),
             tuple(dict.fromkeys(sent)),
             tuple(dict.fromkeys(back)),
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from weft.capture.following import PASSES, Following, Projection
+from weft.capture.following import CONSTANT, PASSES, Following, Projection
 from weft.capture.groups import Group, Unit, degree_for
 from weft.capture.numbers import candidates, shared_numbers
 from weft.capture.sharding import Divided, tensors_of
@@ -94,6 +94,8 @@ class PairSearch:
         for tag in sorted(tags):
             if tag < 0:
                 name = passing.parameter(tag)
+                if name.startswith(CONSTANT):
+                    continue
                 dim, stretches = passing.seeds[name]
                 for alias in unit.aliases(name):
                     styles[alias] = TensorStyle("shard", stretches if len(stretches) > 1 else (), dim)
@@ -115,7 +117,7 @@ class PairSearch:
         places = frozenset(place for place, t in passing.touched.items() if t & tags) | {*columns}
         sent = [passing.projections[r].output for r in rows]
         back = [passing.projections[c].input for c in columns]  # projections of one tensor share its gradient
-        work = unit.work(places, states, sent, back)
+        work = unit.work(places, {ref.storage for ref in states}, sent, back)
         return Group(unit.name, {**styles, **shares}, sizes, dims, {unit.kind: work}), ""
 
 

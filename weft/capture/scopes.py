@@ -106,7 +106,7 @@ class ScopeSearch:
         if reason:
             return None, reason
         dims = {name: seed.dim for name, seed in scope.seeds.items()}
-        work = unit.work(scope.touched, scope.states, scope.outputs, scope.inputs)
+        work = unit.work(scope.touched, {ref.storage for ref in scope.states}, scope.outputs, scope.inputs)
         return Group(unit.name, {**styles, **shares}, sizes, dims, {unit.kind: work}), ""
 
 

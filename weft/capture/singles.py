@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import nn
 
@@ -26,6 +27,17 @@ SMALL = 100
 """Modules with a smaller part of a unit's parameters than one in so many stay whole."""
 
 
+class Single(NamedTuple):
+    """A module and how it is divided: its outputs, the divided dimension of its parameters, operations, storages."""
+
+    leaf: Leaf
+    style: TensorStyle
+    size: int
+    dims: dict[str, int]
+    places: set[int]
+    storages: set[int]
+
+
 @dataclass(slots=True)
 class SingleSearch:
     """The search in one recorded call; ``taken``: modules that are in groups already. ``refused``: as in PairSearch."""
@@ -36,28 +48,51 @@ class SingleSearch:
 
     def groups(self) -> list[Group]:
         """The singles of the unit."""
-        unit, groups = self.unit, []
+        unit = self.unit
         total = sum(p.numel() for p in unit.parameters.values())
+        found: list[list[Single]] = []
         for leaf in unit.leaves.values():
-            weight = unit.parameters[leaf.weight]
-            if leaf.module in self.taken or weight.numel() < total / SMALL:
+            if leaf.module in self.taken or unit.parameters[leaf.weight].numel() < total / SMALL:
                 continue
             alike = {other.module for other in unit.leaves.values() if other.weight == leaf.weight}
             if not unit.readers.get(leaf.weight, set()) | unit.readers.get(leaf.bias, set()) <= alike:
                 self.refused[leaf.module] = "the unit's code uses its weight without calling it"
-                continue
-            reason = "it has no outputs to divide"
-            for name in self._styles(leaf):
-                if weight.shape[0 if name == "embedding_rowwise" else _outputs(unit, leaf, name)] < LEAST:
-                    reason = f"it has fewer than {LEAST} outputs"
-                    continue
-                group, reason = self._single(leaf, TensorStyle(name))
-                if group is not None:
-                    groups.append(group)
+            elif proposals := self._proposals(leaf):
+                found.append(proposals)
+        first = {singles[0].leaf.module: singles[0].style for singles in found}
+        if first and not unit.try_on_shares(first, {}, 2)[1]:
+            return [self._group(singles[0], {}) for singles in found]
+        groups = []
+        for singles in found:  # something in one of them: by themselves, then, with numbers of the module's
+            for single in singles:
+                shares, reason = self._tried(single)
+                if not reason:
+                    groups.append(self._group(single, shares))
                     break
-            if reason:
-                self.refused[leaf.module] = reason
+                self.refused[single.leaf.module] = reason
         return groups
+
+    def _proposals(self, leaf: Leaf) -> list[Single]:
+        """Ways to divide a module, best first."""
+        unit, result = self.unit, []
+        reason = "it has no outputs to divide"
+        for name in self._styles(leaf):
+            rows = name == "embedding_rowwise"
+            out = 0 if rows else output_dim(unit.model.get_submodule(leaf.module), TensorStyle(name))
+            dims = {leaf.weight: out, **({leaf.bias: 0} if leaf.bias and not rows else {})}
+            size = int(unit.parameters[leaf.weight].shape[out])
+            if size < LEAST:
+                reason = f"it has fewer than {LEAST} outputs"
+                continue
+            try:
+                places, storages = self._follow(leaf, rows, dims)
+            except RefusedError as error:
+                reason = str(error)
+                continue
+            result.append(Single(leaf, TensorStyle(name), size, dims, places, storages))
+        if not result:
+            self.refused[leaf.module] = reason
+        return result
 
     def _styles(self, leaf: Leaf) -> list[str]:
         """Names of styles to try, best first."""
@@ -79,34 +114,26 @@ class SingleSearch:
             return []
         return ["colwise_gather", "colwise_gather_transposed"]
 
-    def _single(self, leaf: Leaf, style: TensorStyle) -> tuple[Group | None, str]:
-        unit = self.unit
-        module = unit.model.get_submodule(leaf.module)
-        out = _outputs(unit, leaf, style.name)
-        dims = {leaf.weight: out, **({leaf.bias: 0} if leaf.bias else {})}
-        if style.name == "embedding_rowwise":
-            dims, out = {leaf.weight: 0}, 0
-        states: dict[Ref, State] = {}
-        try:
-            touched = self._follow(leaf, style, dims, states)
-        except RefusedError as error:
-            return None, str(error)
-        size = int(unit.parameters[leaf.weight].shape[out])
-        styles = {leaf.module: style}
-        sizes: tuple[tuple[str, int], ...] = ()
-        values = {size}
-        degree = 2 if size % 2 == 0 else degree_for([("features", size)])
-        names = candidates(unit.model, leaf.module, [leaf.module], values, degree) if degree else []
-        shares, reason = shared_numbers(names, lambda more: unit.try_on_shares({**styles, **more}, {}, degree or 2))
-        if reason:
-            return None, reason
-        if shares:
-            sizes = (("features", size),)
-        ends = [v.end for v in leaf.visits]
-        sent = [unit.cost.forward[end - 1].outputs[0] for end in ends]
-        back = [] if isinstance(module, nn.Embedding) else [self._input(leaf, v.start) for v in leaf.visits]
-        work = unit.work(touched, states, sent, back)
-        return Group(unit.name, {**styles, **shares}, sizes, dims, {unit.kind: work}, () if sizes else (size,)), ""
+    def _tried(self, single: Single) -> tuple[dict[str, TensorStyle], str]:
+        unit, module = self.unit, single.leaf.module
+        degree = degree_for([("outputs", single.size)])
+        names = candidates(unit.model, module, [module], {single.size}, degree) if degree else []
+        styles = {module: single.style}
+        return shared_numbers(names, lambda more: unit.try_on_shares({**styles, **more}, {}, degree or 2))
+
+    def _group(self, single: Single, shares: Mapping[str, TensorStyle]) -> Group:
+        unit, leaf = self.unit, single.leaf
+        sent = [unit.cost.forward[v.end - 1].outputs[0] for v in leaf.visits]
+        table = isinstance(unit.model.get_submodule(leaf.module), nn.Embedding)
+        back = [] if table else [self._input(leaf, v.start) for v in leaf.visits]
+        return Group(
+            unit=unit.name,
+            styles={leaf.module: single.style, **shares},
+            sizes=(("outputs", single.size),) if shares else (),
+            dims=dict(single.dims),
+            work={unit.kind: unit.work(single.places, single.storages, sent, back)},
+            uneven=() if shares else (single.size,),
+        )
 
     def _input(self, leaf: Leaf, start: int) -> Ref:
         own = {leaf.weight, leaf.bias}
@@ -116,16 +143,15 @@ class SingleSearch:
                     return ref
         raise AssertionError("a projection has an input")
 
-    def _follow(self, leaf: Leaf, style: TensorStyle, dims: Mapping[str, int], states: dict[Ref, State]) -> set[int]:
-        """Follow the outputs through the module, to where they are gathered.
+    def _follow(self, leaf: Leaf, rows: bool, dims: Mapping[str, int]) -> tuple[set[int], set[int]]:
+        """Follow the outputs through the module to where they are gathered: divided operations and storages.
 
         Raises:
-            RefusedError: they are not its last dimension, or its channels, when they leave.
+            RefusedError: they are not the last dimension, or the channels, of all that leaves.
         """
-        unit, touched = self.unit, set()
-        weight = unit.parameters[leaf.weight]
+        unit, touched, storages = self.unit, set[int](), set[int]()
         for visit in leaf.visits:
-            last: Ref | None = None
+            states: dict[Ref, State] = {}
             for place in range(visit.start, visit.end):
                 op = unit.cost.forward[place]
                 refs = tensors_of((op.args, op.kwargs))
@@ -134,22 +160,19 @@ class SingleSearch:
                     if name in dims and tuple(unit.parameters[name].shape) == ref.size:
                         states.setdefault(ref, Divided(dims[name], (ref.size[dims[name]],)))
                 given = {ref: states[ref] for ref in refs if ref in states}
-                if style.name == "embedding_rowwise":
-                    touched |= {place} if given else set()
-                elif given:
+                if given:
                     touched.add(place)
+                if given and not rows:
                     for ref, state in zip(op.outputs, apply(op, given), strict=True):
                         if state is not None:
                             states[ref] = state
-                last = next(iter(op.outputs), last)
-            if style.name == "embedding_rowwise":
-                states.clear()
+            if rows:
                 continue
-            end = states.get(last) if last is not None else None
-            if last is None or not isinstance(end, Divided) or end.dim != len(last.size) - max(weight.dim() - 1, 1):
+            storages.update(ref.storage for ref in states if ref.storage not in unit.names)
+            last = unit.cost.forward[visit.end - 1].outputs[0]
+            end = states.get(last)
+            channels = len(last.size) - max(unit.parameters[leaf.weight].dim() - 1, 1)
+            whole = visit.returned != unit.steps[visit.end - 1].made[:1]
+            if whole or not isinstance(end, Divided) or end.dim != channels:
                 raise RefusedError("its divided outputs are not the last dimension of what it returns")
-        return touched
-
-
-def _outputs(unit: Unit, leaf: Leaf, style: str) -> int:
-    return output_dim(unit.model.get_submodule(leaf.module), TensorStyle(style))
+        return touched, storages
