@@ -22,7 +22,7 @@ from weft.capture.profile import LOSS, NO_GROUP, Affine, Call, Operation, Output
 from weft.capture.recorder import record
 from weft.capture.recording import Cost, RecordedCall, Recording, SavedStorage
 from weft.capture.tape import flat_tensors, written_arguments
-from weft.capture.tensor import tensor_groups
+from weft.capture.tensor import groups_at_both
 from weft.capture.units import find_units
 from weft.errors import BatchError, InputError, ModelError
 from weft.workload import Parameters, Workload
@@ -65,6 +65,7 @@ def capture(workload: Workload) -> Profile:
                 unit=a.unit,
                 styles=tuple(a.styles.items()),
                 sizes=a.sizes,
+                uneven=a.uneven,
                 forward_bytes=affine(a.forward_bytes, b.forward_bytes),
                 backward_bytes=affine(a.backward_bytes, b.backward_bytes),
             )
@@ -114,9 +115,7 @@ class _Merge:
     refused: list[tuple[str, str]] = field(init=False)
 
     def __post_init__(self) -> None:
-        small, self.refused = tensor_groups(self.small, self.fake.model)
-        large, _ = tensor_groups(self.large, self.fake.model)
-        self.groups = [(a, b) for a in small for b in large if (a.unit, a.styles) == (b.unit, b.styles)]
+        self.groups, self.refused = groups_at_both(self.small, self.large, self.fake.model)
 
     def calls(self) -> tuple[Call, ...]:
         kept: tuple[set[int], set[int]] = (set(), set())

@@ -132,6 +132,7 @@ class TensorGroup:
             group stays replicated.
         forward_bytes: bytes of the tensors all-reduced (or gathered) in a forward of each call.
         backward_bytes: likewise in the backward.
+        uneven: lengths (a vocabulary) that any degree may divide, in shares as ``torch.chunk`` cuts them.
     """
 
     unit: str
@@ -139,10 +140,12 @@ class TensorGroup:
     sizes: tuple[tuple[str, int], ...]
     forward_bytes: Affine
     backward_bytes: Affine
+    uneven: tuple[int, ...] = ()
 
     def divisible_by(self, degree: int) -> bool:
-        """Whether the degree divides every size."""
-        return all(size % degree == 0 for _, size in self.sizes)
+        """Whether the degree divides every size, and leaves no rank without a share of what may be cut unevenly."""
+        whole = all(size % degree == 0 for _, size in self.sizes)
+        return whole and all(-(-n // -(-n // degree)) == degree for n in self.uneven)
 
 
 @dataclass(frozen=True, slots=True)

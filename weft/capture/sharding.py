@@ -1,67 +1,66 @@
-"""How a divided dimension travels through operations: the exact rules tensor parallelism rests on.
+"""States of divided values, and how they travel through an operation: what tensor parallelism's exactness rests on.
 
-A value is divided on one dimension: ``outer`` repeats of a run of which each rank has an equal, contiguous share.
-    Rules say
-what an operation on the local shares gives: the same share of its whole result, or nothing that is exact (Refused).
-    They
-need no rank and no degree, only the sizes the degree has to divide, which they collect.
+A value is *divided* on one dimension, which consists of stretches: every rank has an equal, contiguous share of each
+(one stretch mostly; three where queries, keys and values are fused). Or it is *partial*: every rank has a summand of
+it, as after a product over a divided dimension. rules.py says what an operation on shares gives: the same share of
+its whole result, or nothing that is exact (RefusedError). Rules need no rank and no degree: the degree has to divide
+every stretch.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-
-import torch
 
 from weft.capture.frames import RawOp
 from weft.capture.tape import Ref
 
 
 class Divided(NamedTuple):
-    """A value divided on dimension ``dim``, in each of ``outer`` equal stretches of it; ``tags`` tell by which
-    projections."""
+    """A value divided on dimension ``dim``, in stretches of these lengths; ``tags`` tell by which parameters."""
 
     dim: int
-    outer: int
-    tags: frozenset[int]
+    stretches: tuple[int, ...]
+    tags: frozenset[int] = frozenset()
+
+    @property
+    def place(self) -> tuple[int, tuple[int, ...]]:
+        """Where, without by which."""
+        return self.dim, self.stretches
+
+
+class Partial(NamedTuple):
+    """A value that is the sum of what the ranks have."""
+
+    tags: frozenset[int] = frozenset()
+
+
+State = Divided | Partial
+States = Mapping[Ref, State]
+OPAQUE = ()
+"""Stretches of a result that is divided in a way nothing may build on (attention's softmax statistics)."""
 
 
 class RefusedError(Exception):
     """An operation that is not exact on shares; the message says why, in a few words."""
 
 
-OPAQUE = -1
-"""``outer`` of a result that is divided in a way nothing may build on (attention's softmax statistics)."""
+class CutError(RefusedError):
+    """An operation that cuts a divided dimension; it would be exact if the dimension consisted of stretches."""
 
-Rule = Callable[[RawOp, dict[Ref, Divided]], list[Divided | None]]
+    def __init__(self, message: str, ref: Ref, at: Sequence[int]) -> None:
+        super().__init__(message)
+        self.ref, self.at = ref, tuple(at)
 
 
-def apply(op: RawOp, divided: dict[Ref, Divided], biases: frozenset[Ref]) -> list[Divided | None]:
-    """How the outputs of an operation are divided, given its divided arguments (at least one).
+class WantedError(RefusedError):
+    """An operation of divided values with a whole one; it would be exact if that were divided, too."""
 
-    Args:
-        op: the operation; no projection.
-        divided: its divided arguments.
-        biases: whole arguments that may be divided along: biases of the projections the values come from.
-
-    Raises:
-        RefusedError: the result would not be exact.
-    """
-    if any(d.outer == OPAQUE for d in divided.values()):
-        raise RefusedError(f"{op.name} reads a statistic of divided values")
-    for ref in op.gradients:
-        if ref not in divided and ref not in biases:
-            raise RefusedError(f"{op.name} combines divided values with a whole one, whose gradient would be partial")
-    name = op.name.removeprefix("aten.")
-    if name in _RULES:
-        return _RULES[name](op, divided)
-    if torch.Tag.nondeterministic_seeded in op.func.tags:
-        raise RefusedError(f"{op.name} draws random numbers, which would differ from one device's")
-    if torch.Tag.pointwise in op.func.tags:
-        return _pointwise(op, divided, biases)
-    raise RefusedError(f"{op.name} is not known to be exact on divided values")
+    def __init__(self, message: str, ref: Ref, dim: int, stretches: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.ref, self.dim, self.stretches = ref, dim, stretches
 
 
 def tensors_of(value: Any) -> list[Ref]:
@@ -75,180 +74,75 @@ def tensors_of(value: Any) -> list[Ref]:
     return []
 
 
-def _pointwise(op: RawOp, divided: dict[Ref, Divided], biases: frozenset[Ref]) -> list[Divided | None]:
-    out = op.outputs[0]
-    places = {(d.dim - len(ref.size), d.outer) for ref, d in divided.items()}
-    if len(places) > 1:
-        raise RefusedError(f"{op.name} combines values divided on different dimensions")
-    ((place, outer),) = places
-    for ref in tensors_of((op.args, op.kwargs)):
-        size = ref.size[place] if len(ref.size) >= -place else 1
-        if ref in divided and size != out.size[place]:
-            raise RefusedError(f"{op.name} repeats a divided dimension")
-        if ref not in divided and ref not in biases and size != 1:
-            raise RefusedError(f"{op.name} combines divided values with a whole tensor")
-    dim = len(out.size) + place
-    return [Divided(dim, outer, _tags(divided)) if len(ref.size) == len(out.size) else None for ref in op.outputs]
+def tags_of(states: States) -> frozenset[int]:
+    """Tags of all."""
+    return frozenset[int]().union(*(s.tags for s in states.values()))
 
 
-def _same(op: RawOp, divided: dict[Ref, Divided]) -> list[Divided | None]:
-    (d,) = divided.values()
-    return [d for _ in op.outputs]
+def only(op: RawOp, states: States) -> tuple[Ref, Divided]:
+    """The divided argument of an operation that takes one tensor."""
+    if len(states) != 1:
+        raise RefusedError(f"{op.name} combines several divided values")
+    ((ref, state),) = states.items()
+    assert isinstance(state, Divided)
+    return ref, state
 
 
-def _view(op: RawOp, divided: dict[Ref, Divided]) -> list[Divided | None]:
-    ((ref, d),) = divided.items()
-    return [_reshaped(ref.size, d, op.outputs[0].size)]
+def argument(op: RawOp, position: int, name: str, default: Any = None) -> Any:
+    """An argument, however it was given."""
+    return op.args[position] if len(op.args) > position else op.kwargs.get(name, default)
 
 
-def _reshaped(before: Sequence[int], d: Divided, after: Sequence[int]) -> Divided:
-    """Elements keep their order, so the divided run starts after the same number of repeats in both shapes."""
-    start = math.prod(before[: d.dim]) * d.outer
+def reshaped(before: Sequence[int], state: Divided, after: Sequence[int]) -> Divided:
+    """A reshape keeps the order of elements: stretches, counted in elements, stay as they are.
+
+    In elements, the divided dimension is a row of stretches that repeats for every index before it; it is found again
+    in a dimension of the new shape whose rows have the same stretches.
+
+    Raises:
+        RefusedError: in none.
+    """
+    row = [n * math.prod(before[state.dim + 1 :]) for n in state.stretches]
+    total = math.prod(before)
+    repeats = math.prod(before[: state.dim])
+    found: list[Divided] = []
     for dim, size in enumerate(after):
-        ahead = math.prod(after[:dim])
-        if ahead <= start < ahead * size and start % ahead == 0 and size % (start // ahead) == 0:
-            return Divided(dim, start // ahead, d.tags)
+        ahead, inner = math.prod(after[:dim]), math.prod(after[dim + 1 :])
+        if size == 1 or not total:
+            continue
+        # ``ahead`` rows of size * inner elements each: so many rows of ours make one, or one of ours makes so many.
+        if repeats % ahead == 0:
+            new = row * (repeats // ahead)
+        elif ahead % repeats == 0:
+            new = _one_of(row, ahead // repeats)
+        else:
+            continue
+        if new and sum(new) == size * inner and all(n % inner == 0 for n in new):
+            found.append(Divided(dim, tuple(n // inner for n in new), state.tags))
+    for state in found:
+        if max(state.stretches) > 1:
+            return state
+    if found:
+        return found[0]
     raise RefusedError(f"a reshape from {tuple(before)} to {tuple(after)} splits the divided dimension unevenly")
 
 
-def _permute(op: RawOp, divided: dict[Ref, Divided]) -> list[Divided | None]:
-    ((ref, d),) = divided.items()
-    order = list(range(len(ref.size)))
-    match op.name:
-        case "aten.permute":
-            order = [int(x) % len(order) for x in op.args[1]]
-        case "aten.t":
-            order.reverse()
-        case _:
-            a, b = int(op.args[1]) % len(order), int(op.args[2]) % len(order)
-            order[a], order[b] = order[b], order[a]
-    return [d._replace(dim=order.index(d.dim))]
+def _one_of(row: list[int], parts: int) -> list[int]:
+    """The stretches of each of so many equal parts of a row; none if they differ."""
+    length, rest = divmod(len(row), parts)
+    if rest or any(row[i : i + length] != row[:length] for i in range(0, len(row), length)):
+        return []
+    return row[:length]
 
 
-def _expand(op: RawOp, divided: dict[Ref, Divided]) -> list[Divided | None]:
-    ((ref, d),) = divided.items()
-    out = op.outputs[0]
-    dim = d.dim + len(out.size) - len(ref.size)
-    if out.size[dim] != ref.size[d.dim]:
-        raise RefusedError("expand repeats a divided dimension")
-    return [d._replace(dim=dim)]
+def between(op: RawOp, ref: Ref, state: Divided, start: int, end: int) -> tuple[int, ...]:
+    """The stretches from ``start`` to ``end`` of a divided dimension.
 
-
-def _unsqueeze(op: RawOp, divided: dict[Ref, Divided]) -> list[Divided | None]:
-    ((ref, d),) = divided.items()
-    dim = int(op.args[1]) % (len(ref.size) + 1)
-    return [d._replace(dim=d.dim + (dim <= d.dim))]
-
-
-def _squeeze(op: RawOp, divided: dict[Ref, Divided]) -> list[Divided | None]:
-    ((ref, d),) = divided.items()
-    given = op.args[1] if len(op.args) > 1 else range(len(ref.size))
-    dims = [given] if isinstance(given, int) else given
-    gone = {int(x) % len(ref.size) for x in dims if ref.size[int(x)] == 1}
-    return [d._replace(dim=d.dim - sum(x < d.dim for x in gone))]
-
-
-def _along(op: RawOp, divided: dict[Ref, Divided]) -> list[Divided | None]:
-    """Operations along another dimension, which keep their shape or cut that one: slice, split, softmax, cumsum."""
-    ((ref, d),) = divided.items()
-    position = {"split": 2, "split_with_sizes": 2, "chunk": 2}.get(op.name.removeprefix("aten."), 1)
-    given = op.args[position] if len(op.args) > position else op.kwargs.get("dim", 0)
-    if int(given) % len(ref.size) == d.dim and [out.size for out in op.outputs] != [ref.size]:
-        raise RefusedError(f"{op.name} cuts the divided features: several projections are fused into one")
-    if int(given) % len(ref.size) == d.dim and "slice" not in op.name:
-        raise RefusedError(f"{op.name} runs along the divided dimension")
-    return [d for _ in op.outputs]
-
-
-def _without(op: RawOp, divided: dict[Ref, Divided]) -> list[Divided | None]:
-    """Operations that take one dimension away: select, unbind."""
-    ((ref, d),) = divided.items()
-    given = op.args[1] if len(op.args) > 1 else op.kwargs.get("dim", 0)
-    dim = int(given) % len(ref.size)
-    if dim == d.dim:
-        raise RefusedError(f"{op.name} takes the divided dimension apart")
-    return [d._replace(dim=d.dim - (dim < d.dim)) for _ in op.outputs]
-
-
-def _reduce(op: RawOp, divided: dict[Ref, Divided]) -> list[Divided | None]:
-    ((ref, d),) = divided.items()
-    given = op.args[1] if len(op.args) > 1 else None
-    dims = [given] if isinstance(given, int) else given
-    if not dims or d.dim in (gone := {int(x) % len(ref.size) for x in dims}):
-        raise RefusedError(f"{op.name} runs over the divided dimension")
-    kept = len(op.outputs[0].size) == len(ref.size)
-    return [d if kept else d._replace(dim=d.dim - sum(x < d.dim for x in gone)) for _ in op.outputs]
-
-
-def _layer_norm(op: RawOp, divided: dict[Ref, Divided]) -> list[Divided | None]:
-    ((ref, d),) = divided.items()
-    if d.dim >= len(ref.size) - len(op.args[1]):
-        raise RefusedError(f"{op.name} runs over the divided dimension")
-    return [d for _ in op.outputs]
-
-
-def _cat(op: RawOp, divided: dict[Ref, Divided]) -> list[Divided | None]:
-    places = {(d.dim, d.outer) for d in divided.values()}
-    rank = len(op.outputs[0].size)
-    dim = int(op.args[1] if len(op.args) > 1 else op.kwargs.get("dim", 0)) % rank
-    joined = {ref for ref in tensors_of(op.args[0]) if math.prod(ref.size)}  # an empty cache is no tensor to join
-    if len(places) > 1 or joined != set(divided):
-        raise RefusedError(f"{op.name} joins divided and whole tensors")
-    ((place, outer),) = places
-    if op.name == "aten.stack":
-        place += dim <= place
-    elif place == dim:
-        raise RefusedError(f"{op.name} joins tensors along the divided dimension")
-    return [Divided(place, outer, _tags(divided))]
-
-
-def _bmm(op: RawOp, divided: dict[Ref, Divided]) -> list[Divided | None]:
-    a, b = tensors_of(op.args)[-2:]
-    left, right = divided.get(a), divided.get(b)
-    if left and right and left.dim == right.dim == 0 and left.outer == right.outer and len(a.size) == 3:
-        return [Divided(0, left.outer, _tags(divided))]
-    raise RefusedError(f"{op.name} multiplies divided values along the divided dimension")
-
-
-def _attention(op: RawOp, divided: dict[Ref, Divided]) -> list[Divided | None]:
-    query, key, value, *others = tensors_of((op.args, op.kwargs))
-    states = {divided.get(ref) and (divided[ref].dim, divided[ref].outer) for ref in (query, key, value)}
-    if states not in ({(1, 1)}, {(0, 1)}):
-        raise RefusedError("attention needs its heads divided in queries, keys and values alike")
-    ((dim, _),) = (s for s in states if s)
-    if any(len(mask.size) == 4 and mask.size[dim] != 1 for mask in others):
-        raise RefusedError("attention adds a bias of its own to every head, which is whole")
-    rate = op.kwargs.get("dropout_p", next((x for x in op.args if isinstance(x, float)), 0.0))
-    if rate:
-        raise RefusedError("attention draws random numbers (dropout), which would differ from one device's")
-    statistic = Divided(0, OPAQUE, _tags(divided))
-    return [Divided(dim, 1, _tags(divided)), *(statistic for _ in op.outputs[1:])]
-
-
-def _tags(divided: dict[Ref, Divided]) -> frozenset[int]:
-    return frozenset[int]().union(*(d.tags for d in divided.values()))
-
-
-def _named(rule: Rule, names: str) -> dict[str, Rule]:
-    return {name: rule for name in names.split()}
-
-
-_RULES: dict[str, Rule] = {
-    **_named(_same, "clone _to_copy detach alias contiguous lift_fresh ones_like zeros_like empty_like full_like"),
-    **_named(_view, "view _unsafe_view reshape"),
-    **_named(_permute, "permute t transpose"),
-    **_named(_expand, "expand"),
-    **_named(_unsqueeze, "unsqueeze"),
-    **_named(_squeeze, "squeeze"),
-    **_named(_along, "slice split split_with_sizes chunk _softmax _safe_softmax _log_softmax cumsum"),
-    **_named(_without, "select unbind"),
-    **_named(_reduce, "sum mean amax amin prod var std argmax any all"),
-    **_named(_layer_norm, "native_layer_norm"),
-    **_named(_cat, "cat stack"),
-    **_named(_bmm, "bmm"),
-    **_named(
-        _attention,
-        "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
-        "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention",
-    ),
-}
+    Raises:
+        CutError: these are inside a stretch.
+    """
+    bounds = [0, *itertools.accumulate(state.stretches)]
+    if start not in bounds or end not in bounds:
+        cuts = [x for x in (start, end) if x not in bounds]
+        raise CutError(f"{op.name} cuts the divided features: several projections are fused into one", ref, cuts)
+    return state.stretches[bounds.index(start) : bounds.index(end)]

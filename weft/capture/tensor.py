@@ -1,14 +1,13 @@
-"""What tensor parallelism can divide: groups of projections, found in the recorded operations of a unit.
+"""What tensor parallelism can divide, found in the recorded operations of a model's units.
 
-A projection is a module with one weight matrix that multiplies its input once. Divided over its outputs (*column*),
-it leaves every rank with some of the features; sharding.py's rules follow these through the unit until other
-projections contract them (*row*) and the ranks' partial results are added up. Columns whose features meet form one
-group with the rows that end them: query, key, value and output; gate, up and down. The group is exact if every use of
-a divided value is.
+In each unit, in this order:
 
-Whether the user's own code accepts shares (a head count written into a reshape) is found by running the unit with
-them. A model's tensor-parallel plan (``_tp_plan``, as transformers' models have) adds what no rule would divide by
-itself: the rows of the embedding, and an output layer whose result is gathered.
+- *pairs*: projections divided over their outputs, and those that contract these features (pairs.py);
+- *scopes*: modules that multiply by several weights of their own, as experts do (scopes.py);
+- *singles*: whatever is left, divided by itself, its result made whole again (singles.py).
+
+What is divided is exact by rules about operators (rules.py) and because the unit, run on shares, does what the whole
+unit does (rehearsal.py). A parameter that several modules use is divided if all of them divide it alike.
 """
 
 from __future__ import annotations
@@ -18,97 +17,197 @@ from dataclasses import replace
 
 from torch import nn
 
-from weft.capture.groups import Group, UnitSearch
+from weft.capture.groups import Group, Unit, Work, renamed
 from weft.capture.isolation import quiet, restored
-from weft.capture.recording import Recording
+from weft.capture.pairs import PairSearch
+from weft.capture.recording import Cost, Recording
+from weft.capture.rehearsal import join
+from weft.capture.scopes import ScopeSearch
+from weft.capture.sharding import tensors_of
+from weft.capture.singles import SingleSearch
+from weft.plan import TensorStyle
+
+Refusals = list[tuple[str, str]]
+GLUE = "code between units"
 
 
-def tensor_groups(recording: Recording, model: nn.Module) -> tuple[list[Group], list[tuple[str, str]]]:
-    """Groups of every unit, and ``(module, reason)`` of projections that are in none.
+def tensor_groups(recording: Recording, model: nn.Module) -> tuple[list[Group], Refusals]:
+    """Groups of every unit, and ``(module, reason)`` of modules with weights that are in none.
 
     Args:
         recording: of the model.
         model: the model it was recorded from, still fake.
     """
     first = _first_names(model)
-    styles: Mapping[str, str] = getattr(model, "_tp_plan", None) or {}
     with quiet(), restored(model):
-        groups, refused = _search(recording, model, first, styles)
-        if not any(len(group.styles) > 1 for group in groups):
-            # No unit holds both ends of a group: divide the single projections, and make their results whole again.
-            singles = dict.fromkeys(recording.units, "colwise_gather")
-            groups, refused = _search(recording, model, first, {**singles, **styles})
-    return _whole_ties(groups, model, first, refused), refused
+        return _Search(recording, model, first).go()
 
 
-def _search(
-    recording: Recording, model: nn.Module, first: dict[str, str], styles: Mapping[str, str]
-) -> tuple[list[Group], list[tuple[str, str]]]:
-    kinds: dict[str, list[int]] = {}
-    for call in recording.calls[:-1]:
-        kinds.setdefault(call.unit, []).append(call.kind)
-    found: dict[int, list[Group]] = {}
-    groups: list[Group] = []
-    refused: list[tuple[str, str]] = []
-    for unit, own in kinds.items():
-        per_kind: list[list[Group]] = []
-        for kind in dict.fromkeys(own):
-            search = UnitSearch(kind, recording.examples[kind], recording.costs[kind], model, recording.names, first)
-            whole = search.whole(unit, styles)
-            if whole is None and kind not in found:
-                found[kind], reasons = search.groups()
-                refused += reasons
-            per_kind.append([_renamed(g, unit, model, first) for g in found[kind]] if whole is None else [whole])
-        for group in per_kind[0]:
-            # A unit called in several ways is divided only as suits them all.
-            alike = [g for others in per_kind for g in others if g.styles == group.styles]
-            if len(alike) == len(per_kind):
-                groups.append(replace(group, work={k: w for g in alike for k, w in g.work.items()}))
-    return groups, refused
+def groups_at_both(small: Recording, large: Recording, model: nn.Module) -> tuple[list[tuple[Group, Group]], Refusals]:
+    """The groups found in a recording, with what they divide in another one, of more samples."""
+    groups, refused = tensor_groups(small, model)
+    kinds: dict[int, int] = {}
+    for a, b in zip(small.calls, large.calls, strict=True):
+        kinds.setdefault(a.kind, b.kind)
+    works: dict[tuple[int, Work], Work] = {}
+    pairs = []
+    for group in groups:
+        found = {}
+        for kind, work in group.work.items():
+            if (kind, work) not in works:
+                works[kind, work] = _elsewhere(work, small.costs[kind], large.costs[kinds[kind]])
+            found[kinds[kind]] = works[kind, work]
+        pairs.append((group, replace(group, work=found)))
+    return pairs, refused
+
+
+def _elsewhere(work: Work, here: Cost, there: Cost) -> Work:
+    """The work of a group in another recording of the same operations, on more samples."""
+    if [op.name for op in here.forward] != [op.name for op in there.forward]:
+        return Work(sent=work.sent, back=work.back)  # other operations: only what is sent is known, about
+    refs = {
+        a: b
+        for x, y in zip(here.forward, there.forward, strict=True)
+        for a, b in zip(
+            (*tensors_of((x.args, x.kwargs)), *x.outputs), (*tensors_of((y.args, y.kwargs)), *y.outputs), strict=True
+        )
+    }
+    storages = {a.storage: b.storage for a, b in refs.items()}
+    nodes = {x.node: y.node for x, y in zip(here.forward, there.forward, strict=True)}
+    return Work(
+        work.operations,
+        frozenset(nodes[n] for n in work.nodes),
+        frozenset(storages[s] for s in work.storages),
+        tuple(refs[ref] for ref in work.sent),
+        tuple(refs[ref] for ref in work.back),
+    )
+
+
+class _Search:
+    def __init__(self, recording: Recording, model: nn.Module, first: Mapping[str, str]) -> None:
+        self.recording, self.model, self.first = recording, model, dict(first)
+        self.found: dict[int, tuple[Unit, list[Group]]] = {}
+        self.refused: dict[str, str] = {}
+
+    def go(self) -> tuple[list[Group], Refusals]:
+        kinds: dict[str, list[int]] = {}
+        for call in self.recording.calls[:-1]:
+            kinds.setdefault(call.unit, []).append(call.kind)
+        groups: list[Group] = []
+        for unit, own in kinds.items():
+            per_kind = [
+                [renamed(g, unit, self.model, self.first) for g in self._of_kind(kind)[1]]
+                for kind in dict.fromkeys(own)
+            ]
+            for group in per_kind[0]:
+                # A unit called in several ways is divided only as suits them all.
+                alike = [g for others in per_kind for g in others if g.styles == group.styles]
+                if len(alike) == len(per_kind):
+                    groups.append(replace(group, work={k: w for g in alike for k, w in g.work.items()}))
+        groups = self._whole_ties(groups)
+        return self._with_aliases(groups), list(self.refused.items())
+
+    def _of_kind(self, kind: int) -> tuple[Unit, list[Group]]:
+        if kind not in self.found:
+            recording = self.recording
+            example, cost = recording.examples[kind], recording.costs[kind]
+            unit = Unit(kind, example, cost, self.model, recording.names, self.first)
+            groups: list[Group] = []
+            if unit.run.error:
+                self.refused[unit.name] = f"it cannot be run again on shares: {unit.run.error}"
+            else:
+                pairs = PairSearch(unit)
+                groups += pairs.groups()
+                scopes = ScopeSearch(unit, pairs.used)
+                groups += scopes.groups()
+                singles = SingleSearch(unit, pairs.used | scopes.used)
+                groups += singles.groups()
+                done = {name for group in groups for name in group.styles}
+                for reasons in (pairs.refused, scopes.refused, singles.refused):
+                    for module, reason in reasons.items():
+                        if module not in done:
+                            self.refused.setdefault(module, reason)
+            self.found[kind] = unit, groups
+        return self.found[kind]
+
+    def _readers(self) -> dict[str, set[tuple[str, str]]]:
+        """Who reads each parameter: (unit, module), by first name."""
+        readers: dict[str, set[tuple[str, str]]] = {}
+        known: set[tuple[str, int]] = set()
+        for call in self.recording.calls:
+            for name in call.glue_reads:
+                readers.setdefault(name, set()).add((GLUE, ""))
+            if not call.unit or (call.unit, call.kind) in known:
+                continue
+            known.add((call.unit, call.kind))
+            unit = self._of_kind(call.kind)[0]
+            own: dict[str, str] = {}
+            for key, _ in self.model.get_submodule(unit.name).named_parameters(remove_duplicate=False):
+                own[self.first[join(unit.name, key)]] = self.first[join(call.unit, key)]
+            for name, modules in unit.readers.items():
+                for module in modules:
+                    path = call.unit + module[len(unit.name) :] if module else ""
+                    readers.setdefault(own.get(name, name), set()).add((call.unit, path))
+        return readers
+
+    def _whole_ties(self, groups: list[Group]) -> list[Group]:
+        """Groups without those that divide a parameter something uses whole, or divides in another way."""
+        readers = self._readers()
+        aliases = self._aliases()
+        while True:
+            ways: dict[str, set[tuple[int, tuple[int, ...]]]] = {}
+            covered: dict[str, set[tuple[str, str]]] = {}
+            for group in groups:
+                for name, dim in group.dims.items():
+                    style = _style_of(group, aliases[name])
+                    ways.setdefault(name, set()).add((dim, style.parts))
+                    for unit, module in readers.get(name, ()):
+                        if unit == group.unit and (module in group.styles or style.name == "shard"):
+                            covered.setdefault(name, set()).add((unit, module))
+            bad = {n for n in ways if len(ways[n]) > 1 or readers.get(n, set()) != covered.get(n, set())}
+            kept = [group for group in groups if bad.isdisjoint(group.dims)]
+            if len(kept) == len(groups):
+                return groups
+            for group in groups:
+                for name in sorted(bad.intersection(group.dims)):
+                    others = readers.get(name, set()) - covered.get(name, set())
+                    who = GLUE if any(unit == GLUE for unit, _ in others) else "a module that is not divided alike"
+                    reason = f"{name} is shared with {who}"
+                    self.refused.update((module, reason) for module in group.styles)
+            groups = kept
+
+    def _with_aliases(self, groups: list[Group]) -> list[Group]:
+        """Groups that name every place a divided parameter is registered in."""
+        aliases = self._aliases()
+        modules = {name for group in groups for name in group.styles}
+        result = []
+        for group in groups:
+            more = {}
+            for name, dim in group.dims.items():
+                parts = _style_of(group, aliases[name]).parts
+                for alias in aliases[name]:
+                    if alias not in modules and alias.rpartition(".")[0] not in modules:
+                        more[alias] = TensorStyle("shard", parts, dim)
+            result.append(replace(group, styles={**group.styles, **more}))
+        return result
+
+    def _aliases(self) -> dict[str, list[str]]:
+        aliases: dict[str, list[str]] = {}
+        for name, one in self.first.items():
+            aliases.setdefault(one, []).append(name)
+        return aliases
+
+
+def _style_of(group: Group, aliases: list[str]) -> TensorStyle:
+    """The style a group has for a parameter with these names."""
+    for alias in aliases:
+        style = group.styles.get(alias) or group.styles.get(alias.rpartition(".")[0])
+        if style is not None and style.name not in ("reduce", "share", "sum_gradient"):
+            return style
+    raise AssertionError("a group divides what its styles name")
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
     """Every name of a parameter to its first."""
     firsts: dict[int, str] = {}
     return {n: firsts.setdefault(id(p), n) for n, p in model.named_parameters(remove_duplicate=False)}
-
-
-def _renamed(group: Group, unit: str, model: nn.Module, first: dict[str, str]) -> Group:
-    """A group of one unit as that of another unit of the same kind."""
-    if group.unit == unit:
-        return group
-
-    def rename(name: str) -> str:
-        return unit + name[len(group.unit) :]
-
-    dims = {}
-    for module in group.styles:
-        for key, _ in model.get_submodule(module).named_parameters(recurse=False):
-            old = first[f"{module}.{key}"]
-            if old in group.dims:
-                dims[first[rename(f"{module}.{key}")]] = group.dims[old]
-    return replace(group, unit=unit, styles={rename(m): style for m, style in group.styles.items()}, dims=dims)
-
-
-def _whole_ties(
-    groups: list[Group], model: nn.Module, first: dict[str, str], refused: list[tuple[str, str]]
-) -> list[Group]:
-    """Groups without those that divide a parameter some module uses whole, or on another dimension."""
-    users: dict[str, set[str]] = {}
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        users.setdefault(first[name], set()).add(name.rpartition(".")[0])
-    while True:
-        dims: dict[str, set[int]] = {}
-        divided: dict[str, set[str]] = {}
-        for group in groups:
-            for name, dim in group.dims.items():
-                dims.setdefault(name, set()).add(dim)
-                divided.setdefault(name, set()).update(group.styles)
-        bad = {n for n in dims if len(dims[n]) > 1 or not users[n] <= divided[n]}
-        kept = [group for group in groups if bad.isdisjoint(group.dims)]
-        if len(kept) == len(groups):
-            return groups
-        for group in groups:
-            for name in sorted(bad.intersection(group.dims)):
-                refused.append((name.rpartition(".")[0], f"{name} is shared with a module that is not divided alike"))
-        groups = kept
