@@ -22,6 +22,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from weft.runtime.grid import Grid
 from weft.runtime.pipeline import Sums
+from weft.runtime.scaling import LossScale
 
 DIVIDED = (Shard, _StridedShard)
 """Placements that give a rank a part; the second is fully_shard's over a dimension that tensor parallelism divides."""
@@ -78,7 +79,14 @@ def sum_copies(held: list[Held]) -> None:
 
 
 def agree(
-    sums: Sums, held: list[Held], grid: Grid, *, adds_loss: bool, max_norm: float | None, want_norm: bool
+    sums: Sums,
+    held: list[Held],
+    grid: Grid,
+    *,
+    adds_loss: bool,
+    max_norm: float | None,
+    want_norm: bool,
+    scale: LossScale | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Make the gradients those of the global mean loss, clipped; one all-reduce over all ranks.
 
@@ -89,6 +97,7 @@ def agree(
         adds_loss: whether this rank's sums count (one rank per replica).
         max_norm: clip to this norm.
         want_norm: compute the norm even if nothing is clipped.
+        scale: the losses were multiplied by it; it is told whether the gradients are finite everywhere.
 
     Returns:
         The global mean loss and, if clipped or wanted, the gradient norm before clipping: float64 scalars.
@@ -101,14 +110,19 @@ def agree(
         if mine:
             square = torch.stack([norm.double() for norm in torch._foreach_norm(mine)]).square().sum()
     nothing = torch.zeros_like(square)
-    vector = torch.stack([sums.loss if adds_loss else nothing, sums.count if adds_loss else nothing, square])
+    unfinite = nothing if scale is None else LossScale.count_unfinite(gradients, grid.device)
+    mine_of_all = [sums.loss if adds_loss else nothing, sums.count if adds_loss else nothing, square, unfinite]
+    vector = torch.stack(mine_of_all)
     if grid.mesh.size() > 1:
         dist.all_reduce(vector)
-    loss, count, square = vector.unbind()
+    loss, count, square, unfinite = vector.unbind()
     factor = None
     if sums.counted:
         factor = count.reciprocal()
         loss = loss * factor
+    if scale is not None:
+        factor = (torch.ones_like(loss) if factor is None else factor) / scale.value
+        scale.settle(unfinite)
     norm = None
     if normed:
         norm = square.sqrt() if factor is None else square.sqrt() * factor
