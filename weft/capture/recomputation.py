@@ -6,11 +6,12 @@ the same question of every operator that the profile asked of its recording.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from weft.capture.frames import RawOp
 from weft.capture.operations import kind_of
+from weft.capture.recording import Cost, RecordedCall, SavedStorage
 from weft.capture.tape import Ref
 
 COSTLY = ("matmul", "attention", "convolution")
@@ -33,17 +34,49 @@ def keeps_selected(forward: Iterable[RawOp]) -> bool:
     return True
 
 
-def kept_results(forward: Sequence[RawOp], mode: str) -> dict[int, int]:
-    """Bytes of the results that a mode keeps, by storage; the arguments of the call are kept besides."""
-    if mode == "full" or not keeps_selected(forward):
-        return {}
-    return {ref.storage: _bytes(ref) for op in forward if is_costly(op.func) for ref in op.outputs}
+class Way:
+    """What a mode keeps of the calls of a workload, and does again, if all of them are recomputed so.
 
+    Args:
+        mode: one of ``plan.RECOMPUTE``.
+    """
 
-def done_again(forward: Sequence[RawOp], mode: str) -> list[bool]:
-    """Which operations of a forward are done again in the backward."""
-    selected = mode == "selective" and keeps_selected(forward)
-    return [not (selected and is_costly(op.func)) for op in forward]
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+        self._kept: tuple[set[int], set[int]] = (set(), set())
+
+    def keep(self, size: int, call: RecordedCall, cost: Cost) -> list[SavedStorage]:
+        """What a call and its glue keep, without what an earlier call keeps already; calls come in order.
+
+        Args:
+            size: which of the two sizes the call was recorded at.
+            call: it.
+            cost: what it does.
+        """
+        kept, new = self._kept[size], list(call.glue.saved)
+        new += [SavedStorage(s, b) for s, b in zip(call.arguments, call.argument_bytes, strict=True)]
+        if self._selects(cost):
+            # A result that is returned is the argument of a later call.
+            outside = dict(zip((ref.storage for ref in cost.returned), call.outputs, strict=True))
+            results = [ref for op in cost.forward if is_costly(op.func) for ref in op.outputs]
+            new += [SavedStorage(outside.get(ref.storage, ref.storage), _bytes(ref)) for ref in results]
+        found = []
+        for saved in new:
+            if saved.storage not in kept:
+                kept.add(saved.storage)
+                found.append(saved)
+        if self._selects(cost):
+            # Calls of one kind share the numbers of what stays inside.
+            kept.difference_update({ref.storage for op in cost.forward for ref in op.outputs})
+        return found
+
+    def again(self, cost: Cost) -> set[int]:
+        """Places of the operations of a forward that are done again."""
+        selects = self._selects(cost)
+        return {place for place, op in enumerate(cost.forward) if not (selects and is_costly(op.func))}
+
+    def _selects(self, cost: Cost) -> bool:
+        return self.mode == "selective" and keeps_selected(cost.forward)
 
 
 def _bytes(ref: Ref) -> int:

@@ -61,7 +61,7 @@ class Recompute:
         before = {place: buffer.clone() for place, buffer in self._buffers() if self._may_change(place)}
         bound = dict(self._buffers())
         versions = {place: buffer._version for place, buffer in bound.items()}
-        modes = _get_current_function_mode_stack()
+        modes = _function_modes()
 
         def run() -> Any:
             if not recomputing():
@@ -83,7 +83,7 @@ class Recompute:
     def _contexts(self, cost: Cost) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         if self.mode == "full" or not self._keeps(cost):
             return nullcontext(), _Again(nullcontext())
-        first, second = create_selective_checkpoint_contexts(_policy)
+        first, second = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]  # torch's
         return first, _Again(second)
 
     def _keeps(self, cost: Cost) -> bool:
@@ -118,10 +118,14 @@ class Recompute:
                 module._buffers[name] = buffer
 
 
+def _function_modes() -> list[TorchFunctionMode]:
+    return list(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]  # torch's
+
+
 @contextmanager
 def _inside(modes: Sequence[TorchFunctionMode]) -> Iterator[None]:
     """Under the function modes (a default device is one) that the first run was under; a backward is under none."""
-    active = _get_current_function_mode_stack()
+    active = _function_modes()
     with ExitStack() as stack:
         for mode in modes:
             if mode not in active:
