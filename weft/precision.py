@@ -39,6 +39,12 @@ def in_precision(workload: Workload, precision: str) -> Workload:
     return replace(workload, loss=loss)
 
 
+def dtypes_of(precision: str) -> tuple[str, ...]:
+    """Dtypes of matrix products in a precision, by torch's names: what a cluster is measured for."""
+    lower = DTYPES.get(precision)
+    return ("float32",) if lower is None else ("float32", str(lower).removeprefix("torch."))
+
+
 def _device_types() -> list[str]:
     """Where operations may run: recordings are made on the CPU whatever the devices are."""
     accelerator = torch.accelerator.current_accelerator()
