@@ -162,7 +162,10 @@ def test_nothing_fits_says_the_least_that_would_do_and_it_does():
         ({"cp": 2}, "cp=2 cannot run yet"),
         ({"schedule": "zigzag"}, "choose from gpipe, 1f1b"),
         ({"microbatches": 64}, "a batch of 32 samples cannot be divided"),
-        ({"recompute": "full"}, "recompute 'full' is unknown"),
+        ({"recompute": "some"}, "recompute 'some' is unknown; choose from none, selective, full"),
+        ({"precision": "int4"}, "precision 'int4' is unknown; choose from float32, bf16, fp16"),
+        ({"precision": "bf16"}, "the profile is of float32; capture the workload with precision='bf16'"),
+        ({"compile": "yes"}, "compile must be True or False, got 'yes'"),
         ({"pipeline": 2}, "cannot fix 'pipeline'; what can be fixed is pp, dp_replicate"),
     ],
 )

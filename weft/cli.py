@@ -27,7 +27,7 @@ from weft.jobs import compare as comparing
 from weft.jobs import train as training
 from weft.jobs import verify as verifying
 from weft.plan import Plan
-from weft.planner import search
+from weft.planner import Constraints, Keywords, search
 from weft.quantity import parse_size
 from weft.report import tables
 from weft.report.progress import Bar, TrainingLog, show_cursor
@@ -57,17 +57,22 @@ FIXED: dict[str, tuple[type, str]] = {
     "ep": (int, "expert parallelism"),
     "microbatches": (int, "pieces of each copy's share of a batch"),
     "schedule": (str, "order of a pipeline: gpipe or 1f1b"),
-    "recompute": (str, "activations to compute again"),
+    "recompute": (str, "activations to compute again: none, selective or full"),
+    "precision": (str, "of operations: float32, bf16 or fp16"),
+    "compile": (bool, "run every unit through torch.compile"),
 }
 """What a user may fix of a plan. Every verb that plans takes these as options."""
 
+WITHOUT_DEGREES = ("recompute", "precision", "compile")
+"""Those of them that do not say how the model is divided."""
 
-def takes_fixed(verb: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the options of FIXED; those that were given reach it as its argument ``fixed``."""
+
+def takes_fixed(verb: Callable[..., None], names: Sequence[str] = tuple(FIXED)) -> Callable[..., None]:
+    """Give a verb options of FIXED; those that were given reach it as its argument ``fixed``."""
 
     @functools.wraps(verb)
     def with_options(**values: Any) -> None:
-        given = {name: value for name in FIXED if (value := values.pop(name)) is not None}
+        given = {name: value for name in names if (value := values.pop(name)) is not None}
         verb(**values, fixed=given)
 
     signature = inspect.signature(verb, eval_str=True)
@@ -77,14 +82,22 @@ def takes_fixed(verb: Callable[..., None]) -> Callable[..., None]:
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[kind | None, typer.Option(help=text, rich_help_panel="Fixed, not searched")],
+            annotation=Annotated[
+                kind | None, typer.Option(*flags(name, kind), help=text, rich_help_panel="Fixed, not searched")
+            ],
         )
         for name, (kind, text) in FIXED.items()
+        if name in names
     ]
     parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + options
     with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # typer reads it
     with_options.__annotations__ = {p.name: p.annotation for p in parameters}
     return with_options
+
+
+def flags(name: str, kind: type) -> list[str]:
+    """How an option of FIXED is written; one that is true or false has no opposite."""
+    return ["--" + name.replace("_", "-")] if kind is bool else []
 
 
 @app.command()
@@ -103,7 +116,8 @@ def plan(
     """Choose a plan and explain it."""
     with output(as_json) as show:
         workload = target_of(target, arguments).load()
-        choice = search(capture(workload), cluster_of(cluster, devices, memory), **fixed)
+        profile = capture(workload, precision_of(fixed))
+        choice = search(profile, cluster_of(cluster, devices, memory), **fixed)
         if save is not None:
             choice.plan.save(save)
         show(choice.plan.explain(), choice.to_json())
@@ -150,6 +164,7 @@ def train(
 
 
 @app.command()
+@functools.partial(takes_fixed, names=WITHOUT_DEGREES)
 def compare(
     target: TargetText,
     arguments: Arguments = None,
@@ -158,13 +173,19 @@ def compare(
     steps: Annotated[int, typer.Option(min=1, help="timed steps of every strategy")] = 5,
     as_json: Json = False,
     verbose: Verbose = False,
+    *,
+    fixed: dict[str, Any],
 ) -> None:
     """Train the same model under every kind of parallelism and show them side by side."""
     with output(as_json) as show:
         work = target_of(target, arguments)
         limit = None if memory is None else parse_size(memory)
+        count = devices_of(devices)
+        Constraints(**fixed)  # what is wrong with it shows before any process starts
         with Bar() as bar:
-            found = comparing.run(work, devices=devices_of(devices), memory_bytes=limit, steps=steps, on_progress=bar)
+            found = comparing.run(
+                work, devices=count, memory_bytes=limit, steps=steps, on_progress=bar, fixed=cast(Keywords, fixed)
+            )
         show(tables.comparison(found, steps=steps), found.to_json())
 
 
@@ -176,7 +197,9 @@ def verify(
     plan_file: PlanFile = None,
     devices: Devices = None,
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps to compare")] = 3,
-    dtype: Annotated[str, typer.Option(help="float64 or float32")] = "float64",
+    dtype: Annotated[
+        str | None, typer.Option(help="float64, float32, bf16 or fp16; default: the plan's lower precision, or float64")
+    ] = None,
     as_json: Json = False,
     verbose: Verbose = False,
     *,
@@ -190,7 +213,10 @@ def verify(
             given = plan_of(plan_file, fixed)
             devices_of(devices, given)
         else:
-            given = search(capture(workload), Cluster.local(devices_of(devices)), **fixed).plan
+            profile = capture(workload, precision_of(fixed))
+            given = search(profile, Cluster.local(devices_of(devices)), **fixed).plan
+        if dtype is None:
+            dtype = "float64" if given.precision == "float32" else given.precision
         found = verifying.run(work, given, steps=steps, dtype=dtype)
         show(tables.verification(found, plan=given.describe()), found.to_json())
     if not found.ok:
@@ -263,6 +289,11 @@ def plan_of(path: Path, fixed: dict[str, Any]) -> Plan:
         option = "--" + name.replace("_", "-")
         raise PlanError(f"--plan {path} fixes everything and {option} {value} was given too; leave one of them out")
     return Plan.load(path)
+
+
+def precision_of(fixed: dict[str, Any]) -> str:
+    """The precision that was asked for, checked."""
+    return Constraints(precision=fixed.get("precision")).precision or "float32"
 
 
 def devices_of(devices: int | None, plan: Plan | None = None, cluster: Cluster | None = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -18,21 +18,40 @@ from weft.capture.frames import RawOp
 from weft.capture.groups import Group
 from weft.capture.initial import FakeModel, build_fake, map_tensors
 from weft.capture.operations import bytes_of
-from weft.capture.profile import LOSS, NO_GROUP, Affine, Call, Operation, Output, Parameter, Profile, Saved, TensorGroup
+from weft.capture.profile import (
+    LOSS,
+    NO_GROUP,
+    Affine,
+    Call,
+    Operation,
+    Output,
+    Parameter,
+    Profile,
+    Recomputed,
+    Saved,
+    TensorGroup,
+)
+from weft.capture.recomputation import Way
 from weft.capture.recorder import record
 from weft.capture.recording import Cost, RecordedCall, Recording, SavedStorage
 from weft.capture.tape import flat_tensors, written_arguments
 from weft.capture.tensor import groups_at_both
 from weft.capture.units import find_units
 from weft.errors import BatchError, InputError, ModelError
+from weft.plan import RECOMPUTE
+from weft.precision import in_precision
 from weft.workload import Parameters, Workload
 
 SAMPLES = (2, 4)
 """Batch sizes the loss is recorded at; not one, which some models treat specially."""
 
 
-def capture(workload: Workload) -> Profile:
+def capture(workload: Workload, precision: str = "float32") -> Profile:
     """What one forward and backward of a workload costs, call by call.
+
+    Args:
+        workload: what is computed.
+        precision: of its operations, one of ``plan.PRECISIONS``.
 
     Raises:
         ModelError: the model cannot be run on fake tensors.
@@ -40,6 +59,7 @@ def capture(workload: Workload) -> Profile:
         BatchError: the batch does not have its samples in dimension 0.
     """
     start = time.perf_counter()
+    workload = in_precision(workload, precision)
     fake = build_fake(workload.model, workload.seed)
     units = find_units(fake.model, workload.units)
     batches = [sample_batch(workload, samples) for samples in SAMPLES]
@@ -77,6 +97,7 @@ def capture(workload: Workload) -> Profile:
         batch_size=workload.batch_size,
         sample_bytes=sum(t.nbytes for t in tree_leaves(batches[1]) if isinstance(t, Tensor)) // SAMPLES[1],
         capture_s=time.perf_counter() - start,
+        precision=precision,
     )
 
 
@@ -119,6 +140,7 @@ class _Merge:
 
     def calls(self) -> tuple[Call, ...]:
         kept: tuple[set[int], set[int]] = (set(), set())
+        ways = {mode: Way(mode) for mode in RECOMPUTE}
         kinds: dict[Any, int] = {}
         ours: dict[str, list[int]] = {}
         for index, (group, _) in enumerate(self.groups):
@@ -128,20 +150,35 @@ class _Merge:
         for a, b in zip(self.small.calls, self.large.calls, strict=True):
             cost_a, cost_b = self.small.costs[a.kind], self.large.costs[b.kind]
             works = [(i, self.groups[i][0].work[a.kind], self.groups[i][1].work[b.kind]) for i in ours.get(a.unit, ())]
-            forward = _operations(
-                cost_a.forward, cost_b.forward, {place: i for i, _, w in works for place in w.operations}
-            )
+            divided = {place: i for i, _, w in works for place in w.operations}
+            forward = _operations(cost_a.forward, cost_b.forward, divided)
             nodes = {node: i for i, _, w in works for node in w.nodes}
             by_node = {place: nodes[op.node] for place, op in enumerate(cost_b.backward) if op.node in nodes}
             backward = _operations(cost_a.backward, cost_b.backward, by_node)
             glue_forward = _operations(a.glue.forward, b.glue.forward)
             glue_backward = _operations(a.glue.backward, b.glue.backward)
+            storages = (
+                {s: i for i, w, _ in works for s in w.storages},
+                {s: i for i, _, w in works for s in w.storages},
+            )
+            # Before the call's own: of a storage that it keeps either way, the ways do not differ.
+            modes = {
+                mode: Recomputed(
+                    _saved(
+                        _by_group(way.keep(0, a, cost_a), storages[0]),
+                        _by_group(way.keep(1, b, cost_b), storages[1]),
+                    ),
+                    _operations(cost_a.forward, cost_b.forward, divided, (way.again(cost_a), way.again(cost_b))),
+                )
+                for mode, way in ways.items()
+                if a.name != LOSS
+            }
             saved = _saved(
-                _by_group(_keep(a, cost_a, kept[0]), {s: i for i, w, _ in works for s in w.storages}),
-                _by_group(_keep(b, cost_b, kept[1]), {s: i for i, _, w in works for s in w.storages}),
+                _by_group(_keep(a, cost_a, kept[0]), storages[0]), _by_group(_keep(b, cost_b, kept[1]), storages[1])
             )
             reads = dict.fromkeys((*a.reads, *a.glue_reads, *b.reads, *b.glue_reads))
-            likeness = (a.kind, b.kind, glue_forward, glue_backward, sum(s.bytes.at(1) for s in saved))
+            kept_bytes = [sum(s.bytes.at(1) for s in way) for way in (saved, *(m.saved for m in modes.values()))]
+            likeness = (a.kind, b.kind, glue_forward, glue_backward, *kept_bytes)
             calls.append(
                 Call(
                     name=a.name,
@@ -161,6 +198,7 @@ class _Merge:
                         max(cost_a.workspace_bytes, a.glue.workspace_bytes),
                         max(cost_b.workspace_bytes, b.glue.workspace_bytes),
                     ),
+                    recompute=modes,
                 )
             )
         assert calls[-1].name == LOSS
@@ -174,22 +212,39 @@ def affine(small: float, large: float) -> Affine:
 
 
 def _operations(
-    small: Sequence[RawOp], large: Sequence[RawOp], group: Mapping[int, int] = MappingProxyType({})
+    small: Sequence[RawOp],
+    large: Sequence[RawOp],
+    group: Mapping[int, int] = MappingProxyType({}),
+    chosen: tuple[Collection[int], Collection[int]] | None = None,
 ) -> tuple[Operation, ...]:
-    """Operations on the line through both; ``group``: tensor groups, by the place of an operation in the larger one."""
-    before = [op for op in small if op.kind != "view"]
-    after = [(place, op) for place, op in enumerate(large) if op.kind != "view"]
-    groups = [group.get(place, NO_GROUP) for place, _ in after]
-    if [op.name for op in before] != [op.name for _, op in after]:
+    """Operations on the line through both.
+
+    Args:
+        small, large: the same stretch at both SAMPLES.
+        group: tensor groups, by the place of an operation in the larger one.
+        chosen: places of the operations that are wanted in each; None: all.
+    """
+    before = [op for place, op in enumerate(small) if op.kind != "view" and (chosen is None or place in chosen[0])]
+    after = [
+        (op, group.get(place, NO_GROUP), op.outputs[0].dtype if op.outputs else torch.float32)
+        for place, op in enumerate(large)
+        if op.kind != "view" and (chosen is None or place in chosen[1])
+    ]
+    if [op.name for op in before] != [op.name for op, *_ in after]:
         # Other operations for another batch size: scale those of the larger one, which is nearer to real ones.
         return tuple(
-            Operation(op.name, op.kind, Affine(0, op.flops / SAMPLES[1]), Affine(0, op.bytes / SAMPLES[1]), g)
-            for (_, op), g in zip(after, groups, strict=True)
+            Operation(op.name, op.kind, Affine(0, op.flops / SAMPLES[1]), Affine(0, op.bytes / SAMPLES[1]), g, name(d))
+            for op, g, d in after
         )
     return tuple(
-        Operation(b.name, b.kind, affine(a.flops, b.flops), affine(a.bytes, b.bytes), g)
-        for a, (_, b), g in zip(before, after, groups, strict=True)
+        Operation(b.name, b.kind, affine(a.flops, b.flops), affine(a.bytes, b.bytes), g, name(d))
+        for a, (b, g, d) in zip(before, after, strict=True)
     )
+
+
+def name(dtype: torch.dtype) -> str:
+    """A dtype as rates of devices are listed."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _keep(call: RecordedCall, cost: Cost, kept: set[int]) -> list[SavedStorage]:

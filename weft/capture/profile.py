@@ -6,7 +6,8 @@ and every operation is put on the line through both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from weft.plan import TensorStyle
@@ -40,6 +41,7 @@ class Operation(NamedTuple):
         bytes: bytes read and written.
         group: index into ``Profile.tensor_groups`` of the group that divides this operation under tensor parallelism,
             or NO_GROUP: every rank of the tensor-parallel group repeats it.
+        dtype: of its result, by torch's name; the rate of matrix products depends on it.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Operation(NamedTuple):
     flops: Affine
     bytes: Affine
     group: int = NO_GROUP
+    dtype: str = "float32"
 
 
 class Saved(NamedTuple):
@@ -54,6 +57,18 @@ class Saved(NamedTuple):
 
     bytes: Affine
     group: int = NO_GROUP
+
+
+class Recomputed(NamedTuple):
+    """What one way of recomputing a call changes.
+
+    Attributes:
+        saved: what is kept from forward to backward instead of ``Call.saved``.
+        again: operations of the forward that are done again in the backward.
+    """
+
+    saved: tuple[Saved, ...]
+    again: tuple[Operation, ...]
 
 
 class Source(NamedTuple):
@@ -85,6 +100,7 @@ class Call:
         outputs: the tensors the call returns, in pytree order.
         parameters: names of the parameters (and ``buffers``) that the call or its glue reads.
         workspace_bytes: largest sum of live temporaries while the call runs (forward or backward), above what is saved.
+        recompute: by mode of ``plan.RECOMPUTE``, what it changes; empty for LOSS, which is no unit.
     """
 
     name: str
@@ -98,6 +114,7 @@ class Call:
     parameters: tuple[str, ...]
     buffers: tuple[str, ...]
     workspace_bytes: Affine
+    recompute: Mapping[str, Recomputed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +179,7 @@ class Profile:
         batch_size: global batch size of the workload, in samples.
         sample_bytes: bytes of one sample of the batch.
         capture_s: seconds the capture took.
+        precision: the operations', one of ``plan.PRECISIONS``.
     """
 
     calls: tuple[Call, ...]
@@ -173,3 +191,4 @@ class Profile:
     batch_size: int
     sample_bytes: int
     capture_s: float
+    precision: str = "float32"

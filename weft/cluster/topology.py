@@ -124,8 +124,12 @@ class Device:
     def seconds(self, kind: str, flops: float, bytes: float, dtype: str = "float32") -> float:
         """Seconds of one operation: the slower of its arithmetic and its memory traffic, and the overhead."""
         if kind in FLOP_KINDS:
-            matmul = self.matmul.get(dtype, self.matmul["float32"])
-            arithmetic = flops / self.rates.get(kind, matmul).at(flops)
+            single = self.matmul["float32"]
+            matmul = self.matmul.get(dtype, single)
+            rate = matmul.at(flops)
+            if kind in self.rates:  # stated for float32: another dtype is as much faster as it is for products
+                rate *= self.rates[kind].at(flops) / single.at(flops)
+            arithmetic = flops / rate
             return max(arithmetic, bytes / self.rates["pointwise"].at(bytes)) + self.overhead_s
         return bytes / self.rates.get(kind, self.rates["pointwise"]).at(bytes) + self.overhead_s
 

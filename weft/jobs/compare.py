@@ -16,7 +16,8 @@ from weft.errors import InputError
 from weft.estimate import Estimate, Measurement
 from weft.jobs.reference import SingleDevice
 from weft.plan import Plan
-from weft.planner import Choice, Keywords, estimate, search
+from weft.planner import Choice, Keywords, estimate, make_plan, search
+from weft.precision import dtypes_of
 from weft.quantity import format_bytes, format_seconds
 from weft.runtime import memory
 from weft.runtime.engine import parallelize
@@ -84,8 +85,24 @@ class Strategy:
     reason: str | None = None
 
 
-def run(target: Target, *, devices: int, memory_bytes: int | None, steps: int, on_progress: Progress) -> Comparison:
+def run(
+    target: Target,
+    *,
+    devices: int,
+    memory_bytes: int | None,
+    steps: int,
+    on_progress: Progress,
+    fixed: Keywords | None = None,
+) -> Comparison:
     """Measure this machine, plan, and train every strategy for ``steps`` timed steps on ``devices`` local devices.
+
+    Args:
+        target: what to train.
+        devices: local devices to use.
+        memory_bytes: limit of each; None: all there is.
+        steps: timed steps of every strategy.
+        on_progress: told what is being done.
+        fixed: ``precision``, ``recompute`` and ``compile`` of every strategy's plan.
 
     Raises:
         InputError: the target cannot be compared on these devices.
@@ -96,13 +113,15 @@ def run(target: Target, *, devices: int, memory_bytes: int | None, steps: int, o
     if steps < 1:
         raise InputError(f"steps must be at least 1, got {steps}")
     workload = target.load()
+    fixed = fixed or {}
+    precision = fixed.get("precision") or "float32"
     with Pool(devices, memory=memory_bytes) as pool:
         total = 9
         on_progress("measuring this machine", 0, total)
-        cluster = pool.run(measure_here, memory_bytes)[0]
+        cluster = pool.run(measure_here, memory_bytes, dtypes_of(precision))[0]
         on_progress("capturing the model", 1, total)
-        profile = capture(workload)
-        choice, strategies = plan_all(profile, cluster, devices)
+        profile = capture(workload, precision)
+        choice, strategies = plan_all(profile, cluster, devices, fixed)
         rows: list[Row] = []
         seen: dict[str, tuple[Measurement, list[float]]] = {}
         for number, strategy in enumerate(strategies):
@@ -120,9 +139,9 @@ def run(target: Target, *, devices: int, memory_bytes: int | None, steps: int, o
     )
 
 
-def plan_all(profile: Profile, cluster: Cluster, devices: int) -> tuple[Choice, list[Strategy]]:
-    """The plan of every strategy, and weft's choice."""
-    alone = Plan(stages=(tuple(call.name for call in profile.calls[:-1]),), batch_size=profile.batch_size)
+def plan_all(profile: Profile, cluster: Cluster, devices: int, fixed: Keywords) -> tuple[Choice, list[Strategy]]:
+    """The plan of every strategy, and weft's choice. One device is plain PyTorch: nothing is recomputed or compiled."""
+    alone = make_plan(profile, cluster)
     predicted = estimate(profile, cluster, alone)
     fits = max(predicted.peak_memory_bytes) <= cluster.memory_bytes
     reason = None if fits else needs(predicted, cluster)
@@ -133,9 +152,9 @@ def plan_all(profile: Profile, cluster: Cluster, devices: int) -> tuple[Choice, 
         ("pipeline", "pp"),
         ("tensor", "tp"),
     ):
-        strategies.append(searched(name, profile, cluster, [{**ONE, dimension: devices}]))
-    strategies.append(searched("hybrid", profile, cluster, hybrids(devices)))
-    choice = search(profile, cluster)
+        strategies.append(searched(name, profile, cluster, [{**ONE, dimension: devices}], fixed))
+    strategies.append(searched("hybrid", profile, cluster, hybrids(devices), fixed))
+    choice = search(profile, cluster, **fixed)
     strategies.append(Strategy(name="chosen", plan=choice.plan, predicted=choice.estimate))
     return choice, strategies
 
@@ -154,12 +173,12 @@ def hybrids(devices: int) -> list[dict[str, int]]:
     ]
 
 
-def searched(name: str, profile: Profile, cluster: Cluster, choices: list[dict[str, int]]) -> Strategy:
+def searched(name: str, profile: Profile, cluster: Cluster, choices: list[dict[str, int]], fixed: Keywords) -> Strategy:
     """The fastest plan with one of these degrees, or why there is none."""
     found, reasons = [], []
     for degrees in choices:
         try:
-            found.append(search(profile, cluster, **cast(Keywords, degrees)))
+            found.append(search(profile, cluster, **cast(Keywords, {**degrees, **fixed})))
         except InputError as error:
             reasons.append(str(error))
     if not found:
@@ -210,10 +229,10 @@ def run_strategy(
     )
 
 
-def measure_here(memory_bytes: int | None) -> Cluster:
+def measure_here(memory_bytes: int | None, dtypes: tuple[str, ...]) -> Cluster:
     """Measure inside a job; every rank gets the cluster."""
     join()
-    return measure(memory_bytes=memory_bytes)
+    return measure(memory_bytes=memory_bytes, dtypes=dtypes)
 
 
 def train_plan(target: Target, plan: Plan, steps: int) -> tuple[Measurement, list[float]]:

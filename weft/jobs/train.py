@@ -15,6 +15,7 @@ from weft.cluster import Cluster, measure
 from weft.errors import InputError
 from weft.estimate import Estimate, Measurement
 from weft.plan import Plan
+from weft.precision import dtypes_of
 from weft.planner import Refused, estimate, search
 from weft.runtime import memory
 from weft.runtime.engine import Engine, parallelize
@@ -203,7 +204,8 @@ def make_plan(target: Target, order: Order, watcher: Watcher | None) -> tuple[Pl
     if cluster is None and order.plan is None:
         if watcher:
             watcher.say(f"measuring {dist.get_world_size()} devices")
-        cluster = measure(memory_bytes=order.memory_bytes)
+        precision = order.constraints.get("precision", "float32")
+        cluster = measure(memory_bytes=order.memory_bytes, dtypes=dtypes_of(precision))
     chosen: list[Any] = [None]
     if dist.get_rank() == 0:
         assert watcher is not None
@@ -229,9 +231,10 @@ def plan_alone(
     if order.plan is not None and cluster is None:
         return order.plan, None, ()
     assert cluster is not None
-    profile = capture(target.load())
     if order.plan is not None:
+        profile = capture(target.load(), order.plan.precision)
         return order.plan, estimate(profile, cluster, order.plan), ()
+    profile = capture(target.load(), order.constraints.get("precision", "float32"))
     choice = search(profile, cluster, **order.constraints)
     return choice.plan, choice.estimate, choice.refused
 

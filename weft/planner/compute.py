@@ -1,7 +1,8 @@
 """Seconds of computation, from the profile's operations and the device's rates.
 
 operation  = max(flops / rate(flops), bytes / bandwidth(bytes)) + overhead         Device.seconds
-call       = sum of its operations; an operation of a tensor group is divided by tp        call_cost
+call       = sum of its operations; an operation of a tensor group is divided by tp        CallCosts.of
+recompute  = the backward does part of the forward again, its all-reduces too               CallCosts.of
 stage step = optimizer passes + gradient norm and clipping                                 optimizer_s
 accumulate = every microbatch after the first adds its gradients to the kept ones         accumulate_s
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from weft.capture.profile import NO_GROUP, Operation, Profile
+from weft.capture.profile import NO_GROUP, Operation, Profile, Saved
 from weft.cluster.topology import Device
 
 CLIP_PASSES = 3.0
@@ -58,16 +59,21 @@ class CallCosts:
 
     def __init__(self, profile: Profile, device: Device) -> None:
         self._profile, self._device = profile, device
-        self._known: dict[tuple[int, int, int], CallCost] = {}
+        self._known: dict[tuple[int, int, int, str | None], CallCost] = {}
         self._groups: dict[str, list[int]] = {}
         for index, group in enumerate(profile.tensor_groups):
             self._groups.setdefault(group.unit, []).append(index)
 
-    def of(self, index: int, samples: int, tp: int) -> CallCost:
-        """Cost of call number ``index`` for a microbatch of ``samples`` samples on one of ``tp`` ranks."""
-        key = (self._profile.calls[index].kind, samples, tp)
+    def of(self, index: int, samples: int, tp: int, recompute: str | None = None) -> CallCost:
+        """Cost of call number ``index`` for a microbatch of ``samples`` samples on one of ``tp`` ranks.
+
+        ``recompute`` is the mode of the call's unit, None where everything is kept.
+        """
+        call = self._profile.calls[index]
+        mode = recompute if recompute in call.recompute else None
+        key = (call.kind, samples, tp, mode)
         if key not in self._known:
-            self._known[key] = self._cost(index, samples, tp)
+            self._known[key] = self._cost(index, samples, tp) if mode is None else self._again(index, samples, tp, mode)
         return self._known[key]
 
     def _cost(self, index: int, samples: int, tp: int) -> CallCost:
@@ -81,15 +87,33 @@ class CallCosts:
             backward_s=self._seconds(call.backward, samples, tp) + python,
             forward_reduced=tuple(group.forward_bytes.at(samples) for group in reduced),
             backward_reduced=tuple(group.backward_bytes.at(samples) for group in reduced),
-            saved_bytes=sum(saved.bytes.at(samples) / self.share(saved.group, tp) for saved in call.saved),
+            saved_bytes=self._bytes(call.saved, samples, tp),
             workspace_bytes=call.workspace_bytes.at(samples),
         )
+
+    def _again(self, index: int, samples: int, tp: int, mode: str) -> CallCost:
+        """A call whose unit is recomputed: what it would have kept is back while its backward runs."""
+        call, whole = self._profile.calls[index], self.of(index, samples, tp)
+        way = call.recompute[mode]
+        saved = self._bytes(way.saved, samples, tp)
+        return CallCost(
+            forward_s=whole.forward_s,
+            backward_s=whole.backward_s + self._seconds(way.again, samples, tp),
+            forward_reduced=whole.forward_reduced,
+            backward_reduced=(*whole.backward_reduced, *whole.forward_reduced),
+            saved_bytes=saved,
+            workspace_bytes=whole.workspace_bytes + max(0.0, whole.saved_bytes - saved),
+        )
+
+    def _bytes(self, kept: Iterable[Saved], samples: int, tp: int) -> float:
+        return sum(saved.bytes.at(samples) / self.share(saved.group, tp) for saved in kept)
 
     def _seconds(self, operations: Iterable[Operation], samples: int, tp: int) -> float:
         total = 0.0
         for op in operations:
             share = self.share(op.group, tp)
-            total += self._device.seconds(op.kind, op.flops.at(samples) / share, op.bytes.at(samples) / share)
+            flops, size = op.flops.at(samples) / share, op.bytes.at(samples) / share
+            total += self._device.seconds(op.kind, flops, size, op.dtype)
         return total
 
     def share(self, group: int, tp: int) -> int:

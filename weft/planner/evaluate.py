@@ -1,11 +1,11 @@
-"""What one candidate costs: its stages are cut, their work is put on the timeline, their memory is added up.
+"""What one candidate costs: the work of its stages is put on the timeline, their memory is added up.
 
     step time = end of the last stage on the timeline (timeline.simulate) of
         forward, backward    Σ calls (CallCosts.of), their all-reduces (Mesh), the gathers of fully_shard, accumulation
         transfers            Σ tensors that one stage makes and another reads (Evaluator.edges)
         reduce               gradients averaged over the replicas, once a step
         step                 optimizer, gradient norm and clipping (optimizer_s)
-    memory    = memory.stage_memory of every stage
+    memory    = memory.stage_memory of every stage (Stages.memory)
 
 Where every device has its own core or is an accelerator, communication between replicas hides behind computation:
 gathers behind the forward and backward of their microbatch, the reduction behind the last backward. Devices that share
@@ -15,20 +15,19 @@ cores hide nothing, since communication takes the same cores.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from weft.capture.profile import Profile
 from weft.cluster.topology import Cluster
 from weft.estimate import Estimate
-from weft.planner import balance, timeline
+from weft.planner import timeline
 from weft.planner.communication import Mesh, transfer_s
-from weft.planner.compute import SHARDED_OPERATIONS, CallCost, CallCosts, accumulate_s, dtensor_s, optimizer_s
-from weft.planner.holdings import Holding, Holdings
-from weft.planner.memory import alive, stage_memory
+from weft.planner.compute import SHARDED_OPERATIONS, accumulate_s, dtensor_s, optimizer_s
+from weft.planner.holdings import Holding
 from weft.planner.space import Candidate, Degrees
+from weft.planner.stages import Ends, Stages
 from weft.schedule import Edge, actions
 
 BUCKET_BYTES = 25 * 2**20
@@ -39,8 +38,6 @@ COPY_PASSES = 2.0
 
 CONTROL_BYTES = 64.0
 """Size of the sums that every device exchanges once a step: the sample count, the loss, the gradient norm."""
-
-Ends = tuple[int, ...]
 
 
 class StageLoad(NamedTuple):
@@ -62,13 +59,14 @@ class Flow(NamedTuple):
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage for people: which calls, what it holds, how long it works, how full it gets."""
+    """One stage for people: which calls, what it holds, how long it works, how full it gets, what it recomputes."""
 
     calls: tuple[str, ...]
     parameter_bytes: float
     busy_s: float
     idle_s: float
     memory_bytes: float
+    recompute: Mapping[str, str] = field(default_factory=dict)
 
 
 class Evaluator:
@@ -76,48 +74,7 @@ class Evaluator:
 
     def __init__(self, profile: Profile, cluster: Cluster) -> None:
         self.profile, self.cluster = profile, cluster
-        self._calls = CallCosts(profile, cluster.device)
-        self._holdings = Holdings(profile)
-        self._readers: list[tuple[int, int, int]] = sorted(
-            {(source.call, source.leaf, reader) for reader, call in enumerate(profile.calls) for source in call.inputs}
-        )
-
-    # -- cutting ------------------------------------------------------------------------------------------------------
-
-    def cut(self, candidate: Candidate) -> Ends:
-        """Where each stage ends, LOSS left out: balanced by time, and by memory too if the fastest cut does not fit."""
-        degrees, samples = candidate.degrees, self.samples(candidate)
-        mesh = self._mesh(degrees)
-        costs = [self._call_s(self._calls.of(i, samples, degrees.tp), mesh) for i in range(len(self.profile.calls))]
-        costs[-2:] = [sum(costs[-2:])]  # LOSS stays with the last call
-        fastest = balance.ends(costs, degrees.pp)
-        assert fastest is not None, "more stages than calls were refused before"
-        if degrees.pp == 1 or max(self._peaks(candidate, tuple(fastest))) <= self.cluster.memory_bytes:
-            return tuple(fastest)
-
-        def fits(stage: int, start: int, end: int) -> bool:
-            end = len(self.profile.calls) if end == len(costs) else end
-            return sum(self._memory(candidate, stage, start, end).values()) <= self.cluster.memory_bytes
-
-        return tuple(balance.ends(costs, degrees.pp, fits) or fastest)
-
-    @staticmethod
-    def _call_s(call: CallCost, mesh: Mesh) -> float:
-        reduced = (*call.forward_reduced, *call.backward_reduced)
-        return call.forward_s + call.backward_s + sum(mesh.collective_s("tp", "all_reduce", size) for size in reduced)
-
-    def samples(self, candidate: Candidate) -> int:
-        """Samples of the largest microbatch."""
-        return -(-self.profile.batch_size // (candidate.degrees.replicas * candidate.microbatches))
-
-    def stretches(self, ends: Ends) -> list[tuple[int, int]]:
-        """Call numbers of every stage, start and end; LOSS is the last of the last."""
-        return list(pairwise((0, *ends[:-1], len(self.profile.calls))))
-
-    def _mesh(self, degrees: Degrees) -> Mesh:
-        return Mesh(
-            self.cluster, pp=degrees.pp, dp_replicate=degrees.dp_replicate, dp_shard=degrees.dp_shard, tp=degrees.tp
-        )
+        self.stages = Stages(profile, cluster)
 
     # -- estimating ---------------------------------------------------------------------------------------------------
 
@@ -145,7 +102,9 @@ class Evaluator:
         time = self._terms(candidate, loads[slowest], spent[slowest])
         step = sum(time.values())
         assert math.isclose(step, spent[slowest].end_s, rel_tol=1e-9), "the terms do not add up to the timeline"
-        memory = tuple(self._memory(candidate, s, *stretch) for s, stretch in enumerate(self.stretches(ends)))
+        memory = tuple(
+            self.stages.memory(candidate, s, *stretch) for s, stretch in enumerate(self.stages.stretches(ends))
+        )
         idle = [spent[slowest].end_s - stage.compute_s - stage.step_s for stage in spent]
         estimate = Estimate(
             step_time_s=step,
@@ -156,8 +115,8 @@ class Evaluator:
             calibration=self.cluster.calibration,
         )
         rows = []
-        for stage, (start, end) in enumerate(self.stretches(ends)):
-            holding = self._holdings.of(start, end, degrees.tp, degrees.dp_shard)
+        for stage, (start, end) in enumerate(self.stages.stretches(ends)):
+            holding = self.stages.holdings.of(start, end, degrees.tp, degrees.dp_shard)
             names = tuple(call.name for call in self.profile.calls[start:end])
             rows.append(
                 StageRow(
@@ -166,16 +125,19 @@ class Evaluator:
                     spent[slowest].end_s - idle[stage],
                     idle[stage],
                     sum(memory[stage].values()),
+                    {c.unit: m for c in self.profile.calls[start:end] if (m := candidate.recompute.get(c.unit))},
                 )
             )
         return estimate, rows
 
     def flows(self, candidate: Candidate, ends: Ends) -> dict[tuple[int, int], Flow]:
         """Bytes of one microbatch from stage to stage: each tensor goes once to every later stage that reads it."""
-        stage_of = [s for s, (start, end) in enumerate(self.stretches(ends)) for _ in range(start, end)]
-        samples = self.samples(candidate)
+        stage_of = [s for s, (start, end) in enumerate(self.stages.stretches(ends)) for _ in range(start, end)]
+        samples = self.stages.samples(candidate)
         flows: dict[tuple[int, int], Flow] = {}
-        for call, leaf, target in sorted({(call, leaf, stage_of[reader]) for call, leaf, reader in self._readers}):
+        for call, leaf, target in sorted(
+            {(call, leaf, stage_of[reader]) for call, leaf, reader in self.stages.readers}
+        ):
             source = stage_of[call]
             if source != target:
                 output = self.profile.calls[call].outputs[leaf]
@@ -213,10 +175,10 @@ class Evaluator:
     def _load(self, candidate: Candidate, ends: Ends, stage: int, flows: dict[tuple[int, int], Flow]) -> StageLoad:
         """Work of one stage."""
         degrees, microbatches = candidate.degrees, candidate.microbatches
-        start, end = self.stretches(ends)[stage]
-        samples, mesh, device = self.samples(candidate), self._mesh(degrees), self.cluster.device
-        calls = [self._calls.of(i, samples, degrees.tp) for i in range(start, end)]
-        holding = self._holdings.of(start, end, degrees.tp, degrees.dp_shard)
+        start, end = self.stages.stretches(ends)[stage]
+        mesh, device = self.stages.mesh(degrees), self.cluster.device
+        calls = self.stages.calls(candidate, start, end)
+        holding = self.stages.holdings.of(start, end, degrees.tp, degrees.dp_shard)
         on_node = min(degrees.devices, self.cluster.devices_per_node)
         hides = self.cluster.cores is None or self.cluster.cores >= on_node
 
@@ -297,7 +259,7 @@ class Evaluator:
         """Gradients of parameters that another stage reads too, which the two must sum."""
         if degrees.pp == 1:
             return 0.0
-        stretches = self.stretches(ends)
+        stretches = self.stages.stretches(ends)
         start, end = stretches[stage]
         mine = {name for call in self.profile.calls[start:end] for name in call.parameters}
         others = {
@@ -308,30 +270,6 @@ class Evaluator:
         }
         parameters = (self.profile.parameters[name] for name in mine & others)
         return sum(p.bytes for p in parameters if p.trainable) / degrees.dp_shard
-
-    def _memory(self, candidate: Candidate, stage: int, start: int, end: int) -> dict[str, float]:
-        """Memory of calls ``start`` to ``end`` as a stage."""
-        degrees, samples = candidate.degrees, self.samples(candidate)
-        arriving = {(call, leaf) for call, leaf, reader in self._readers if call < start <= reader < end}
-        leaving = {(call, leaf) for call, leaf, reader in self._readers if start <= call < end <= reader}
-
-        def size(tensors: set[tuple[int, int]]) -> float:
-            return sum(self.profile.calls[call].outputs[leaf].bytes.at(samples) for call, leaf in tensors)
-
-        batch = self.profile.sample_bytes * -(-self.profile.batch_size // degrees.replicas)
-        return stage_memory(
-            [self._calls.of(i, samples, degrees.tp) for i in range(start, end)],
-            self._holdings.of(start, end, degrees.tp, degrees.dp_shard),
-            alive=alive(candidate.schedule, stage, degrees.pp, candidate.microbatches),
-            degrees=degrees,
-            device=self.cluster.device,
-            optimizer_state=self.profile.optimizer_state_bytes,
-            boundary_bytes=2 * (size(arriving) + size(leaving)) + batch,
-            kept_output_bytes=size(leaving),
-        )
-
-    def _peaks(self, candidate: Candidate, ends: Ends) -> list[float]:
-        return [sum(self._memory(candidate, s, *stretch).values()) for s, stretch in enumerate(self.stretches(ends))]
 
 
 def _exposed(parts: Sequence[float], hidden_s: float) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from weft.estimate import Estimate
+from weft.plan import RECOMPUTE
 from weft.planner.evaluate import StageRow
 from weft.planner.space import Refused
 from weft.quantity import format_bytes, format_count, format_seconds
@@ -38,6 +39,7 @@ def explain(
     batch_size: int,
     alternatives: Sequence[tuple[str, Estimate]],
     refused: Sequence[Refused],
+    without_recompute: float | None = None,
 ) -> str:
     """The text of ``Plan.explain()``.
 
@@ -50,6 +52,8 @@ def explain(
         batch_size: global batch size, in samples.
         alternatives: other plans in a line each, with their estimates.
         refused: what was left out.
+        without_recompute: bytes the fullest device would need if nothing were recomputed; None where the planner did
+            not choose to.
     """
     step, peak = estimate.step_time_s, max(estimate.peak_memory_bytes)
     lines = [
@@ -59,6 +63,7 @@ def explain(
         f"A step takes {format_seconds(step)}: {format_count(batch_size / step, 'samples/s')}. "
         f"The fullest device holds {format_bytes(peak)} of {format_bytes(memory_bytes)}.",
         why(estimate, alternatives, refused),
+        *([] if without_recompute is None else [_because(without_recompute, memory_bytes)]),
         "",
         "Time of the slowest device's step:",
         *_terms({TIME_NAMES[k]: v for k, v in estimate.time.items()}, step, format_seconds),
@@ -78,6 +83,11 @@ def explain(
         if len(refused) > REFUSED_SHOWN:
             lines.append(f"  and {len(refused) - REFUSED_SHOWN} more")
     return "\n".join(lines)
+
+
+def _because(without: float, memory_bytes: int) -> str:
+    needs = f"{format_bytes(without)} of {format_bytes(memory_bytes)}"
+    return f"It recomputes activations, since keeping them all needs {needs}."
 
 
 def why(estimate: Estimate, alternatives: Sequence[tuple[str, Estimate]], refused: Sequence[Refused]) -> str:
@@ -136,8 +146,33 @@ def _stage(stage: StageRow) -> str:
     )
     return (
         f"{calls}: {format_bytes(stage.parameter_bytes)} of parameters, busy {format_seconds(stage.busy_s)}, "
-        f"idle {format_seconds(stage.idle_s)}, {format_bytes(stage.memory_bytes)} at most"
+        f"idle {format_seconds(stage.idle_s)}, {format_bytes(stage.memory_bytes)} at most{_recompute(stage.recompute)}"
     )
+
+
+def _recompute(modes: Mapping[str, str]) -> str:
+    """Which units are recomputed: ``; recompute: selective in blocks.0, full in blocks.1-5``; empty for none."""
+    if not modes:
+        return ""
+    parts = []
+    for mode in RECOMPUTE:
+        if units := [unit for unit, of in modes.items() if of == mode]:
+            parts.append(f"{mode} in {', '.join(_stretches(units))}")
+    return f"; recompute: {', '.join(parts)}"
+
+
+def _stretches(units: Sequence[str]) -> list[str]:
+    """Names with consecutive numbers at the end drawn together: ``blocks.0-5``."""
+    found: list[tuple[str, int, int] | str] = []
+    for unit in units:
+        stem, dot, number = unit.rpartition(".")
+        if not (dot and number.isdecimal()):
+            found.append(unit)
+        elif found and isinstance(found[-1], tuple) and found[-1][0] == stem and found[-1][2] + 1 == int(number):
+            found[-1] = (stem, found[-1][1], int(number))
+        else:
+            found.append((stem, int(number), int(number)))
+    return [x if isinstance(x, str) else f"{x[0]}.{x[1]}" + (f"-{x[2]}" if x[2] > x[1] else "") for x in found]
 
 
 def _list(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from weft.capture import Profile, capture
 from weft.cluster.topology import Cluster
 from weft.plan import Plan
 from weft.planner.search import search
-from weft.planner.space import Keywords
+from weft.planner.space import Constraints, Keywords
 from weft.workload import Workload
 
 
@@ -18,7 +18,9 @@ def plan(workload: Workload | Profile, cluster: Cluster, **keywords: Unpack[Keyw
     Args:
         workload: what to compute, or its profile.
         cluster: on what; all its devices are used.
-        keywords: degrees (``pp=2``, ``tp=1``), ``microbatches`` and ``schedule`` to keep; what is left out is searched.
+        keywords: degrees (``pp=2``, ``tp=1``), ``microbatches``, ``schedule`` and ``recompute`` (``"none"``,
+            ``"selective"``, ``"full"``) to keep; what is left out is searched. ``precision`` (``"float32"`` where it is
+            left out, ``"bf16"``, ``"fp16"``) and ``compile`` (``False``) are as told.
 
     Returns:
         A plan whose ``explain()`` tells why.
@@ -28,5 +30,8 @@ def plan(workload: Workload | Profile, cluster: Cluster, **keywords: Unpack[Keyw
         PlanError: what is fixed cannot be.
         MemoryLimitError: nothing fits; the message says the least that would do.
     """
-    profile = capture(workload) if isinstance(workload, Workload) else workload
+    profile = workload
+    if isinstance(profile, Workload):
+        precision = Constraints.parse(keywords).precision
+        profile = capture(profile, precision or "float32")
     return search(profile, cluster, **keywords).plan

@@ -1,7 +1,8 @@
 """The search: every legal candidate is costed, the fastest that fits is chosen.
 
 Exhaustive over degrees, microbatch counts (divisors of a replica's batch and powers of two) and schedules; stages are
-cut by exact dynamic programming (balance). Nothing is pruned yet, so nothing can be lost.
+cut by exact dynamic programming (balance). Nothing is pruned yet, so nothing can be lost. What does not fit is tried
+again with recomputation (recompute), unless that is fixed.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from weft.capture.profile import Profile
 from weft.cluster.topology import Cluster
 from weft.errors import MemoryLimitError, PlanError
 from weft.estimate import Estimate
-from weft.plan import Plan
+from weft.plan import RECOMPUTE, Plan
 from weft.planner import space
-from weft.planner.evaluate import Ends, Evaluator, StageRow
+from weft.planner.evaluate import Evaluator, StageRow
 from weft.planner.explain import explain
-from weft.planner.space import Candidate, Constraints, Degrees, Keywords, Refused
+from weft.planner.recompute import recomputing
+from weft.planner.space import Candidate, Constraints, Degrees, Keywords, Refused, everywhere
+from weft.planner.stages import Ends
 from weft.quantity import format_bytes
 
 ALTERNATIVES = 5
@@ -78,7 +81,8 @@ class _Costed(NamedTuple):
     def title(self) -> str:
         degrees, count = self.candidate.degrees, self.candidate.microbatches
         schedule = f", {self.candidate.schedule}" if degrees.pp > 1 else ""
-        return f"{degrees.describe()}, {count} microbatch{'es' if count > 1 else ''}{schedule}"
+        again = ", recomputing" if self.candidate.recompute else ""
+        return f"{degrees.describe()}, {count} microbatch{'es' if count > 1 else ''}{schedule}{again}"
 
     @property
     def order(self) -> tuple[float, float]:
@@ -91,7 +95,8 @@ def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> 
     Args:
         profile: of the workload.
         cluster: to plan for; all its devices are used.
-        keywords: degrees, ``microbatches`` and ``schedule`` to keep.
+        keywords: degrees, ``microbatches``, ``schedule`` and ``recompute`` to keep; ``precision`` must be the
+            profile's.
 
     Raises:
         PlanError: what is fixed cannot be.
@@ -99,23 +104,31 @@ def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> 
     """
     began = time.perf_counter()
     constraints = Constraints.parse(keywords)
+    if constraints.precision not in (None, profile.precision):
+        raise PlanError(
+            f"precision {constraints.precision} was asked for but the profile is of {profile.precision}; capture the "
+            f"workload with precision={constraints.precision!r}"
+        )
     evaluator = Evaluator(profile, cluster)
-    refused: list[Refused] = _one_device(evaluator) if cluster.devices > 1 else []
+    free = constraints.recompute is None
+    compiled = bool(constraints.compile)
+    refused: list[Refused] = _one_device(evaluator, constraints) if cluster.devices > 1 else []
     best: list[_Costed] = []
     smallest: list[_Costed] = []
     for degrees in space.products(cluster.devices, constraints):
         if reason := space.refuse(profile, degrees, constraints.microbatches):
             refused.append(Refused(degrees.describe(), reason))
             continue
-        costed = [_cost(evaluator, candidate) for candidate in space.candidates(profile, degrees, constraints)]
+        costed = [
+            _cost(evaluator, candidate, free=free) for candidate in space.candidates(profile, degrees, constraints)
+        ]
         fitting = [c for c in costed if c.peak <= cluster.memory_bytes]
         least = min(costed, key=lambda c: c.peak)
         smallest.append(least)
         if fitting:
             best.append(min(fitting, key=lambda c: c.order))
         else:
-            reason = f"needs {_needs(least.peak, cluster)}"
-            refused.append(Refused(degrees.describe(), reason))
+            refused.append(Refused(degrees.describe(), f"needs {_needs(least, cluster)}"))
     if not smallest:
         raise PlanError(_impossible(constraints, refused))
     if not best:
@@ -123,8 +136,9 @@ def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> 
     best.sort(key=lambda c: c.order)
     chosen, others = best[0], _different(best[1:])
     estimate, stages = evaluator.evaluate(chosen.candidate, chosen.ends)
+    without = chosen.candidate._replace(recompute={})
     reasons = explain(
-        title=chosen.title,
+        title=_title(chosen, profile.precision, compiled=compiled),
         estimate=estimate,
         stages=stages,
         memory_bytes=cluster.memory_bytes,
@@ -132,12 +146,19 @@ def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> 
         batch_size=profile.batch_size,
         alternatives=[(c.title, c.estimate) for c in others],
         refused=refused,
+        without_recompute=max(evaluator.stages.peaks(without, chosen.ends))
+        if free and chosen.candidate.recompute
+        else None,
     )
+
+    def made(costed: _Costed) -> Plan:
+        return _plan(profile, costed.candidate, costed.ends, compiled=compiled)
+
     return Choice(
-        plan=replace(_plan(profile, chosen.candidate, chosen.ends), reasons=reasons),
+        plan=replace(made(chosen), reasons=reasons),
         estimate=estimate,
         stages=tuple(stages),
-        alternatives=tuple(Alternative(_plan(profile, c.candidate, c.ends), c.estimate) for c in others),
+        alternatives=tuple(Alternative(made(c), c.estimate) for c in others),
         refused=tuple(refused),
         capture_s=profile.capture_s,
         search_s=time.perf_counter() - began,
@@ -154,8 +175,12 @@ def make_plan(
     tp: int = 1,
     microbatches: int = 1,
     schedule: str = "1f1b",
+    recompute: str | None = None,
+    compile: bool = False,
 ) -> Plan:
     """The plan with exactly these degrees, its stages balanced; memory binds only how they are cut.
+
+    ``recompute`` is the mode of every unit; the precision is the profile's.
 
     Raises:
         PlanError: the model cannot be divided so.
@@ -163,8 +188,10 @@ def make_plan(
     degrees = Degrees(pp, dp_replicate, dp_shard, tp)
     if reason := space.refuse(profile, degrees, microbatches):
         raise PlanError(f"{degrees.describe()}: {reason}")
-    candidate = Candidate(degrees, microbatches, schedule)
-    return _plan(profile, candidate, Evaluator(profile, cluster).cut(candidate))
+    if recompute not in (None, "none", *RECOMPUTE):
+        raise PlanError(f"recompute {recompute!r} is unknown; choose from none, {', '.join(RECOMPUTE)}")
+    candidate = Candidate(degrees, microbatches, schedule, everywhere(profile, recompute))
+    return _plan(profile, candidate, Evaluator(profile, cluster).stages.cut(candidate), compiled=compile)
 
 
 def estimate(profile: Profile, cluster: Cluster, plan: Plan) -> Estimate:
@@ -177,6 +204,11 @@ def estimate(profile: Profile, cluster: Cluster, plan: Plan) -> Estimate:
         raise PlanError(f"the plan needs {plan.devices} devices ({plan.describe()}), the cluster has {cluster.devices}")
     if plan.batch_size != profile.batch_size:
         raise PlanError(f"the plan is for a batch of {plan.batch_size} samples, the workload has {profile.batch_size}")
+    if plan.precision != profile.precision:
+        raise PlanError(
+            f"the plan is in {plan.precision} but the profile is of {profile.precision}; capture the workload with "
+            f"precision={plan.precision!r}"
+        )
     names = [call.name for call in profile.calls[:-1]]
     placed = [name for stage in plan.stages for name in stage]
     if placed != names:
@@ -186,24 +218,47 @@ def estimate(profile: Profile, cluster: Cluster, plan: Plan) -> Estimate:
     for stage in plan.stages:
         end += len(stage)
         ends.append(end)
-    return Evaluator(profile, cluster).estimate(Candidate(degrees, plan.microbatches, plan.schedule), tuple(ends))
+    candidate = Candidate(degrees, plan.microbatches, plan.schedule, plan.recompute)
+    return Evaluator(profile, cluster).estimate(candidate, tuple(ends))
 
 
-def _cost(evaluator: Evaluator, candidate: Candidate) -> _Costed:
-    ends = evaluator.cut(candidate)
-    return _Costed(candidate, ends, evaluator.estimate(candidate, ends))
+def _cost(evaluator: Evaluator, candidate: Candidate, *, free: bool) -> _Costed:
+    """The candidate as it is, or where that does not fit and is free to be, with as much recomputation as it takes."""
+
+    def costed(candidate: Candidate, ends: Ends) -> _Costed:
+        return _Costed(candidate, ends, evaluator.estimate(candidate, ends))
+
+    stages, memory = evaluator.stages, evaluator.cluster.memory_bytes
+    ends = stages.cut(candidate)
+    found = costed(candidate, ends)
+    if not free or (found.peak <= memory and ends == stages.fastest(candidate)):
+        return found
+    # The stages as they would be with memory for everything, and as they can be with everything recomputed.
+    full = candidate._replace(recompute=everywhere(evaluator.profile, "full"))
+    options = [found]
+    for cut in dict.fromkeys([stages.fastest(candidate), stages.cut(full)]):
+        options.append(costed(recomputing(stages, candidate, cut), cut))
+    fitting = [option for option in options if option.peak <= memory]
+    return min(fitting, key=lambda c: c.order) if fitting else min(options, key=lambda c: c.peak)
 
 
-def _one_device(evaluator: Evaluator) -> list[Refused]:
+def _one_device(evaluator: Evaluator, constraints: Constraints) -> list[Refused]:
     """Why one of these devices would not do, if it would not: the first thing one wants to know of a plan for many."""
-    candidates = space.candidates(evaluator.profile, Degrees(), Constraints())
-    least = min(_cost(evaluator, candidate).peak for candidate in candidates)
-    if least <= evaluator.cluster.memory_bytes:
+    mode = constraints.recompute
+    candidates = space.candidates(evaluator.profile, Degrees(), Constraints(recompute=mode))
+    least = min((_cost(evaluator, c, free=mode is None) for c in candidates), key=lambda c: c.peak)
+    if least.peak <= evaluator.cluster.memory_bytes:
         return []
     return [Refused(Degrees().describe(), f"needs {_needs(least, evaluator.cluster)}")]
 
 
-def _plan(profile: Profile, candidate: Candidate, ends: Ends) -> Plan:
+def _title(chosen: _Costed, precision: str, *, compiled: bool) -> str:
+    """The plan in a line."""
+    extras = ([precision] if precision != "float32" else []) + (["compiled"] if compiled else [])
+    return ", ".join([chosen.title, *extras])
+
+
+def _plan(profile: Profile, candidate: Candidate, ends: Ends, *, compiled: bool) -> Plan:
     names = [call.name for call in profile.calls[:-1]]
     degrees = candidate.degrees
     groups = [group for group in profile.tensor_groups if degrees.tp > 1 and group.divisible_by(degrees.tp)]
@@ -214,6 +269,9 @@ def _plan(profile: Profile, candidate: Candidate, ends: Ends) -> Plan:
         stages=tuple(tuple(names[start:end]) for start, end in zip((0, *ends), ends, strict=False)),
         tensor={module: style for group in groups for module, style in group.styles},
         batch_size=profile.batch_size,
+        recompute=candidate.recompute,
+        precision=profile.precision,
+        compile=compiled,
     )
 
 
@@ -228,8 +286,9 @@ def _different(costed: Iterable[_Costed]) -> list[_Costed]:
     return sorted([*firsts, *rest][:ALTERNATIVES], key=lambda c: c.order)
 
 
-def _needs(peak: float, cluster: Cluster) -> str:
-    return f"{format_bytes(peak)} of {format_bytes(cluster.memory_bytes)}"
+def _needs(least: _Costed, cluster: Cluster) -> str:
+    again = " with recomputation" if least.candidate.recompute else ""
+    return f"{format_bytes(least.peak)} of {format_bytes(cluster.memory_bytes)}{again}"
 
 
 def _too_large(least: _Costed, cluster: Cluster) -> str:

@@ -3,6 +3,7 @@
     degrees        every product of pp, dp_replicate, dp_shard and tp that equals the number of devices
     microbatches   divisors of a replica's share of the batch, and powers of two
     schedule       every order of weft.schedule where there is a pipeline; one name for it where there is none
+    recompute      none, or as much as memory asks for (recompute.py)
 
 What the user fixed is kept; what cannot be for this model is refused with its reason, before any cost is worked out.
 """
@@ -10,13 +11,14 @@ What the user fixed is kept; what cannot be for this model is refused with its r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import NamedTuple, TypedDict
 
 from weft.capture.profile import Profile
 from weft.errors import PlanError
-from weft.plan import SCHEDULES
+from weft.plan import PRECISIONS, RECOMPUTE, SCHEDULES
 
 
 class Keywords(TypedDict, total=False):
@@ -31,6 +33,8 @@ class Keywords(TypedDict, total=False):
     microbatches: int | None
     schedule: str | None
     recompute: str | None
+    precision: str | None
+    compile: bool | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,8 @@ class Constraints:
     microbatches: int | None = None
     schedule: str | None = None
     recompute: str | None = None
+    precision: str | None = None
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
         for name in (*DEGREES, "cp", "ep", "microbatches"):
@@ -61,8 +67,11 @@ class Constraints:
                 raise PlanError(f"{name}={getattr(self, name)} cannot run yet; leave {name} out")
         if self.schedule not in (None, *SCHEDULES):
             raise PlanError(f"schedule {self.schedule!r} is unknown; choose from {', '.join(SCHEDULES)}")
-        if self.recompute not in (None, "none"):
-            raise PlanError(f"recompute {self.recompute!r} is unknown; use 'none' or leave it out")
+        for name, choices in (("recompute", ("none", *RECOMPUTE)), ("precision", PRECISIONS)):
+            if getattr(self, name) not in (None, *choices):
+                raise PlanError(f"{name} {getattr(self, name)!r} is unknown; choose from {', '.join(choices)}")
+        if self.compile not in (None, True, False):
+            raise PlanError(f"compile must be True or False, got {self.compile!r}")
 
     @classmethod
     def parse(cls, keywords: Keywords) -> Constraints:
@@ -120,11 +129,12 @@ class Degrees(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A plan before its stages are cut."""
+    """A plan before its stages are cut; ``recompute`` as in Plan."""
 
     degrees: Degrees
     microbatches: int
     schedule: str
+    recompute: Mapping[str, str] = MappingProxyType({})
 
 
 class Refused(NamedTuple):
@@ -216,4 +226,12 @@ def candidates(profile: Profile, degrees: Degrees, constraints: Constraints) -> 
     schedules = [constraints.schedule] if constraints.schedule else ["1f1b"] if degrees.pp == 1 else list(SCHEDULES)
     for count in counts:
         for schedule in schedules:
-            yield Candidate(degrees, count, schedule)
+            yield Candidate(degrees, count, schedule, everywhere(profile, constraints.recompute))
+
+
+def everywhere(profile: Profile, mode: str | None) -> dict[str, str]:
+    """The recomputation of every unit in one mode; of none for ``"none"`` and None."""
+    if mode in (None, "none"):
+        return {}
+    assert mode is not None
+    return {call.unit: mode for call in profile.calls if mode in call.recompute}

@@ -17,6 +17,7 @@ from weft.capture.recorder import Recording, record
 from weft.capture.units import find_units
 from weft.errors import PlanError
 from weft.plan import Plan
+from weft.precision import in_precision
 from weft.runtime import checkpoint, part, totals
 from weft.runtime.batches import Batch, Sampler, divide
 from weft.runtime.gather import gather
@@ -24,6 +25,7 @@ from weft.runtime.grid import Grid
 from weft.runtime.pipeline import Pipeline
 from weft.runtime.placement import Placement
 from weft.runtime.routes import Routes
+from weft.runtime.scaling import LossScale
 from weft.runtime.worker import describe_stage, join
 from weft.workload import Parameters, Workload
 
@@ -38,6 +40,8 @@ class Engine:
         optimizer: the user's optimizer over what this rank holds.
         step_count: steps done.
         gradient_norm: global L2 norm of the last step's gradients before clipping; None where it was not needed.
+        loss_scale: what float16 needs; None in other precisions. A step whose gradients overflow (``loss_scale.finite``
+            is False) changes no parameter.
     """
 
     def __init__(self, workload: Workload, plan: Plan) -> None:
@@ -47,6 +51,7 @@ class Engine:
                 f"{workload.batch_size}; make the plan again, or set the workload's batch_size"
             )
         join()
+        workload = in_precision(workload, plan.precision)
         self.workload, self.plan = workload, plan
         self.grid = Grid.make(plan)
         describe_stage(self.grid.stage)
@@ -62,8 +67,17 @@ class Engine:
         self.part = part.build(fake, self._units, self._first, stage_of, plan, self.grid)
         self.model = self.part.model
         self.optimizer = workload.optimizer(Parameters((h.name, h.parameter) for h in self.part.held))
+        if unknown := sorted(set(plan.recompute) - set(self._units)):
+            raise PlanError(f"the plan recomputes {unknown[0]!r}, which is no unit of this model; make the plan again")
+        here = {call.unit for call, s in zip(self._first.calls, stage_of, strict=True) if s == self.grid.stage}
         placement = Placement(
-            self.model, self._units, stage=self.grid.stage, mode=self.part.mode, device=self.grid.device
+            self.model,
+            self._units,
+            stage=self.grid.stage,
+            mode=self.part.mode,
+            device=self.grid.device,
+            recompute=plan.recompute,
+            compiled=here if plan.compile else (),
         )
         self._pipeline = Pipeline(
             workload,
@@ -73,6 +87,7 @@ class Engine:
             data_parallel=self.part.data_parallel,
             record=self._record,
         )
+        self.loss_scale = LossScale() if plan.precision == "fp16" else None
 
     def batches(self, epochs: int | None = 1) -> Iterator[Batch]:
         """This rank's part of every batch from where training stands to the end of the epoch (``epochs=None``: for
@@ -107,6 +122,7 @@ class Engine:
             )
         self.optimizer.zero_grad(set_to_none=True)
         first = self.step_count == 0
+        self._pipeline.scale = 1.0 if self.loss_scale is None else self.loss_scale.value
         sums = self._pipeline.run(batch, self.step_count, check=first)
         if first:
             self._warn_unless_finite(sums.unfinite)
@@ -118,8 +134,10 @@ class Engine:
             adds_loss=self.grid.stage == self.plan.pp - 1 and self.grid.index("tp") == 0,
             max_norm=self.workload.max_grad_norm,
             want_norm=gradient_norm,
+            scale=self.loss_scale,
         )
-        self.optimizer.step()
+        if self.loss_scale is None or self.loss_scale.finite:
+            self.optimizer.step()
         self.step_count += 1
         return loss
 
@@ -148,7 +166,8 @@ class Engine:
 
     def save(self, directory: str | Path) -> Path:
         """Write a checkpoint into ``directory/step-N``; all ranks call it. Returns its folder."""
-        return checkpoint.save(Path(directory), self.step_count, self.plan, self.part, self.optimizer)
+        scale = None if self.loss_scale is None else self.loss_scale.state()
+        return checkpoint.save(Path(directory), self.step_count, self.plan, self.part, self.optimizer, loss_scale=scale)
 
     def load(self, directory: str | Path) -> None:
         """Continue from the newest checkpoint in ``directory`` (or from the one it is); all ranks call it.
@@ -156,7 +175,10 @@ class Engine:
         Raises:
             CheckpointError: there is none, or it is of another model.
         """
-        self.step_count = checkpoint.load(Path(directory), self.plan, self.part, self.optimizer).step
+        training = checkpoint.load(Path(directory), self.plan, self.part, self.optimizer)
+        self.step_count = training.step
+        if self.loss_scale is not None and training.loss_scale is not None:
+            self.loss_scale.restore(training.loss_scale)
 
     def _warn_unless_finite(self, unfinite: int | None) -> None:
         """Warn if the first step met a value that is not finite, naming the first unit that gave one."""

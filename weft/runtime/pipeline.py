@@ -91,6 +91,8 @@ class Pipeline:
         self.workload, self.plan, self.grid = workload, plan, grid
         self.placement, self.data_parallel, self.record = placement, data_parallel, record
         self.stage = grid.stage
+        self.scale = 1.0
+        """Losses are multiplied by it before the backward (``scaling``)."""
         self.waited_s = 0.0
         self.bytes_sent = 0
         self._routes: dict[int, Routes] = {}
@@ -152,9 +154,9 @@ class Pipeline:
                 self._receive(action, routes.with_gradient(routes.sent_by(self.stage)[action.peer]))
             case Kind.SEND_ACTIVATION:
                 run = self._flights[m].run
-                self._send(
-                    action, [self._produced(run, source) for source in run.routes.sent_by(self.stage)[action.peer]]
-                )
+                sources = run.routes.sent_by(self.stage)[action.peer]
+                # Autocast has other rules on an accelerator than on the CPU, where the receiver's dtype was recorded.
+                self._send(action, [self._produced(run, s).to(run.routes.leaves[s].dtype) for s in sources])
             case Kind.SEND_GRADIENT:
                 flight = self._flights[m]
                 routes = flight.run.routes
@@ -187,7 +189,7 @@ class Pipeline:
         self._sums.loss = self._sums.loss + loss.detach().double() * weight
         if count is not None and samples:
             self._sums.count = self._sums.count + count
-        weight *= self.data_parallel.loss_scale
+        weight *= self.data_parallel.loss_scale * self.scale
         return loss if weight == 1.0 else loss * weight
 
     def _backward(self, m: int) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from weft.capture.profile import Source
 from weft.capture.recorder import RecordedCall, Recording, TensorLeaf
 from weft.errors import LossError, ModelError
+from weft.runtime.compiled import Compiled
 from weft.runtime.randomness import Seeds, stream
+from weft.runtime.recompute import Recompute
 from weft.runtime.routes import Routes
 from weft.workload import Loss, Workload
 
@@ -69,17 +72,29 @@ class Placement:
         stage: the stage this rank runs.
         mode: the mode of this rank's fake tensors.
         device: the device of this rank.
+        recompute: as in the plan.
+        compiled: units to run through ``torch.compile``.
     """
 
     def __init__(
-        self, model: nn.Module, units: list[str], *, stage: int, mode: FakeTensorMode, device: torch.device
+        self,
+        model: nn.Module,
+        units: list[str],
+        *,
+        stage: int,
+        mode: FakeTensorMode,
+        device: torch.device,
+        recompute: Mapping[str, str] = MappingProxyType({}),
+        compiled: Collection[str] = (),
     ) -> None:
         self.model, self.stage, self.mode, self.device = model, stage, mode, device
         self._run: Run | None = None
         self._fakes: dict[TensorLeaf, Tensor] = {}
         for name in units:
             module = model.get_submodule(name)
-            module.forward = self._placed(name, module.forward)
+            original = Compiled(name, module) if name in compiled else module.forward
+            again = Recompute(module, recompute[name]) if name in recompute else None
+            module.forward = self._placed(name, original, again)
             # registered last: sees what leaves the unit after PyTorch's own hooks
             module.register_forward_hook(self._note(name))
 
@@ -100,7 +115,7 @@ class Placement:
         finally:
             self._run = None
 
-    def _placed(self, unit: str, original: Call) -> Call:
+    def _placed(self, unit: str, original: Call, again: Recompute | None) -> Call:
         def forward(*args: Any, **kwargs: Any) -> Any:
             run = self._run
             if run is None:  # outside a step: the user calls the module by hand
@@ -121,8 +136,15 @@ class Placement:
                     "model was captured; the forward depends on something that changes from step to step. Keep it on "
                     "one stage, or use pp=1"
                 )
-            with stream(run.seeds.call(number), self.device, when=number in run.routes.random):
-                return original(*args, **kwargs)
+            seed, draws = run.seeds.call(number), number in run.routes.random
+
+            def drawing(*args: Any, **kwargs: Any) -> Any:  # the same numbers whenever it runs
+                with stream(seed, self.device, when=draws):
+                    return original(*args, **kwargs)
+
+            if again is None:
+                return drawing(*args, **kwargs)
+            return again(drawing, args, kwargs, run.recording.costs[call.kind])
 
         return forward
 

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from weft.runtime.division import Division
 from weft.runtime.grid import Grid
 from weft.runtime.pipeline import Sums
+from weft.runtime.scaling import LossScale
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,14 @@ def sum_together(entries: list[Held], group: dist.ProcessGroup) -> None:
 
 
 def agree(
-    sums: Sums, held: list[Held], grid: Grid, *, adds_loss: bool, max_norm: float | None, want_norm: bool
+    sums: Sums,
+    held: list[Held],
+    grid: Grid,
+    *,
+    adds_loss: bool,
+    max_norm: float | None,
+    want_norm: bool,
+    scale: LossScale | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Make the gradients those of the global mean loss, clipped; one all-reduce over all ranks.
 
@@ -111,6 +119,7 @@ def agree(
         adds_loss: whether this rank's sums count (one rank per replica).
         max_norm: clip to this norm.
         want_norm: compute the norm even if nothing is clipped.
+        scale: the losses were multiplied by it; it is told whether the gradients are finite everywhere.
 
     Returns:
         The global mean loss and, if clipped or wanted, the gradient norm before clipping: float64 scalars.
@@ -123,14 +132,19 @@ def agree(
         if mine:
             square = torch.stack([norm.double() for norm in torch._foreach_norm(mine)]).square().sum()
     nothing = torch.zeros_like(square)
-    vector = torch.stack([sums.loss if adds_loss else nothing, sums.count if adds_loss else nothing, square])
+    unfinite = nothing if scale is None else LossScale.count_unfinite(gradients, grid.device)
+    mine_of_all = [sums.loss if adds_loss else nothing, sums.count if adds_loss else nothing, square, unfinite]
+    vector = torch.stack(mine_of_all)
     if grid.mesh.size() > 1:
         dist.all_reduce(vector)
-    loss, count, square = vector.unbind()
+    loss, count, square, unfinite = vector.unbind()
     factor = None
     if sums.counted:
         factor = count.reciprocal()
         loss = loss * factor
+    if scale is not None:
+        factor = (torch.ones_like(loss) if factor is None else factor) / scale.value
+        scale.settle(unfinite)
     norm = None
     if normed:
         norm = square.sqrt() if factor is None else square.sqrt() * factor

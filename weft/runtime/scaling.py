@@ -1,0 +1,67 @@
+"""Loss scale: keeps float16 gradients above the smallest number float16 has.
+
+The loss is multiplied by a number before the backward, and the gradients are divided by it after the reduction. Too
+large a number makes some gradient infinite: that step is left out on every rank and the number halved; after
+INTERVAL steps without, it is doubled (Micikevicius et al. 2018, "Mixed precision training"; the numbers are those of
+``torch.amp.GradScaler``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INITIAL = 2.0**16
+GROWTH = 2.0
+BACKOFF = 0.5
+INTERVAL = 2000
+
+
+class LossScale:
+    """The number, and what is known of the step being done. The same on every rank.
+
+    Attributes:
+        value: the present factor.
+        clean: steps since it was last changed.
+        finite: whether the last gradients that were looked at were finite on all ranks.
+    """
+
+    def __init__(self) -> None:
+        self.value = INITIAL
+        self.clean = 0
+        self.finite = True
+
+    @staticmethod
+    def count_unfinite(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+        """How many of a rank's gradients hold an infinity or a NaN: a float64 scalar, to be summed over the ranks."""
+        if not gradients:
+            return torch.zeros((), dtype=torch.float64, device=device)
+        # A maximum keeps infinities and NaN, and costs one pass without a copy.
+        peaks = torch.stack(
+            [g.abs().max().double() if g.numel() else g.new_zeros((), dtype=torch.float64) for g in gradients]
+        )
+        return peaks.isfinite().logical_not().sum().double()
+
+    def settle(self, unfinite: Tensor) -> None:
+        """Take note of the sum of ``count_unfinite`` over all ranks, and change the factor for the next step."""
+        self.finite = not bool(unfinite)
+        if not self.finite:
+            self.value, self.clean = self.value * BACKOFF, 0
+        elif self.clean + 1 == INTERVAL:
+            self.value, self.clean = self.value * GROWTH, 0
+        else:
+            self.clean += 1
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return {"value": self.value, "clean": self.clean}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what ``state`` gave."""
+        value, clean = float(state["value"]), int(state["clean"])
+        assert math.isfinite(value)
+        self.value, self.clean = value, clean
