@@ -7,16 +7,19 @@ kept.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
+from weft.adapters import adapt, making
 from weft.capture.blame import first_line, place_of
 from weft.capture.replay import replay, value
 from weft.capture.tape import Ref, Tape
@@ -60,20 +63,19 @@ def build_fake(factory: Callable[[], nn.Module], seed: int) -> FakeModel:
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     tape = Tape(mode, value)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        with mode, tape, _truncated_normal_on(tape):
-            try:
-                model = factory()
-            except DataDependentOutputException as error:
-                raise ModelError(
-                    f"the model factory looks at a value that depends on random numbers ({place_of(error)}), which is "
-                    "not known before the weights are drawn; compute it from plain Python numbers"
-                ) from error
-            except Exception as error:  # the user's code: whatever it raises is told once, with its place
-                raise ModelError(
-                    f"the model factory raised {type(error).__name__}: {first_line(error)} ({place_of(error)})"
-                ) from error
+    with seeded(seed), making(), mode, tape, _truncated_normal_on(tape):
+        try:
+            model = factory()
+        except DataDependentOutputException as error:
+            raise ModelError(
+                f"the model factory looks at a value that depends on random numbers ({place_of(error)}), which is "
+                "not known before the weights are drawn; compute it from plain Python numbers"
+            ) from error
+        except Exception as error:  # the user's code: whatever it raises is told once, with its place
+            raise ModelError(
+                f"the model factory raised {type(error).__name__}: {first_line(error)} ({place_of(error)})"
+            ) from error
+    adapt(model)
     if not isinstance(model, nn.Module):
         raise ModelError(f"the model factory must return a torch.nn.Module, got {type(model).__name__}")
     names: dict[int, list[str]] = {}
@@ -87,6 +89,22 @@ def build_fake(factory: Callable[[], nn.Module], seed: int) -> FakeModel:
 
     map_tensors(model, note)
     return FakeModel(model, mode, {all_[0]: tuple(all_) for all_ in names.values()}, refs, tape, seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from a seed inside the block: torch on the CPU, Python and numpy, which some frameworks draw weights from.
+    The caller's generators are left as they were."""
+    python, legacy_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy_numpy)
 
 
 def materialize(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from weft.capture.initial import build_fake
+from weft.adapters import adapt, making, running
+from weft.capture.initial import build_fake, seeded
 from weft.capture.recorder import Recording, record
 from weft.capture.units import find_units
 from weft.plan import Plan
@@ -51,9 +52,8 @@ class SingleDevice:
 
     def __init__(self, workload: Workload, device: torch.device, *, plan: Plan) -> None:
         self.workload, self.device, self.plan = workload, device, plan
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(workload.seed)
-            self.model = workload.model().to(device)
+        with seeded(workload.seed), making():
+            self.model = adapt(workload.model()).to(device)
         self.optimizer = workload.optimizer(Parameters(self.model.named_parameters()))
         self.sampler = Sampler(workload)
         self._fake = build_fake(workload.model, workload.seed)
@@ -78,7 +78,8 @@ class SingleDevice:
             yield ReferenceStep(loss, {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None})
 
     def _whole(self, batch: Any) -> float:
-        value, count = split_loss(self.workload.loss(self.model, batch))
+        with running(self.device):
+            value, count = split_loss(self.workload.loss(self.model, batch))
         mean = value if count is None else value / count
         mean.backward()  # type: ignore[no-untyped-call]  # torch's
         return float(mean.detach())

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from weft.adapters import running
 from weft.capture.profile import Source
 from weft.capture.recorder import RecordedCall, Recording, TensorLeaf
 from weft.errors import LossError, ModelError
@@ -110,7 +111,7 @@ class Placement:
         assert self._run is None
         self._run = run
         try:
-            with stream(run.seeds.glue(), self.device, when=run.routes.glue_random):
+            with running(self.device), stream(run.seeds.glue(), self.device, when=run.routes.glue_random):
                 return workload.loss(self.model, batch)
         finally:
             self._run = None
