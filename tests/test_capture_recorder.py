@@ -219,13 +219,13 @@ def test_losses_that_are_none(loss: Any, message: str) -> None:
 
 
 def test_errors_name_unit_and_place() -> None:
-    class Looks(nn.Module):
+    class Breaks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.linear = nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.linear(x) if x.sum() > 0 else x
+            return self.undefined(x) if x.sum() != 0 else x
 
     class Leaks(nn.Module):
         def __init__(self) -> None:
@@ -243,13 +243,13 @@ def test_errors_name_unit_and_place() -> None:
         return str(error.value)
 
     here = r"test_capture_recorder.py:"
-    message = fails(lambda: nn.Sequential(nn.Linear(8, 8), Looks()))
+    message = fails(lambda: nn.Sequential(nn.Linear(8, 8), Breaks()))
     assert "unit '1' looks at a value" in message
     assert here in message
 
     def glue(model: nn.Module, batch: Any) -> Any:
         y = model(model(batch["x"]))
-        return y.sum() if y.max() > 0 else y.mean()
+        return y.sum() if y.max() > 0 and y.undefined else y.mean()
 
     message = fails(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), glue)
     assert "looks at a value of '1@2'" in message

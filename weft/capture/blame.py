@@ -15,6 +15,10 @@ from weft.errors import ModelError, WeftError
 LIBRARIES = (os.path.dirname(torch.__file__), os.path.dirname(__file__), "<")
 
 
+class FakeRunError(ModelError):
+    """The user's code could not be run on fake tensors; it may run on real ones."""
+
+
 def told(unit: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run the user's code on fake tensors; whatever it raises is told once, with its place.
 
@@ -22,7 +26,7 @@ def told(unit: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         unit: the unit it belongs to, "" for code between units.
 
     Raises:
-        ModelError: it raised.
+        FakeRunError: it raised.
     """
     try:
         return run(*args, **kwargs)
@@ -31,7 +35,7 @@ def told(unit: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     except Exception as error:  # the user's code: whatever it raises is told once
         who = f"unit {unit!r}" if unit else "the model"
         message = f"{who} raised {type(error).__name__} on fake tensors: {first_line(error)} ({place_of(error)})"
-        raise ModelError(message) from error
+        raise FakeRunError(message) from error
 
 
 def place_of(error: BaseException) -> str:

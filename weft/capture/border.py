@@ -5,16 +5,15 @@ On either side a tensor is new: a leaf of its own, so that each piece of the gra
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from weft.capture.blocks import same_value
 from weft.capture.recording import TensorLeaf
-from weft.errors import ModelError
 
 
 class Enter(torch.autograd.Function):
@@ -22,7 +21,8 @@ class Enter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        return new if isinstance(tensor, FakeTensor) else new.copy_(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
@@ -44,6 +44,12 @@ def gradients_of(
     return torch.autograd.grad(roots, ends, gradients, allow_unused=True)
 
 
+def gradient_for(tensor: Tensor) -> Tensor:
+    """A gradient that comes from elsewhere."""
+    gradient = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return gradient if isinstance(tensor, FakeTensor) else gradient.zero_()
+
+
 def form(leaf: Any) -> Any:
     """An argument as later ones are compared with it; the form of a tensor, anything else itself."""
     if isinstance(leaf, Tensor):
@@ -59,15 +65,3 @@ def forms_of(leaves: Sequence[Any]) -> list[Any]:
 def alike(recorded: Sequence[Any], leaves: Sequence[Any]) -> bool:
     """Whether arguments have the recorded forms."""
     return len(recorded) == len(leaves) and all(map(same_value, recorded, forms_of(leaves)))
-
-
-def output_leaf(unit: str, value: Any) -> Any:
-    """An output as it is kept."""
-    if isinstance(value, Tensor):
-        return form(value)
-    if dataclasses.is_dataclass(value) and any(isinstance(x, Tensor) for x in vars(value).values()):
-        raise ModelError(
-            f"unit {unit!r} returns a {type(value).__name__}, whose tensors weft cannot see; return a tensor, tuple, "
-            f"list or dict, or register the class with torch.utils._pytree.register_dataclass"
-        )
-    return value

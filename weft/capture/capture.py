@@ -63,8 +63,8 @@ def capture(workload: Workload, precision: str = "float32") -> Profile:
     fake = build_fake(workload.model, workload.seed)
     units = find_units(fake.model, workload.units)
     batches = [sample_batch(workload, samples) for samples in SAMPLES]
-    small = record(fake.model, units, workload.loss, batches[0])
-    large = record(fake.model, units, workload.loss, batches[1], alike=small.alike)
+    small = record(fake, units, workload.loss, batches[0])
+    large = record(fake, units, workload.loss, batches[1], alike=small.alike)
     if [c.name for c in small.calls] != [c.name for c in large.calls]:
         raise ModelError(
             f"the model calls its units in another order for {SAMPLES[0]} samples than for {SAMPLES[1]}; "

@@ -72,6 +72,9 @@ class Frame:
         extra: origin of tensors read that are neither arguments nor the unit's own.
         looked: whether Python looked at a value.
         changed: arguments written to.
+        touched: storages any operation was given.
+        real: whether the tensors are real.
+        seen: on real tensors, the origin of what Python looked at.
     """
 
     unit: str
@@ -85,6 +88,9 @@ class Frame:
     extra: Origin = NOWHERE
     looked: bool = False
     changed: set[int] = field(default_factory=set)
+    touched: set[int] = field(default_factory=set)
+    real: bool = False
+    seen: Origin = NOWHERE
 
     def workspace(self, passing: frozenset[int] = frozenset()) -> int:
         """Peak bytes of live temporaries: what is made here and not saved. ``passing`` (gradients of parameters)

@@ -171,13 +171,13 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     map_tensors(model, put)
 
 
-def map_tensors(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -> None:
+def map_tensors(model: nn.Module, change: Callable[[str, Tensor], Tensor], *, deep: bool = True) -> None:
     """Put ``change(name, tensor)`` in the place of every tensor of a model, under each of its names.
 
     Parameters come first, then buffers, then plain attributes of modules, lists, tuples and dicts of tensors included
-    (``"rope.tables.0"``).
+    (``"rope.tables.0"``). ``deep=False`` leaves submodules alone.
     """
-    modules = list(model.named_modules(remove_duplicate=False))
+    modules = list(model.named_modules(remove_duplicate=False)) if deep else [("", model)]
     # A module registered twice is changed once, under all its names.
     for registry in ("_parameters", "_buffers", ""):
         results: dict[tuple[int, str], Any] = {}

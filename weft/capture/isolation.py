@@ -15,16 +15,18 @@ from weft.capture.blocks import FUNCTIONS, PLAIN
 
 
 @contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module, *, only_if_it_raises: bool = False) -> Iterator[None]:
     """Put every module's attributes back: forwards cache tensors in them."""
     before = [
         (module, dict(vars(module)), {k: dict(vars(module)[k]) for k in ("_parameters", "_buffers")})
         for module in model.modules()
     ]
+    completed = False
     try:
         yield
+        completed = True
     finally:
-        for module, attributes, registries in before:
+        for module, attributes, registries in before if not (completed and only_if_it_raises) else ():
             vars(module).clear()
             vars(module).update(attributes)
             for key, values in registries.items():

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 from torch.utils._pytree import TreeSpec
 
+from weft.capture.alone import Outcome
 from weft.capture.blocks import Likeness, likeness
 from weft.capture.border import alike
 from weft.capture.frames import RawOp
-from weft.capture.recording import Cost
 
 
 @dataclass(slots=True)
@@ -24,10 +24,8 @@ class Kind:
         state: torch's modes it ran in.
         given: forms of its arguments, objects as they are; ``arguments``: with copies of objects as they were.
         spec: how the arguments are put together.
-        out_leaves, out_spec: its outputs, and how they are put together.
-        cost: what it does.
-        changes: which of its tensor arguments it writes to.
-        reach: for each tensor it returns, the tensor arguments its gradient goes on to.
+        outcome: what it did.
+        python_draws: whether it drew from Python's or NumPy's generator.
         replayable: whether it depends on nothing but its arguments, module and state.
     """
 
@@ -37,11 +35,8 @@ class Kind:
     given: Sequence[Any]
     arguments: Sequence[Any]
     spec: TreeSpec
-    out_leaves: tuple[Any, ...]
-    out_spec: TreeSpec
-    cost: Cost
-    changes: frozenset[int]
-    reach: tuple[frozenset[int], ...]
+    outcome: Outcome
+    python_draws: bool
     replayable: bool
 
     def likeness(
@@ -54,4 +49,4 @@ class Kind:
 
     def runs(self, operations: Sequence[RawOp]) -> bool:
         """Whether its forward is these operations."""
-        return [op.form for op in self.cost.forward] == [op.form for op in operations]
+        return [op.form for op in self.outcome.cost.forward] == [op.form for op in operations]

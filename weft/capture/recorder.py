@@ -20,64 +20,92 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from weft.adapters import running
-from weft.capture.blame import told
+from weft.capture.alone import Alone, Outcome
+from weft.capture.blame import FakeRunError, told
 from weft.capture.blocks import Likeness
-from weft.capture.border import enter, form, forms_of, gradients_of, output_leaf
+from weft.capture.border import enter, form, forms_of, gradient_for, gradients_of
+from weft.capture.draws import derived, has_drawn, python_state
 from weft.capture.frames import NOWHERE, Frame, Origin
-from weft.capture.initial import map_tensors
+from weft.capture.initial import FakeModel, map_tensors
 from weft.capture.isolation import quiet, restored, snapshot
 from weft.capture.kinds import Kind
 from weft.capture.losses import loss_parts
+from weft.capture.names import Names
 from weft.capture.profile import LOSS, Source
-from weft.capture.reach import reached, with_gradient
+from weft.capture.reach import with_gradient
 from weft.capture.recording import Cost, Example, RecordedCall, Recording, SavedStorage, TensorLeaf
+from weft.capture.setting import Setting
 from weft.capture.trace import Trace, sequence_number
-from weft.errors import LossError, ModelError
+from weft.capture.trees import flatten, unflatten
+from weft.errors import LossError, ModelError, WeftError
 
 __all__ = ["Cost", "RecordedCall", "Recording", "TensorLeaf", "record"]
 
+EXTREMES = (0.0, 1 - 2**-24)
+"""What uniform random numbers may come to: one of them lets most code that drops layers keep them all."""
+
 
 def record(
-    model: nn.Module,
+    model: nn.Module | FakeModel,
     units: Sequence[str],
     loss: Callable[[nn.Module, Any], Any],
     batch: Any,
     *,
     backward: bool = True,
     alike: Collection[tuple[str, str]] = (),
+    seed: int | None = None,
 ) -> Recording:
     """Run a loss once on fake tensors and say which unit's call costs what and needs what.
 
+    A unit that cannot be run on fake tensors is run on real ones, by itself, and if code between units cannot be, all
+    of the loss is, unit after unit.
+
     Args:
-        model: a model made by ``initial.build_fake``. It is left as it was.
+        model: a model made by ``initial.build_fake``, or what that gave: then real runs have its initial weights.
+            It is left as it was.
         units: names from ``units.find_units``.
         loss: ``loss(model, batch)``.
         batch: tensors in any nesting; their values are looked at only where the model does.
         backward: record the backward, too.
         alike: ``Recording.alike`` of the same model on another batch: these need not be run to be compared again.
+        seed: of the glue's random draws, which may decide which units are called. None: whichever decisions call most.
 
     Raises:
-        ModelError: the model cannot be run on fake tensors.
+        ModelError: the model can be run neither on fake tensors nor on real ones.
         LossError: the loss is neither a scalar nor ``(sum, count)``, or (with backward) depends on no parameter.
     """
-    return _Recorder(model, units, backward, set(alike)).record(loss, batch)
 
+    def once(forced: float | None = None) -> Recording:
+        def attempt(real: bool) -> Recording:
+            setting = Setting(model, units, seed or 0, forced, real)
+            return _Recorder(setting, backward, set(alike)).record(loss, batch)
 
-Ran = tuple[tuple[Any, ...], TreeSpec, Cost, frozenset[int], tuple[frozenset[int], ...]]
-"""Outputs and their spec, cost, arguments written to, and for each output the arguments its gradient goes on to."""
+        try:
+            return attempt(False)
+        except FakeRunError as error:
+            try:
+                return attempt(True)
+            except WeftError:
+                raise error from error.__cause__
+
+    recording = once()
+    if seed is None and (recording.conditions.decisions or recording.python_draws):
+        recording = max([recording, *map(once, EXTREMES)], key=lambda r: len(r.calls))
+    return recording
 
 
 @dataclass(slots=True)
 class _Recorder:
-    model: nn.Module
-    units: Sequence[str]
+    setting: Setting
     backward: bool
     alike: set[tuple[str, str]]
+    model: nn.Module = field(init=False)
+    real: bool = field(init=False)
     trace: Trace = field(init=False)
-    first: dict[int, str] = field(init=False)
+    first: Names = field(init=False, default_factory=Names)
     kinds: list[Kind] = field(init=False, default_factory=list)
     calls: list[RecordedCall] = field(init=False, default_factory=list)
     occurrences: dict[str, int] = field(init=False, default_factory=dict)
@@ -87,11 +115,11 @@ class _Recorder:
     ends: list[Tensor] = field(init=False, default_factory=list)
     sources: dict[int, Source] = field(init=False, default_factory=dict)
     given: list[list[Tensor]] = field(init=False, default_factory=list)
-    _live: frozenset[Source] = field(init=False, default=frozenset())
+    live: frozenset[Source] = field(init=False, default=frozenset())
 
     def record(self, loss: Callable[[nn.Module, Any], Any], batch: Any) -> Recording:
         tensors: dict[Tensor, str] = {}
-        self.first = {}
+        self.model, self.real = self.setting.model, self.setting.real
 
         def note(name: str, tensor: Tensor) -> Tensor:
             if isinstance(tensor, FakeTensor):
@@ -103,37 +131,35 @@ class _Recorder:
         if not any(isinstance(t, nn.Parameter) for t in tensors):
             raise ModelError(f"{type(self.model).__name__} has no parameters; there is nothing to train")
         mode = next(t for t in tensors if isinstance(t, FakeTensor)).fake_mode
-        self.trace = Trace(mode, tensors)
+        self.trace = Trace(mode, tensors, lambda number: derived(self.setting.seed, number), self.setting.forced)
         with ExitStack() as stack:
             stack.enter_context(quiet())
             stack.enter_context(running("cpu"))
             stack.enter_context(restored(self.model))
-            for name in self.units:
+            for name in self.setting.units:
                 self._intercept(name, self.model.get_submodule(name))
-            stack.enter_context(mode)
-            fakes = tree_map_only(Tensor, self._fake, batch)
+            stack.enter_context(self.setting.entered(self.trace, self.first))
+            inputs = self.setting.inputs(batch, self.trace)
             stack.enter_context(self.trace)
             stack.enter_context(saved_tensors_hooks(self.trace.pack, lambda t: t))
+            before = python_state()
             self._start_stretch()
-            result = told("", loss, self.model, fakes)
-            self._finish(result)
+            result = told("", loss, self.model, inputs)
+            counted = self._finish(result)
             self.trace.frame = None
+            drawn = has_drawn(before)
         return Recording(
             calls=tuple(self.calls),
-            costs=tuple(kind.cost for kind in self.kinds),
+            costs=tuple(kind.outcome.cost for kind in self.kinds),
             examples=tuple(Example(kind.unit, kind.spec, tuple(kind.arguments)) for kind in self.kinds),
             names=dict(self.trace.names),
-            with_gradient=self._live,
-            units=tuple(self.units),
+            with_gradient=self.live,
+            units=tuple(self.setting.units),
             alike=frozenset(self.alike),
+            conditions=self.trace.known.conditions(),
+            python_draws=drawn,
+            counted=counted,
         )
-
-    def _fake(self, value: Tensor) -> Tensor:
-        if isinstance(value, FakeTensor):
-            return value
-        fake: Tensor = self.trace.mode.from_tensor(value)
-        self.trace.know(fake, value)
-        return fake
 
     def _intercept(self, name: str, module: nn.Module) -> None:
         original = module.forward
@@ -147,7 +173,7 @@ class _Recorder:
         module.__dict__["forward"] = forward
 
     def _start_stretch(self) -> None:
-        self.stretches.append(Frame("", len(self.calls)))
+        self.stretches.append(Frame("", len(self.calls), real=self.real))
         self.trace.frame = self.stretches[-1]
 
     def _call(self, unit: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -160,29 +186,33 @@ class _Recorder:
             leaves, spec = tree_flatten((args, kwargs))
             given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             origin = NOWHERE
-            for tensor in given:
-                self.trace.check_unchanged(self.trace.ref(tensor), f"unit {unit!r} is given")
-                origin |= self.trace.origin(tensor)
             self.roots += [t for t in given if t.requires_grad]
             self.given.append(given)
             self.bounds.append(sequence_number())
-            kind, extra, reads = self._kind(number, unit, module, forward, leaves, spec)
+            kind, values, extra, reads = self._kind(number, unit, module, forward, leaves, spec)
+            outcome = self.kinds[kind].outcome
+            for position, tensor in enumerate(given):
+                if position in outcome.used:
+                    self.trace.check_unchanged(self.trace.ref(tensor), f"unit {unit!r} is given")
+                    origin |= self.trace.origin(tensor)
             origin |= extra
-            for position in self.kinds[kind].changes:
+            for position in outcome.changes:
                 self.trace.changed[self.trace.ref(given[position]).storage] = number
-            outputs, fresh = self._outputs(number, self.kinds[kind])
-            own = [self.first[id(t)] for t in self._tensors_of(module)]
+            outputs, fresh = self._outputs(number, outcome, values)
+            own = self.first.names_in(module)
             self.calls.append(
                 RecordedCall(
                     name=name,
                     unit=unit,
                     occurrence=occurrence,
-                    spec=self.kinds[kind].out_spec,
-                    leaves=self.kinds[kind].out_leaves,
+                    tree=outcome.tree,
+                    leaves=outcome.leaves,
                     sources=tuple(sorted(origin.sources)),
                     reads=tuple(dict.fromkeys([*own, *sorted(reads)])),
                     glue_reads=tuple(sorted(origin.reads)),
                     kind=kind,
+                    used=outcome.used,
+                    python_draws=self.kinds[kind].python_draws,
                     arguments=tuple(self.trace.ref(t).storage for t in given),
                     argument_bytes=tuple(t.untyped_storage().nbytes() for t in given),
                     outputs=tuple(self.trace.ref(t).storage for t in fresh),
@@ -193,27 +223,29 @@ class _Recorder:
 
     def _kind(
         self, number: int, unit: str, module: nn.Module, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec
-    ) -> tuple[int, Origin, set[str]]:
-        """The kind of a call, recorded now if no earlier one is like it."""
+    ) -> tuple[int, tuple[Tensor, ...], Origin, set[str]]:
+        """The kind of a call, recorded now if no earlier one is like it; on real tensors, with what it returned."""
         state = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
         numbered: list[int] = []
         for index, kind in enumerate(self.kinds):
             match kind.likeness(unit, module, state, leaves, spec):
-                case Likeness.SAME:
-                    return index, NOWHERE, set()
-                case Likeness.SAME_BUT_NUMBERED:
-                    if (kind.unit, unit) in self.alike:
-                        return index, NOWHERE, set()
+                case Likeness.SAME if not self.real:
+                    return index, (), NOWHERE, set()
+                case Likeness.SAME_BUT_NUMBERED | Likeness.SAME:
+                    if (kind.unit, unit) in self.alike and not self.real:
+                        return index, (), NOWHERE, set()
                     numbered.append(index)
         # Objects are kept as they are now: a unit may change what it is given (a cache).
         arguments = [form(leaf if numbered else snapshot(leaf)) for leaf in leaves]
-        frame, run = self._run(number, unit, module, forward, leaves, spec)
-        replayable = not frame.looked and frame.extra is NOWHERE and not frame.reads - self._names_of(module)
+        run, finish = self._alone(number, unit, module, forward, leaves, spec)
+        frame = run.frame
+        reads = frame.reads.difference(self.first.names_in(module))
+        replayable = not (frame.looked and not frame.real) and frame.extra is NOWHERE and not reads
         for index in numbered:
             if replayable and self.kinds[index].runs(frame.operations):
                 self.alike.add((self.kinds[index].unit, unit))
-                return index, NOWHERE, set()
-        out_leaves, out_spec, cost, changes, reach = run()
+                return index, finish().values if self.real else (), NOWHERE, set()
+        outcome = finish()
         self.kinds.append(
             Kind(
                 unit=unit,
@@ -222,102 +254,74 @@ class _Recorder:
                 given=forms_of(leaves),
                 arguments=arguments,
                 spec=spec,
-                out_leaves=out_leaves,
-                out_spec=out_spec,
-                cost=cost,
-                changes=changes,
-                reach=reach,
+                outcome=dataclasses.replace(outcome, values=()),
+                python_draws=run.python_draws,
                 replayable=replayable,
             )
         )
-        return len(self.kinds) - 1, frame.extra, frame.reads
+        return len(self.kinds) - 1, outcome.values, frame.extra, frame.reads
 
-    def _run(
+    def _alone(
         self, number: int, unit: str, module: nn.Module, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec
-    ) -> tuple[Frame, Callable[[], Ran]]:
-        """Run a unit's forward on tensors of its own; what is returned runs its backward and sums up."""
-        ends: dict[int, Tensor] = {}
-        entered: dict[int, Tensor] = {}
-        for leaf in leaves:
-            if isinstance(leaf, Tensor) and id(leaf) not in entered:
-                entered[id(leaf)] = leaf
-                if leaf.requires_grad:
-                    ends[id(leaf)], entered[id(leaf)] = enter(leaf)
-        arguments = [entered[id(x)] if isinstance(x, Tensor) else x for x in leaves]
-        given = [self.trace.ref(x).storage for x in arguments if isinstance(x, Tensor)]
-        frame = Frame(unit, number, arguments=frozenset(given))
-        args, kwargs = tree_unflatten(arguments, spec)
-        with self.trace.recording(frame):
-            result = told(unit, forward, *args, **kwargs)
-        workspace = frame.workspace()
+    ) -> tuple[Alone, Callable[[], Outcome]]:
+        """Run a unit by itself, on real tensors if that is asked for or it cannot be on fake ones."""
 
-        def finish() -> Ran:
-            flat, out_spec = tree_flatten(result)
-            out_leaves = tuple(output_leaf(unit, x) for x in flat)
-            tensors = [x for x in flat if isinstance(x, Tensor)]
-            refs = tuple(self.trace.ref(x) for x in tensors)
-            returned = [ref.storage for ref in refs]
-            back = Frame(unit, number, forward=False)
-            peak = workspace
-            roots = [t for t in tensors if t.requires_grad]
-            places = {
-                id(ends[id(t)]): i for i, t in enumerate(x for x in leaves if isinstance(x, Tensor)) if id(t) in ends
-            }
-            reach = tuple(frozenset(reached([t], places, set())) for t in tensors)
-            if self.backward and roots:
-                weights = [t for t in self._read_tensors(frame) if t.requires_grad]
-                gradients = [self._given(t) for t in roots]
-                with self.trace.recording(back):
-                    results = told(unit, gradients_of, roots, [*ends.values(), *weights], gradients)
-                passing = frozenset(self.trace.ref(g).storage for g in results[len(ends) :] if g is not None)
-                peak = max(peak, back.workspace(passing))
-            saved = tuple(
-                SavedStorage(
-                    storage,
-                    size,
-                    given.index(storage) if storage in given else None,
-                    returned.index(storage) if storage in returned else None,
-                )
-                for storage, size in frame.saved.items()
-            )
-            changes = frozenset(i for i, storage in enumerate(given) if storage in frame.changed)
-            cost = Cost(tuple(frame.operations), tuple(back.operations), saved, peak, refs)
-            return out_leaves, out_spec, cost, changes, reach
+        def fresh() -> Alone:
+            return Alone(self.trace, number, unit, module, self.model, self.first, self.backward, Frame(unit, number))
 
-        return frame, finish
+        fakes = FakeRunError("")
+        if not self.real:
+            try:
+                run = fresh()
+                with restored(module, only_if_it_raises=True):
+                    return run, run.run(forward, leaves, spec)
+            except FakeRunError as error:
+                fakes = error
+        run = fresh()
+        try:
+            outcome = run.run_for_real(forward, leaves, spec, self.setting.weights)
+        except FakeRunError as error:
+            raise (error if self.real else fakes) from (error if self.real else fakes).__cause__
+        return run, lambda: outcome
 
-    def _outputs(self, number: int, kind: Kind) -> tuple[Any, list[Tensor]]:
+    def _outputs(self, number: int, outcome: Outcome, values: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
         """New tensors for the glue, in the form of a recorded call's outputs."""
         fresh: list[Tensor] = []
-        values: list[Any] = []
-        for leaf in kind.out_leaves:
+        filled: list[Any] = []
+        for leaf in outcome.leaves:
             value = leaf
             if isinstance(leaf, TensorLeaf):
-                value = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=leaf.device_type)
+                if self.real:
+                    value = values[len(fresh)].clone()
+                else:
+                    value = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=leaf.device_type)
                 if leaf.requires_grad:
                     end, value = enter(value)
                     self.ends.append(end)
                     self.sources[id(end)] = Source(number, len(fresh))
                 self.trace.returned(value, Source(number, len(fresh)))
                 fresh.append(value)
-            values.append(value)
-        return tree_unflatten(values, kind.out_spec), fresh
+            filled.append(value)
+        return unflatten(filled, outcome.tree), fresh
 
-    def _finish(self, result: Any) -> None:
-        """Check the loss, run the backward of the glue, and close the recording with LOSS."""
+    def _finish(self, result: Any) -> bool:
+        """Check the loss, run the backward of the glue, and close the recording with LOSS. Whether it is counted."""
         self.trace.frame = None
         parts = loss_parts(result)
         total = parts[0]
         if self.backward and not total.requires_grad:
             raise LossError("loss(model, batch) does not depend on any trainable parameter; return a loss that does")
-        reach = [self.kinds[call.kind].reach for call in self.calls]
-        self._live = with_gradient(total, self.sources, self.given, reach)
-        backs = [Frame("", frame.call, forward=False) for frame in self.stretches]
+        reach = [self.kinds[call.kind].outcome.reach for call in self.calls]
+        self.live = with_gradient(total, self.sources, self.given, reach)
+        backs = [Frame("", frame.call, forward=False, real=self.real) for frame in self.stretches]
         if self.backward:
             glue_reads = {name for o in map(self.trace.origin, [total, *self.roots]) for name in o.reads}
-            weights = [t for t in self._tensors_of(self.model) if t.requires_grad and self.first[id(t)] in glue_reads]
+            tensors = self.first.tensors_in(self.model)
+            weights = [t for t in tensors if t.requires_grad and self.first[id(t)] in glue_reads]
             roots = [total, *self.roots]
-            gradients = [self._given(t) for t in roots]
+            gradients = [gradient_for(t) for t in roots]
+            for gradient in gradients:
+                self.trace.ref(gradient)  # seen before recording, so that it is not counted as made here
             self.trace.segments = (self.bounds, backs)
             with self.trace.recording(backs[-1]):
                 told("", gradients_of, roots, [*self.ends, *weights], gradients)
@@ -325,14 +329,15 @@ class _Recorder:
         origin = NOWHERE
         for part in parts:
             origin |= self.trace.origin(part)
-        _, spec = tree_flatten(None)
-        self.kinds.append(Kind("", self.model, (), (), (), spec, (), spec, Cost(), frozenset(), (), replayable=False))
+        _, tree = flatten(None)
+        nothing = Outcome((), tree, Cost(), frozenset(), frozenset(), ())
+        self.kinds.append(Kind("", self.model, (), (), (), tree.spec, nothing, python_draws=False, replayable=False))
         self.calls.append(
             RecordedCall(
                 name=LOSS,
                 unit="",
                 occurrence=1,
-                spec=spec,
+                tree=tree,
                 leaves=(),
                 sources=tuple(sorted(origin.sources)),
                 reads=(),
@@ -343,28 +348,12 @@ class _Recorder:
         for i, (frame, back) in enumerate(zip(self.stretches, backs, strict=True)):
             saved = tuple(SavedStorage(storage, size) for storage, size in frame.saved.items())
             peak = max(frame.workspace(), back.workspace())
-            glue = Cost(tuple(frame.operations), tuple(back.operations), saved, peak)
-            self.calls[i] = dataclasses.replace(self.calls[i], glue=glue)
-
-    def _given(self, tensor: Tensor) -> Tensor:
-        """A gradient that comes from elsewhere: seen before recording, so that it is not counted as made here."""
-        gradient = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-        self.trace.ref(gradient)
-        return gradient
-
-    def _tensors_of(self, module: nn.Module) -> list[Tensor]:
-        tensors: dict[int, Tensor] = {}
-
-        def note(name: str, tensor: Tensor) -> Tensor:
-            if id(tensor) in self.first:
-                tensors[id(tensor)] = tensor
-            return tensor
-
-        map_tensors(module, note)
-        return list(tensors.values())
-
-    def _names_of(self, module: nn.Module) -> set[str]:
-        return {self.first[id(t)] for t in self._tensors_of(module)}
-
-    def _read_tensors(self, frame: Frame) -> list[Tensor]:
-        return [t for t in self._tensors_of(self.model) if self.first[id(t)] in frame.reads]
+            call = self.calls[i]
+            self.calls[i] = dataclasses.replace(
+                call,
+                rewritten=frozenset(n for n, s in enumerate(call.outputs) if s in self.trace.rewritten),
+                glue=Cost(tuple(frame.operations), tuple(back.operations), saved, peak),
+                seen=tuple(sorted(frame.seen.sources)),
+                seen_reads=tuple(sorted(frame.seen.reads)),
+            )
+        return isinstance(result, tuple) and len(result) == 2

@@ -9,8 +9,10 @@ import torch
 from torch.utils._pytree import TreeSpec
 
 from weft.capture.frames import RawOp
+from weft.capture.known import Conditions
 from weft.capture.profile import Source
 from weft.capture.tape import Ref
+from weft.capture.trees import Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +70,18 @@ class RecordedCall:
     Attributes:
         name, unit: as profile.Call.
         occurrence: 1 for the first call of the unit.
-        spec: how the outputs are put together (``tree_unflatten(leaves, spec)``).
+        tree: how the outputs are put together (``trees.unflatten(leaves, tree)``).
         leaves: its outputs: a TensorLeaf, or the Python value itself.
         sources: outputs of earlier calls that its arguments derive from; ``leaf`` counts tensors only.
         reads: parameters, buffers and plain tensor attributes, by first name: the unit's own and others it read.
         glue_reads: those the glue read on the way to its arguments.
         kind: index into ``Recording.costs``.
         glue: cost of the glue between the call before and this one.
+        seen: outputs of earlier calls that the glue before this one looked at the values of, if it had to be run on
+            real tensors; ``seen_reads``: likewise parameters and buffers. Every stage that gets this far needs them.
+        python_draws: whether it draws from Python's or NumPy's generator.
+        used: which of its tensor arguments it does anything with.
+        rewritten: which of the tensors it returns are written to by glue.
         arguments: storages of its tensor arguments, in order, of ``argument_bytes`` each (a view keeps all of its
             storage alive); ``outputs``: storages of the tensors it returned.
     """
@@ -82,13 +89,18 @@ class RecordedCall:
     name: str
     unit: str
     occurrence: int
-    spec: TreeSpec
+    tree: Tree
     leaves: tuple[Any, ...]
     sources: tuple[Source, ...]
     reads: tuple[str, ...]
     glue_reads: tuple[str, ...]
     kind: int
     glue: Cost = field(default_factory=Cost)
+    seen: tuple[Source, ...] = ()
+    seen_reads: tuple[str, ...] = ()
+    python_draws: bool = False
+    used: frozenset[int] = frozenset()
+    rewritten: frozenset[int] = frozenset()
     arguments: tuple[int, ...] = ()
     argument_bytes: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
@@ -99,7 +111,7 @@ class RecordedCall:
         return tuple(leaf for leaf in self.leaves if isinstance(leaf, TensorLeaf))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Recording:
     """A run of a workload's loss: its calls in order, LOSS last, and what each kind of call costs.
 
@@ -108,6 +120,9 @@ class Recording:
         names: first names of parameters, buffers and attributes, by storage, for Refs in operations.
         with_gradient: outputs of calls that get a gradient from the loss.
         units: the units.
+        conditions: what the forward's way depended on besides shapes.
+        python_draws: whether the glue draws from Python's or NumPy's generator.
+        counted: whether the loss is ``(sum, count)``.
         alike: (unit, unit) that differ in their number only and were found to run the same operations.
     """
 
@@ -118,3 +133,11 @@ class Recording:
     with_gradient: frozenset[Source]
     units: tuple[str, ...]
     alike: frozenset[tuple[str, str]]
+    conditions: Conditions = field(default_factory=Conditions)
+    python_draws: bool = False
+    counted: bool = False
+
+    @property
+    def varies(self) -> bool:
+        """Whether another way through the model may be taken for the same shapes."""
+        return bool(self.conditions.ops) or self.python_draws or any(call.seen for call in self.calls)

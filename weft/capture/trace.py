@@ -7,8 +7,9 @@ Two things are followed at once:
   Origins are kept by storage, so that they follow views, in-place writes and ``out=``, and are cut where a call
   returns: its outputs derive from the call alone.
 
-Values are not known on fake tensors, except where they follow from the batch and from constants without going through
-a parameter or a unit. Those are computed alongside, for Python code that looks at them (``mask.all()``).
+Values are not known on fake tensors, except for those that ``known`` computes alongside. A unit that cannot do without
+is run on real tensors (``alone``), and so is the whole model if the glue cannot: the trace is the same, and then notes
+what the glue looked at.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
-from weft.capture.blame import where
+from weft.capture.blame import FakeRunError, where
+from weft.capture.draws import SeedOf, is_draw
 from weft.capture.frames import NOWHERE, Frame, Origin, RawOp
+from weft.capture.known import Known, KnownOp, answer_of
 from weft.capture.operations import STAND_INS, bytes_of, flops_of, kind_of
 from weft.capture.profile import Source
 from weft.capture.tape import Ref, flat_tensors, written_arguments
@@ -40,16 +44,19 @@ from weft.errors import ModelError
 __all__ = ["RawOp", "Trace", "sequence_number"]
 
 aten = torch.ops.aten
-LARGEST_KNOWN = 1 << 24
-"""Values of tensors with more elements than this are not followed."""
+LOOKS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+"""Tags of operators that show values to Python, if only as a shape."""
 
 
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class has an untyped __init_subclass__
     """Records what runs while it is active, above a FakeTensorMode. ``frame`` None records nothing."""
 
-    def __init__(self, mode: FakeTensorMode, names: dict[Tensor, str]) -> None:
+    def __init__(
+        self, mode: FakeTensorMode, names: dict[Tensor, str], seed_of: SeedOf, forced: float | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # untyped in torch
         self.mode = mode
+        self.known = Known(self.ref, seed_of, forced)
         self.frame: Frame | None = None
         self.origins: dict[int, Origin] = {}
         self.call_names: list[str] = []
@@ -58,8 +65,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
         self._serials: dict[int, tuple[int, Any]] = {}
         self._count = 0
         self.changed: dict[int, int] = {}
+        self.rewritten: set[int] = set()  # by glue
         self._inner: dict[int, int] = {}
-        self._known: dict[int, dict[Ref, Tensor]] = {}
         self.names = {self.ref(tensor).storage: name for tensor, name in names.items()}
 
     def __torch_dispatch__(
@@ -77,17 +84,26 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
             self._read(frame, refs, func)
         encoded = self._encode(args), {name: self._encode(value) for name, value in kwargs.items()}
         written = list(flat_tensors(written_arguments(func, args, kwargs)))
-        values = self._values(func, args, kwargs, written) if frame.forward else None
-        try:
-            out = STAND_INS.get(func, func)(*args, **kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            out = self._look(frame, func, args, values, refs, error)
+        values = None
+        if frame.real:
+            out = self._really(frame, func, args, kwargs, refs)
+        else:
+            if frame.forward:
+                values = self.known.compute(func, args, kwargs, encoded, glue=not frame.unit)
+            if values is None:
+                for tensor in written:
+                    self.known.forget(self.ref(tensor).storage)
+            try:
+                out = STAND_INS.get(func, func)(*args, **kwargs)
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                out = self._look(frame, func, args, values, refs, error)
         outputs = list(flat_tensors(out))
         made = tuple(self.ref(t) for t in outputs)
         if frame.forward:
             frame.changed.update(ref.storage for ref in map(self.ref, written) if ref.storage in frame.arguments)
             self._pass_on(frame, refs, made, [self.ref(t) for t in written])
-            self._learn(made, values)
+            if values is not None:
+                self.known.learn(values, made)
         new = [t for t, ref in zip(outputs, made, strict=True) if ref.storage >= before]
         if outputs or written:
             moves = bool(new or written)
@@ -136,17 +152,13 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
                 f"({where()}); let the unit work on a copy, or return the changed tensor and use that"
             )
 
-    def know(self, tensor: Tensor, value: Tensor) -> None:
-        """Note the value of a tensor of the batch."""
-        with _disable_current_modes():
-            self._learn((self.ref(tensor),), [value.detach().clone()])
-
     def pack(self, tensor: Tensor) -> Tensor:
         """Note what autograd saves (a hook for ``saved_tensors_hooks``)."""
-        if self.frame is not None and self.frame.forward and isinstance(tensor, FakeTensor):
+        frame = self.frame
+        if frame is not None and frame.forward and (frame.real or isinstance(tensor, FakeTensor)):
             serial = self.ref(tensor).storage
             if serial not in self.names:
-                self.frame.saved[serial] = tensor.untyped_storage().nbytes()
+                frame.saved[serial] = tensor.untyped_storage().nbytes()
         return tensor
 
     @contextmanager
@@ -170,7 +182,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
     def _freed(self, key: int, serial: int, frame: Frame | None, nbytes: int, _: Any) -> None:
         if self._serials.get(key, (None,))[0] == serial:
             del self._serials[key]
-        self._known.pop(serial, None)
+        self.known.forget(serial)
         if frame is not None:
             frame.events.append((serial, -nbytes))
 
@@ -180,6 +192,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
         return origin if name is None else origin | Origin(reads=frozenset({name}))
 
     def _read(self, frame: Frame, refs: Sequence[Ref], func: Any) -> None:
+        frame.touched.update(ref.storage for ref in refs)
         for ref in refs:
             maker = self._inner.get(ref.storage)
             if maker is not None and (not frame.unit or maker != frame.call):
@@ -201,40 +214,12 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
             known = {ref.storage for ref in refs}
             self._inner.update((ref.storage, frame.call) for ref in made if ref.storage not in known)
             return
+        self.rewritten.update(ref.storage for ref in written)
         origin = functools.reduce(Origin.__or__, map(self._origin, refs), NOWHERE)
         if origin is not NOWHERE:
             for ref in (*made, *written):
                 if ref.storage not in self.names:
                     self.origins[ref.storage] = self.origins.get(ref.storage, NOWHERE) | origin
-
-    def _values(self, func: Any, args: Any, kwargs: Any, written: Sequence[Tensor]) -> list[Tensor] | None:
-        """Results for real, if all arguments are known; what is written without being known is forgotten."""
-        try:
-            if torch.Tag.nondeterministic_seeded in func.tags:
-                raise KeyError
-            real_args, real_kwargs = self._decode(args), {k: self._decode(v) for k, v in kwargs.items()}
-        except KeyError:
-            for tensor in written:
-                self._known.pop(self.ref(tensor).storage, None)
-            return None
-        with _disable_current_modes(), torch.no_grad():
-            out = func(*real_args, **real_kwargs)
-            if func is aten.lift_fresh.default:
-                out = out.clone()  # a later write must not reach the constant
-        return [torch.tensor(out)] if isinstance(out, (bool, int, float)) else list(flat_tensors(out))
-
-    def _learn(self, made: Sequence[Ref], values: Sequence[Tensor] | None) -> None:
-        for ref, value in zip(made, values or (), strict=False):
-            if value.numel() <= LARGEST_KNOWN:
-                self._known.setdefault(ref.storage, {})[ref] = value
-
-    def _decode(self, value: Any) -> Any:
-        if isinstance(value, FakeTensor):
-            ref = self.ref(value)
-            return self._known[ref.storage][ref]
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(self._decode, value))
-        return value
 
     def _encode(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -243,35 +228,47 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
             return type(value)(map(self._encode, value))
         return value
 
+    def _really(self, frame: Frame, func: Any, args: Any, kwargs: Any, refs: list[Ref]) -> Any:
+        """Run on real tensors; note what is looked at."""
+        if frame.forward and any(tag in func.tags for tag in LOOKS):
+            frame.looked = True
+            frame.seen = functools.reduce(Origin.__or__, map(self._origin, refs), frame.seen)
+        if not frame.unit and is_draw(func, args, kwargs):
+            torch.manual_seed(self.known.seed_of(self.known.draws))
+            self.known.draws += 1
+        return func(*args, **kwargs)
+
     def _look(
-        self, frame: Frame, func: Any, args: Any, values: list[Tensor] | None, refs: list[Ref], error: Exception
+        self, frame: Frame, func: Any, args: Any, values: KnownOp | None, refs: list[Ref], error: Exception
     ) -> Any:
         """Answer Python code that looks at a value, or an operator whose result's shape depends on one."""
         frame.looked = True
         if values is not None:
-            if func is aten._local_scalar_dense.default:
-                return values[0].item()
-            fakes = [self.mode.from_tensor(value) for value in values]
-            return fakes[0] if len(fakes) == 1 else tuple(fakes)
+            result = self.known.result
+            if not frame.unit:
+                values.answer = answer_of(result)
+            return tree_map_only(Tensor, self.mode.from_tensor, result)
         if func is aten.index.Tensor:
-            indices = self._mask_indices(args[1])
+            indices = self._mask_indices(args[1], glue=not frame.unit)
             if indices is not None:
                 return func(args[0], indices)
         self._refuse(frame, func, refs, error)
 
-    def _mask_indices(self, indices: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+    def _mask_indices(self, indices: Sequence[Tensor | None], *, glue: bool) -> list[Tensor | None] | None:
         """Indices with every mask in them turned into row numbers; None if a mask's value is not known."""
         result: list[Tensor | None] = []
         for index in indices:
             if index is None or index.dtype not in (torch.bool, torch.uint8):
                 result.append(index)
                 continue
-            try:
-                real = self._decode(index)
-            except KeyError:
+            op = self.known.compute(aten.nonzero.default, (index,), {}, ((self.ref(index),), {}), glue=glue)
+            if op is None:
                 return None
+            if glue:
+                op.answer = answer_of(self.known.result)
             with _disable_current_modes():
-                rows = real.nonzero().unbind(1)
+                rows = self.known.result.unbind(1)
+            self.known.learn(op, ())
             result.extend(self.mode.from_tensor(r) for r in rows)
         return result
 
@@ -280,13 +277,13 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
         looks = name in ("_local_scalar_dense", "equal")
         what = "looks at a value" if looks else f"computes a shape from values ({name})"
         if frame.unit:
-            raise ModelError(
+            raise FakeRunError(
                 f"unit {frame.unit!r} {what} that depends on its inputs or weights ({where()}), "
                 "which is not known before the model runs; compute it without reading values"
             ) from error
         sources = sorted({self.call_names[s.call] for ref in refs for s in self._origin(ref).sources})
         of = f" of {', '.join(map(repr, sources))}" if sources else ""
-        raise ModelError(
+        raise FakeRunError(
             f"code between units {what}{of} ({where()}), which is not known before the model runs; "
             "compute it inside a unit without reading values"
         ) from error

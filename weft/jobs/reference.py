@@ -18,12 +18,13 @@ from torch.utils._pytree import tree_map
 
 from weft.adapters import adapt, making, running
 from weft.capture.initial import build_fake, seeded
-from weft.capture.recorder import Recording, record
+from weft.capture.recorder import Recording
 from weft.capture.units import find_units
 from weft.plan import Plan
 from weft.runtime.batches import Sampler, count_samples, cut, layout
 from weft.runtime.placement import Placement, Run, split_loss
 from weft.runtime.randomness import Seeds
+from weft.runtime.recordings import Recordings
 from weft.runtime.routes import Routes
 from weft.workload import Loss, Parameters, Workload
 
@@ -58,7 +59,8 @@ class SingleDevice:
         self.sampler = Sampler(workload)
         self._fake = build_fake(workload.model, workload.seed)
         self._units = find_units(self._fake.model, workload.units)
-        routes = self._routes(self._record(workload.sample_batch(plan.samples_per_microbatch)))
+        self._recordings = Recordings(workload, self._fake, self._units)
+        routes = self._routes(self._recordings.longest(workload.sample_batch(plan.samples_per_microbatch)))
         self._random = routes.glue_random or bool(routes.random)
         self._placement = (
             Placement(self.model, self._units, stage=0, mode=self._fake.mode, device=device) if self._random else None
@@ -96,17 +98,15 @@ class SingleDevice:
         sums, counts = [], []
         for replica, m, piece in pieces:
             microbatch = cut(batch, piece)
-            recording = self._record(microbatch)
-            run = Run(recording, self._routes(recording), {}, Seeds(self.workload.seed, step, m, replica))
+            seeds = Seeds(self.workload.seed, step, m, replica)
+            recording = self._recordings.of(microbatch, seeds)
+            run = Run(recording, self._routes(recording), {}, seeds)
             value, count = split_loss(self._placement.forward(self.workload, microbatch, run))
             sums.append(value if count is not None else value * len(piece))
             counts.append(float(count) if count is not None else float(len(piece)))
         mean = torch.stack(sums).sum() / sum(counts)
         mean.backward()  # type: ignore[no-untyped-call]  # torch's
         return float(mean.detach())
-
-    def _record(self, microbatch: Any) -> Recording:
-        return record(self._fake.model, self._units, self.workload.loss, microbatch, backward=False)
 
     def _routes(self, recording: Recording) -> Routes:
         names = tuple(call.name for call in recording.calls[:-1])

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from weft.capture.initial import build_fake
-from weft.capture.recorder import Recording, record
 from weft.capture.units import find_units
 from weft.errors import PlanError
 from weft.plan import Plan
@@ -24,6 +22,7 @@ from weft.runtime.gather import gather
 from weft.runtime.grid import Grid
 from weft.runtime.pipeline import Pipeline
 from weft.runtime.placement import Placement
+from weft.runtime.recordings import Recordings
 from weft.runtime.routes import Routes
 from weft.runtime.scaling import LossScale
 from weft.runtime.worker import describe_stage, join
@@ -59,9 +58,9 @@ class Engine:
         self.gradient_norm: Tensor | None = None
         self._shapes = build_fake(workload.model, workload.seed)
         self._units = find_units(self._shapes.model, workload.units)
-        self._recordings: dict[Any, Recording] = {}
+        self._recordings = Recordings(workload, self._shapes, self._units)
         self._sampler = Sampler(workload)
-        self._first = self._record(workload.sample_batch(plan.samples_per_microbatch))
+        self._first = self._recordings.longest(workload.sample_batch(plan.samples_per_microbatch))
         stage_of = Routes.find(self._first, plan).stage_of
         fake = build_fake(workload.model, workload.seed)
         self.part = part.build(fake, self._units, self._first, stage_of, plan, self.grid)
@@ -85,7 +84,7 @@ class Engine:
             self.grid,
             placement=placement,
             data_parallel=self.part.data_parallel,
-            record=self._record,
+            record=self._recordings.of,
         )
         self.loss_scale = LossScale() if plan.precision == "fp16" else None
 
@@ -192,24 +191,6 @@ class Engine:
                 RuntimeWarning,
                 stacklevel=3,
             )
-
-    def _record(self, microbatch: Any) -> Recording:
-        key = signature(microbatch)
-        if key not in self._recordings:
-            self._recordings[key] = record(
-                self._shapes.model, self._units, self.workload.loss, microbatch, backward=False
-            )
-        return self._recordings[key]
-
-
-def signature(batch: Any) -> Any:
-    """What a recording depends on: the structure of a microbatch, its tensors' shapes and dtypes, its other values."""
-    leaves, spec = tree_flatten(batch)
-    described = tuple(
-        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf).__name__, repr(leaf))
-        for leaf in leaves
-    )
-    return spec, described
 
 
 def parallelize(workload: Workload, plan: Plan) -> Engine:

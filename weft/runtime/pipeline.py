@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from weft.runtime.grid import Grid
 from weft.runtime.placement import Placement, Run, split_loss
 from weft.runtime.randomness import Seeds
 from weft.runtime.routes import Routes
-from weft.schedule import Action, Kind, actions
+from weft.schedule import Action, Edge, Kind, actions
 from weft.workload import Workload
 
 
@@ -86,7 +87,7 @@ class Pipeline:
         *,
         placement: Placement,
         data_parallel: DataParallel,
-        record: Callable[[Any], Recording],
+        record: Callable[[Any, Seeds], Recording],
     ) -> None:
         self.workload, self.plan, self.grid = workload, plan, grid
         self.placement, self.data_parallel, self.record = placement, data_parallel, record
@@ -95,8 +96,8 @@ class Pipeline:
         """Losses are multiplied by it before the backward (``scaling``)."""
         self.waited_s = 0.0
         self.bytes_sent = 0
-        self._routes: dict[int, Routes] = {}
-        self._actions: list[Action] = []
+        self._routes: WeakKeyDictionary[Recording, Routes] = WeakKeyDictionary()
+        self._actions: dict[frozenset[Edge], list[Action]] = {}
         self._flights: dict[int, InFlight] = {}
         self._sends: list[tuple[dist.Work, Tensor]] = []
 
@@ -115,11 +116,11 @@ class Pipeline:
         self._sums = Sums(zero, zero.clone())
         self._batch, self._flights = batch, {}
         self._microbatches = [self._to_device(m) for m in batch.microbatches]
-        for m, microbatch in enumerate(self._microbatches):
-            recording = self.record(microbatch)
+        for m in range(len(self._microbatches)):
             seeds = Seeds(self.workload.seed, step, m, self.grid.replica)
+            recording = self.record(batch.microbatches[m], seeds)
             self._flights[m] = InFlight(Run(recording, self._routes_of(recording), {}, seeds, check=check))
-        for action in self._actions:
+        for action in self._actions_of({edge for f in self._flights.values() for edge in f.run.routes.edges()}):
             self._perform(action)
         for work, _ in self._sends:
             self._wait(work)
@@ -127,18 +128,20 @@ class Pipeline:
         return self._sums
 
     def _routes_of(self, recording: Recording) -> Routes:
-        """Routes differ between recordings in shapes alone; which stage sends to which must not change."""
-        key = id(recording)  # recordings are kept by the cache they come from
-        if key not in self._routes:
-            routes = Routes.find(recording, self.plan)
-            first = next(iter(self._routes.values()), routes)
-            if first.edges() != routes.edges():
-                raise ModelError("which stages depend on each other changes with the shape of the batch; use pp=1")
-            if not self._actions:
-                lists = actions(self.plan.schedule, self.plan.pp, self.plan.microbatches, routes.edges())
-                self._actions = lists[self.stage]
-            self._routes[key] = routes
-        return self._routes[key]
+        if recording not in self._routes:
+            self._routes[recording] = Routes.find(recording, self.plan)
+        return self._routes[recording]
+
+    def _actions_of(self, edges: set[Edge]) -> list[Action]:
+        """This stage's actions. The microbatches of a step may differ in what travels (a stage whose layers are all
+        dropped is passed over); a transfer that one of them does not need is then empty."""
+        key = frozenset(edges)
+        if key not in self._actions:
+            both = {(e.source, e.target) for e in edges}
+            union = [Edge(s, t, Edge(s, t, True) in edges) for s, t in sorted(both)]
+            lists = actions(self.plan.schedule, self.plan.pp, self.plan.microbatches, union)
+            self._actions[key] = lists[self.stage]
+        return self._actions[key]
 
     def _perform(self, action: Action) -> None:
         m = action.microbatch
@@ -148,19 +151,19 @@ class Pipeline:
             case Kind.BACKWARD:
                 self._backward(m)
             case Kind.RECEIVE_ACTIVATION:
-                self._receive(action, self._flights[m].run.routes.received_by(self.stage)[action.peer])
+                self._receive(action, self._flights[m].run.routes.received_by(self.stage).get(action.peer, ()))
             case Kind.RECEIVE_GRADIENT:
                 routes = self._flights[m].run.routes
-                self._receive(action, routes.with_gradient(routes.sent_by(self.stage)[action.peer]))
+                self._receive(action, routes.with_gradient(routes.sent_by(self.stage).get(action.peer, ())))
             case Kind.SEND_ACTIVATION:
                 run = self._flights[m].run
-                sources = run.routes.sent_by(self.stage)[action.peer]
+                sources = run.routes.sent_by(self.stage).get(action.peer, ())
                 # Autocast has other rules on an accelerator than on the CPU, where the receiver's dtype was recorded.
                 self._send(action, [self._produced(run, s).to(run.routes.leaves[s].dtype) for s in sources])
             case Kind.SEND_GRADIENT:
                 flight = self._flights[m]
                 routes = flight.run.routes
-                wanted = routes.with_gradient(routes.received_by(self.stage)[action.peer])
+                wanted = routes.with_gradient(routes.received_by(self.stage).get(action.peer, ()))
                 self._send(action, [flight.returning.pop(source) for source in wanted])
             case Kind.REDUCE:
                 self.data_parallel.finish()
@@ -175,10 +178,11 @@ class Pipeline:
             for arrival in received
             for source, tensor in arrival.items()
         }
-        loss, count = split_loss(self.placement.forward(self.workload, self._microbatches[m], flight.run))
-        self._sums.counted = count is not None
+        result = self.placement.forward(self.workload, self._microbatches[m], flight.run)
+        self._sums.counted = flight.run.recording.counted
         self._sums.unfinite = flight.run.unfinite if self._sums.unfinite is None else self._sums.unfinite
         if self.stage == self.plan.pp - 1:
+            loss, count = split_loss(result)
             flight.loss = self._weigh(loss, count, self._batch.samples[m])
             if flight.run.check and self._sums.unfinite is None and not bool(loss.isfinite()):
                 self._sums.unfinite = len(flight.run.recording.calls) - 1

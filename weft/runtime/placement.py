@@ -4,13 +4,17 @@ A unit's ``forward`` is replaced on the instance. A call of this stage runs the 
 it costs nothing and returns, leaf by leaf, the tensor received from its owner where something on this stage needs it,
 and an empty fake tensor of the recorded shape where nothing does. Glue code between units runs where its inputs are
 real, and gives fake tensors where they are not.
+
+Once a stage has made its last call, nothing it computes matters to anybody, and what code would look at is not here. So
+whatever fails on fake tensors after that ends the stage's forward, silently.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -18,15 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from weft.adapters import running
+from weft.capture.draws import Draws, derived, python_stream
 from weft.capture.profile import Source
 from weft.capture.recorder import RecordedCall, Recording, TensorLeaf
-from weft.errors import LossError, ModelError
+from weft.capture.trees import flatten, unflatten
+from weft.errors import LossError, ModelError, WeftError
 from weft.runtime.compiled import Compiled
 from weft.runtime.randomness import Seeds, stream
 from weft.runtime.recompute import Recompute
+from weft.runtime.recordings import decisions_seed
 from weft.runtime.routes import Routes
 from weft.workload import Loss, Workload
 
@@ -44,6 +51,8 @@ class Run:
         seeds: of the random streams.
         produced: outputs of this stage's calls, filled as they run.
         seen: how often every unit has been called.
+        draws: seeds the glue's random operations.
+        last: number of the call that was last begun.
         unfinite: if values are checked, the number of the first call that gave a NaN or an infinity.
         check: whether to check.
     """
@@ -54,6 +63,8 @@ class Run:
     seeds: Seeds
     produced: dict[Source, Tensor] = field(default_factory=dict)
     seen: Counter[str] = field(default_factory=Counter)
+    draws: Draws | None = None
+    last: int = -1
     check: bool = False
     unfinite: int | None = None
 
@@ -62,6 +73,21 @@ class Run:
         self.produced[source] = tensor
         if self.check and self.unfinite is None and not bool(tensor.detach().isfinite().all()):
             self.unfinite = source.call
+
+
+class Arrived(torch.autograd.Function):
+    """A received tensor as the glue gets it: in the same memory, but no leaf, so that it may be written to."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        """The same memory; a view would not do, since views of leaves cannot be written to either."""
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """As it comes."""
+        return gradients[0]
 
 
 class Placement:
@@ -99,11 +125,11 @@ class Placement:
             # registered last: sees what leaves the unit after PyTorch's own hooks
             module.register_forward_hook(self._note(name))
 
-    def forward(self, workload: Workload, batch: Any, run: Run) -> Loss:
+    def forward(self, workload: Workload, batch: Any, run: Run) -> Loss | None:
         """Run the user's loss for one microbatch; ``run.produced`` holds this stage's outputs afterwards.
 
         Returns:
-            The user's loss: real on the last stage, fake on the others.
+            The user's loss: real on the last stage, fake or None on the others.
 
         Raises:
             ModelError: the forward took another path than the recorded one.
@@ -111,10 +137,26 @@ class Placement:
         assert self._run is None
         self._run = run
         try:
-            with running(self.device), stream(run.seeds.glue(), self.device, when=run.routes.glue_random):
+            with running(self.device), self._streams(run):
                 return workload.loss(self.model, batch)
+        except Exception as error:  # the user's code, on fake tensors: see the top of this page
+            if isinstance(error, WeftError) or not run.routes.is_done(self.stage, run.last):
+                raise
+            return None
         finally:
             self._run = None
+
+    @contextmanager
+    def _streams(self, run: Run) -> Iterator[None]:
+        """Give the glue its random streams."""
+        decisions, own, shared = run.recording.conditions.decisions, run.seeds.glue(), decisions_seed(run.seeds)
+        with ExitStack() as stack:
+            stack.enter_context(python_stream(shared, when=run.recording.python_draws))
+            stack.enter_context(stream(own, self.device, when=run.routes.glue_random))
+            if run.routes.glue_random:
+                run.draws = Draws(lambda number: derived(shared if number in decisions else own, number))
+                stack.enter_context(run.draws)
+            yield
 
     def _placed(self, unit: str, original: Call, again: Recompute | None) -> Call:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -129,9 +171,11 @@ class Placement:
                     "forward depends on something that changes from step to step"
                 )
             call = run.recording.calls[number]
+            run.last = number
             if run.routes.stage_of[number] != self.stage:
                 return self._stand_in(run, number, call)
-            if any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            if any(isinstance(leaf, FakeTensor) and i in call.used for i, leaf in enumerate(given)):
                 raise ModelError(
                     f"{call.name} was given a tensor that lives on another stage and was not used when the "
                     "model was captured; the forward depends on something that changes from step to step. Keep it on "
@@ -140,27 +184,46 @@ class Placement:
             seed, draws = run.seeds.call(number), number in run.routes.random
 
             def drawing(*args: Any, **kwargs: Any) -> Any:  # the same numbers whenever it runs
-                with stream(seed, self.device, when=draws):
+                with stream(seed, self.device, when=draws), python_stream(seed, when=call.python_draws):
                     return original(*args, **kwargs)
 
-            if again is None:
-                return drawing(*args, **kwargs)
-            return again(drawing, args, kwargs, run.recording.costs[call.kind])
+            with paused(run.draws):
+                if again is None:
+                    return drawing(*args, **kwargs)
+                return again(drawing, args, kwargs, run.recording.costs[call.kind])
 
         return forward
 
-    def _note(self, unit: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def _note(self, unit: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
             run = self._run
             if run is None:
-                return
+                return None
             number = run.routes.numbers[unit, run.seen[unit]]
             if run.routes.stage_of[number] == self.stage:
-                tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-                for i, tensor in enumerate(tensors):
-                    run.produce(Source(number, i), tensor)
+                return self._hand_out(run, number, output)
+            return None
 
         return hook
+
+    def _hand_out(self, run: Run, number: int, output: Any) -> Any:
+        """Note what a call gave. What travels is kept from the glue, where it would be written to."""
+        call = run.recording.calls[number]
+        leaves, tree = flatten(output)
+        count = 0
+        for place, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                if isinstance(leaf, FakeTensor):
+                    raise ModelError(
+                        f"{call.name} used a tensor that lives on another stage and that it did not use when the model "
+                        "was captured; the forward depends on something that changes from step to step; use pp=1"
+                    )
+                source = Source(number, count)
+                run.produce(source, leaf)
+                if count in call.rewritten and source in run.routes.leaves:
+                    leaves[place] = leaf.clone()
+                count += 1
+        return unflatten(leaves, tree) if call.rewritten else None
 
     def _stand_in(self, run: Run, number: int, call: RecordedCall) -> Any:
         count = itertools.count()
@@ -168,15 +231,29 @@ class Placement:
             self._leaf(run, Source(number, next(count)), leaf) if isinstance(leaf, TensorLeaf) else leaf
             for leaf in call.leaves
         ]
-        return tree_unflatten(leaves, call.spec)
+        return unflatten(leaves, call.tree)
 
     def _leaf(self, run: Run, source: Source, leaf: TensorLeaf) -> Tensor:
         if source in run.received:
-            return run.received[source]
+            tensor = run.received[source]
+            return Arrived.apply(tensor) if tensor.requires_grad else tensor  # type: ignore[no-untyped-call] # in torch
         if leaf not in self._fakes:
             with self.mode:
                 self._fakes[leaf] = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=self.device)
         return self._fakes[leaf]
+
+
+@contextmanager
+def paused(draws: Draws | None) -> Iterator[None]:
+    """Leave a unit's random operations to its own stream."""
+    if draws is None:
+        yield
+        return
+    draws.paused = True
+    try:
+        yield
+    finally:
+        draws.paused = False
 
 
 def split_loss(loss: Any) -> tuple[Tensor, Tensor | int | float | None]:

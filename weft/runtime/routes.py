@@ -46,17 +46,13 @@ class Routes:
         Raises:
             PlanError: the plan's stages are not consecutive stretches of the model's calls.
         """
-        names = [call.name for call in recording.calls if call.name != LOSS]
-        placed = [name for stage in plan.stages for name in stage]
-        if names != placed:
-            wrong = next((p for n, p in zip(names, placed, strict=False) if n != p), None)
-            detail = f"the plan has {wrong!r} out of place" if wrong else f"{len(placed)} are in the plan"
-            raise PlanError(
-                f"the plan's stages do not list this model's {len(names)} calls in the order of the forward: {detail}; "
-                "make the plan again for this model with `weft plan`"
-            )
-        stage_of = (*(s for s, stage in enumerate(plan.stages) for _ in stage), plan.pp - 1)
+        stage_of = (*_stages(recording, plan), plan.pp - 1)
         wanted: dict[tuple[int, int], set[Source]] = {}
+        for call, stage in zip(recording.calls, stage_of, strict=True):
+            for target in range(stage, plan.pp):
+                for source in call.seen:
+                    if stage_of[source.call] != target:
+                        wanted.setdefault((stage_of[source.call], target), set()).add(source)
         for call, target in zip(recording.calls, stage_of, strict=True):
             for source in call.sources:
                 if stage_of[source.call] != target:
@@ -73,6 +69,10 @@ class Routes:
         random = frozenset(n for n, call in enumerate(recording.calls) if draws(recording.costs[call.kind]))
         glue_random = any(draws(call.glue) for call in recording.calls)
         return cls(stage_of, tensors, leaves, numbers, random, glue_random)
+
+    def is_done(self, stage: int, last: int) -> bool:
+        """Whether a stage has no call after this one, nor the loss."""
+        return last >= 0 and all(s != stage for s in self.stage_of[last + 1 :])
 
     def edges(self) -> list[Edge]:
         """Which stages send to which, for the schedule."""
@@ -92,6 +92,24 @@ class Routes:
     def with_gradient(self, sources: tuple[Source, ...]) -> tuple[Source, ...]:
         """Those whose gradients come back."""
         return tuple(source for source in sources if self.leaves[source].requires_grad)
+
+
+def _stages(recording: Recording, plan: Plan) -> list[int]:
+    """The stage of every call. A plan lists all calls there can be; some may be left out of a recording."""
+    names = [call.name for call in recording.calls if call.name != LOSS]
+    placed = {name: s for s, stage in enumerate(plan.stages) for name in stage}
+    stages = [placed.get(name, -1) for name in names]
+    order = {name: i for i, name in enumerate(placed)}
+    places = [order.get(name, -1) for name in names]
+    if -1 in stages or places != sorted(places) or (not recording.varies and len(names) < len(placed)):
+        inverted = (n for n, p in zip(names, placed, strict=False) if n != p)
+        wrong = next((n for n, s in zip(names, stages, strict=True) if s < 0), None) or next(inverted, None)
+        detail = f"the plan has {wrong!r} out of place" if wrong else f"{len(placed)} are in the plan"
+        raise PlanError(
+            f"the plan's stages do not list this model's {len(names)} calls in the order of the forward: {detail}; "
+            "make the plan again for this model with `weft plan`"
+        )
+    return stages
 
 
 def draws(cost: Cost) -> bool:

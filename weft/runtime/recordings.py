@@ -1,0 +1,80 @@
+"""Recordings: the recording that is true of a microbatch, made when it first appears.
+
+A recording depends on the shapes of a microbatch, and on what code between units saw of its values and of random
+numbers: whether a mask is all ones, which layers are dropped. Of each shape several are kept, each with its conditions;
+the oldest go when there are too many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from weft.capture.draws import derived
+from weft.capture.initial import FakeModel
+from weft.capture.recorder import Recording, record
+from weft.runtime.randomness import Seeds
+from weft.workload import Workload
+
+MOST = 64
+"""Recordings that are kept."""
+
+
+class Recordings:
+    """Makes recordings of one workload and keeps them.
+
+    Args:
+        workload: what is recorded.
+        fake: its model.
+        units: names of its units.
+    """
+
+    def __init__(self, workload: Workload, fake: FakeModel, units: Sequence[str]) -> None:
+        self.workload, self.fake, self.units = workload, fake, units
+        self._kept: dict[Any, tuple[Any, Recording]] = {}
+        self._alike: frozenset[tuple[str, str]] = frozenset()
+        self._made = 0
+
+    def longest(self, microbatch: Any) -> Recording:
+        """A recording for these shapes in which random decisions leave out as little as they can."""
+        return self._record(microbatch, None)
+
+    def of(self, microbatch: Any, seeds: Seeds) -> Recording:
+        """The recording of a microbatch, whose code between units draws from these seeds."""
+        shape, seed = signature(microbatch), decisions_seed(seeds)
+        for key, (own, recording) in self._kept.items():
+            same = own[0] == shape and (own[1] == seed or not recording.python_draws)
+            if same and recording.conditions.hold(microbatch, lambda number: derived(seed, number)):
+                self._kept[key] = self._kept.pop(key)  # the last used goes last
+                return recording
+        recording = self._record(microbatch, seed)
+        self._made += 1
+        self._kept[self._made] = (shape, seed), recording
+        if len(self._kept) > MOST:
+            del self._kept[next(iter(self._kept))]
+        return recording
+
+    def _record(self, microbatch: Any, seed: int | None) -> Recording:
+        loss = self.workload.loss
+        recording = record(self.fake, self.units, loss, microbatch, backward=False, alike=self._alike, seed=seed)
+        self._alike |= recording.alike
+        return recording
+
+
+def decisions_seed(seeds: Seeds) -> int:
+    """Seed of the draws that decide which way the forward takes: one for all replicas, so that all take the same."""
+    return Seeds(seeds.seed, seeds.step, seeds.microbatch, 0).glue()
+
+
+def signature(batch: Any) -> Any:
+    """What every recording depends on: the structure of a microbatch, its tensors' shapes and dtypes, its other
+    values."""
+    leaves, spec = tree_flatten(batch)
+    described = tuple(
+        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf).__name__, repr(leaf))
+        for leaf in leaves
+    )
+    return spec, described
