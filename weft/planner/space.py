@@ -106,8 +106,8 @@ class Degrees(NamedTuple):
 
     @property
     def uses_fsdp(self) -> bool:
-        """Whether the runtime meets replicas through the FSDP2 family: sharded, or replicas of divided tensors."""
-        return self.dp_shard > 1 or (self.dp_replicate > 1 and self.tp > 1)
+        """Whether the runtime meets replicas through fully_shard."""
+        return self.dp_shard > 1
 
     @property
     def kind(self) -> frozenset[str]:

@@ -21,10 +21,13 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
+from torch.distributed.tensor import DTensor
 
 from weft.errors import CheckpointError
 from weft.plan import Plan
+from weft.runtime.division import Division
 from weft.runtime.part import Part
+from weft.runtime.pieces import Pieces
 
 MARK = "training.json"
 
@@ -84,7 +87,7 @@ def load(directory: Path, plan: Plan, part: Part, optimizer: torch.optim.Optimiz
         if entry.size != tensor.shape:
             raise CheckpointError(f"{path}: {name} has shape {tuple(entry.size)}, the model's is {tuple(tensor.shape)}")
     moments = blank_optimizer_state(part, stored)
-    read_tensors({**model, **moments}, storage_reader=reader)
+    read_tensors({**model, **_in_pieces(part, moments)}, storage_reader=reader)
     for held in part.held:
         prefix = f"optimizer.{held.name}."
         state = {name.removeprefix(prefix): value for name, value in moments.items() if name.startswith(prefix)}
@@ -103,7 +106,7 @@ def load(directory: Path, plan: Plan, part: Part, optimizer: torch.optim.Optimiz
 def model_state(part: Part) -> dict[str, Tensor]:
     """This rank's parameters and buffers by checkpoint name, sharing memory with the model."""
     tensors = {held.name: held.parameter.detach() for held in part.held} | part.buffers
-    return {f"model.{name}": tensor for name, tensor in tensors.items()}
+    return {f"model.{name}": _pieces(tensor, part.divisions.get(name)) for name, tensor in tensors.items()}
 
 
 def optimizer_state(part: Part, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -112,7 +115,25 @@ def optimizer_state(part: Part, optimizer: torch.optim.Optimizer) -> dict[str, T
     for held in part.held:
         for key, value in optimizer.state.get(held.parameter, {}).items():
             state[f"optimizer.{held.name}.{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
-    return state
+    return _in_pieces(part, state)
+
+
+def _in_pieces(part: Part, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Optimizer state for the checkpoint: what is shaped as its parameter is divided as it is."""
+    result = dict(state)
+    for held in part.held:
+        prefix = f"optimizer.{held.name}."
+        for name, value in state.items():
+            if name.startswith(prefix) and "." not in name.removeprefix(prefix):
+                alike = value.shape == held.parameter.shape and isinstance(value, DTensor) == isinstance(
+                    held.parameter, DTensor
+                )
+                result[name] = _pieces(value, part.divisions.get(held.name)) if alike else value
+    return result
+
+
+def _pieces(tensor: Tensor, division: Division | None) -> Tensor:
+    return Pieces(tensor, division) if division or isinstance(tensor, DTensor) else tensor
 
 
 def blank_optimizer_state(part: Part, stored: dict[str, Any]) -> dict[str, Tensor]:
@@ -128,7 +149,8 @@ def blank_optimizer_state(part: Part, stored: dict[str, Any]) -> dict[str, Tenso
                 and isinstance(entry, TensorStorageMetadata)
             ):
                 dtype = entry.properties.dtype
-                if entry.size == held.parameter.shape:
+                division = part.divisions.get(held.name)
+                if entry.size == (division.whole(held.parameter.shape) if division else held.parameter.shape):
                     blank[name] = torch.zeros_like(held.parameter, dtype=dtype).detach()
                 else:
                     blank[name] = torch.zeros(entry.size, dtype=dtype)

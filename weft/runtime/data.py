@@ -1,23 +1,21 @@
 """Data parallelism: gradients are summed over the replicas once a step, while the last microbatch's backward runs.
 
-Three ways, one face. Which one is a function of the plan:
+Two ways, one face. Which one is a function of the plan:
 
-    replicas that hold whole copies     DistributedDataParallel's reducer: buckets, overlapped with backward
-    the same, with divided tensors      replicate() of the FSDP2 family, which takes DTensors
-    sharded (dp_shard > 1)              fully_shard(): parameters are gathered when used, gradients reduce-scattered;
-                                        with dp_replicate > 1 too, then all-reduced over the replicas of a shard
+    replicas that hold copies     DistributedDataParallel's reducer: buckets, overlapped with backward
+    sharded (dp_shard > 1)        fully_shard(): parameters are gathered when used, gradients reduce-scattered; with
+                                  dp_replicate > 1 too, then all-reduced over the replicas of a shard
 
-All sum. The weights that turn the sum into the mean over the global batch are in the losses (``engine``).
+What tensor parallelism divides are plain tensors here: a replica's copy is a copy of this rank's pieces. Both ways
+sum. The weights that turn the sum into the mean over the global batch are in the losses (``engine``).
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
-from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -81,13 +79,11 @@ class Replicated:
 
 
 class Sharded:
-    """Sharded parameters (fully_shard) or whole copies of divided tensors (replicate): the FSDP2 family."""
+    """Sharded parameters, through fully_shard."""
 
     loss_scale = 1.0
 
     def __init__(self, modules: list[FSDPModule]) -> None:
-        # The output of a divided module is a view of its DTensor's local part; nothing here writes to it.
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
         self._modules = modules
         self._syncing = True
         for module in modules:
@@ -112,7 +108,7 @@ class Sharded:
 def shard(
     model: nn.Module, units: Sequence[nn.Module], absent: set[nn.Parameter], grid: Grid, plan: Plan
 ) -> list[FSDPModule]:
-    """Apply fully_shard, or replicate for divided tensors, to units and then to the model, which takes what is left.
+    """Apply fully_shard to units and then to the model, which takes what is left.
 
     Args:
         model: the user's model.
@@ -123,13 +119,6 @@ def shard(
     Returns:
         Every wrapped module, the root last.
     """
-    if plan.dp_shard > 1:
-        names = ("dp_replicate", "dp_shard") if plan.dp_replicate > 1 else ("dp_shard",)
-        mesh = grid.mesh[names]
-        wrapped = [fully_shard(unit, mesh=mesh, ignored_params=absent) for unit in units]
-        root = fully_shard(model, mesh=mesh, ignored_params=absent)
-    else:
-        mesh = grid.mesh["dp_replicate"]
-        wrapped = [replicate(unit, mesh=mesh, ignored_params=absent) for unit in units]
-        root = replicate(model, mesh=mesh, ignored_params=absent)
-    return [*wrapped, root]
+    mesh = grid.mesh[("dp_replicate", "dp_shard") if plan.dp_replicate > 1 else ("dp_shard",)]
+    wrapped = [fully_shard(unit, mesh=mesh, ignored_params=absent) for unit in units]
+    return [*wrapped, fully_shard(model, mesh=mesh, ignored_params=absent)]

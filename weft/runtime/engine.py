@@ -110,7 +110,6 @@ class Engine:
         sums = self._pipeline.run(batch, self.step_count, check=first)
         if first:
             self._warn_unless_finite(sums.unfinite)
-        totals.align(self.part.held)
         totals.sum_copies(self.part.held)
         loss, self.gradient_norm = totals.agree(
             sums,
@@ -139,11 +138,13 @@ class Engine:
 
         All ranks call it; rank 0 gets the tensors, the others an empty dict (as PyTorch's full state dicts do).
         """
-        return gather({h.name: h.parameter.detach() for h in self.part.held} | self.part.buffers, self.grid)
+        mine = {h.name: h.parameter.detach() for h in self.part.held} | self.part.buffers
+        return gather(mine, self.part.divisions, self.grid)
 
     def gradients(self) -> dict[str, Tensor]:
         """Gradients of the last step, averaged and clipped, gathered as ``state_dict`` does."""
-        return gather({h.name: h.parameter.grad for h in self.part.held if h.parameter.grad is not None}, self.grid)
+        mine = {h.name: h.parameter.grad for h in self.part.held if h.parameter.grad is not None}
+        return gather(mine, self.part.divisions, self.grid)
 
     def save(self, directory: str | Path) -> Path:
         """Write a checkpoint into ``directory/step-N``; all ranks call it. Returns its folder."""

@@ -1,8 +1,10 @@
-"""Gather: pieces on many ranks to whole tensors on rank 0, one tensor at a time."""
+"""Gather: pieces on many ranks to whole tensors on rank 0, one tensor at a time.
+
+fully_shard's cut is undone first, then tensor parallelism's, which came before it.
+"""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,18 +13,24 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from weft.runtime.crossing import all_gather
+from weft.runtime.division import Division
 from weft.runtime.grid import Grid
 
 
-def gather(mine: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor]:
+def gather(mine: Mapping[str, Tensor], divisions: Mapping[str, Division], grid: Grid) -> dict[str, Tensor]:
     """Whole tensors by name, on the CPU of rank 0; the other ranks get an empty dict. All ranks call it.
 
     Args:
-        mine: this rank's tensors or shards (DTensor). Ranks of one stage have the same names in the same order; a name
-            that several stages have is taken from the first.
+        mine: this rank's tensors or shards. Ranks of one stage have the same names in the same order; a name that
+            several stages have is taken from the first.
+        divisions: by name, of those that tensor parallelism divides.
         grid: the ranks.
     """
-    described: dict[str, tuple[tuple[int, ...], torch.dtype]] = {n: (tuple(t.shape), t.dtype) for n, t in mine.items()}
+    described: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, tensor in mine.items():
+        shape = divisions[name].whole(tensor.shape) if name in divisions else tensor.shape
+        described[name] = (tuple(shape), tensor.dtype)
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, (grid.stage, described))
     whole: dict[str, Tensor] = {}
@@ -30,7 +38,7 @@ def gather(mine: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor]:
         sender = next(rank for rank, (s, _) in enumerate(every) if s == stage)
         for name, (shape, dtype) in every[sender][1].items():
             if grid.stage == stage:
-                tensor = full(mine[name])
+                tensor = full(mine[name], divisions.get(name), grid)
             if sender == 0:
                 if dist.get_rank() == 0:
                     whole[name] = tensor.detach().cpu().clone()
@@ -43,14 +51,9 @@ def gather(mine: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor]:
     return whole
 
 
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor; all ranks of its mesh call it."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    logger = logging.getLogger("torch.distributed.tensor._redistribute")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns that two dimensions take two collectives, which is as it must be here
-    try:
-        return tensor.full_tensor()
-    finally:
-        logger.setLevel(level)
+def full(tensor: Tensor, division: Division | None, grid: Grid) -> Tensor:
+    """The whole of a tensor; all ranks of its stage call it."""
+    piece = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if division is None:
+        return piece
+    return all_gather(piece.detach(), division, grid.group("tp").group_name)

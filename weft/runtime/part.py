@@ -6,22 +6,23 @@ tensors, and only then is every piece this rank keeps drawn (``capture.initial``
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from weft.capture.initial import FakeModel, assign, materialize
 from weft.capture.recorder import Recording
 from weft.plan import Plan
 from weft.runtime.data import Alone, DataParallel, Replicated, Sharded, shard
+from weft.runtime.division import Division
 from weft.runtime.grid import Grid
-from weft.runtime.tensor import divide_modules
-from weft.runtime.totals import DIVIDED, Held, holds_first
+from weft.runtime.tensor import Divided, divide
+from weft.runtime.totals import Held, holds_first
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Part:
         model: the user's model; what is absent is fake.
         held: parameters this rank holds, in the model's order.
         buffers: likewise.
+        divisions: of those tensor parallelism divides, by name.
         data_parallel: how its gradients meet those of other replicas.
         mode: of the fake tensors.
     """
@@ -68,6 +70,7 @@ class Part:
     model: nn.Module
     held: list[Held]
     buffers: dict[str, Tensor]
+    divisions: Mapping[str, Division]
     data_parallel: DataParallel
     mode: FakeTensorMode
 
@@ -80,22 +83,18 @@ def build(
     ownership = Ownership.find(fake, recording, stage_of, plan.pp)
     mine = ownership.stages[stage]
     assign(model, {})  # every tensor is meta now
-    if plan.tp > 1:
-        absent_units = set(units) - {c.unit for c, s in zip(recording.calls, stage_of, strict=True) if s == stage}
-        elsewhere = tuple(f"{unit}." for unit in absent_units)
-        styles = {module: style for module, style in plan.tensor.items() if not f"{module}.".startswith(elsewhere)}
-        divide_modules(model, styles, grid.mesh["tp"])
+    divided = divide(model, plan.tensor, grid.group("tp")) if plan.tp > 1 else Divided()
     parameters = dict(model.named_parameters())
     absent = {p for name, p in parameters.items() if name not in mine}
     scalars = {p for p in parameters.values() if p.dim() == 0}  # fully_shard takes none
     fsdp = []
-    if plan.dp_shard > 1 or (plan.dp_replicate > 1 and plan.tp > 1):
+    if plan.dp_shard > 1:
         present = [model.get_submodule(unit) for unit in gathered_units(model, units, mine, ownership.outside_units)]
         fsdp = shard(model, present, absent | scalars, grid, plan)
-    assign(model, draw(fake, model, mine, grid))
+    assign(model, draw(fake, model, mine, divided.divisions, grid))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     make_absent_fake(model, mine, mode, grid.device)
-    held = hold(model, ownership, plan, grid, alone=bool(fsdp))
+    held = hold(model, ownership, divided, plan, grid)
     data_parallel: DataParallel = Alone()
     if fsdp:
         data_parallel = Sharded(fsdp)
@@ -104,7 +103,7 @@ def build(
         unused = any(h.parameter.requires_grad and h.name not in trained for h in held)
         data_parallel = Replicated([h.parameter for h in held], grid, some_unused=unused)
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in mine}
-    return Part(model, held, buffers, data_parallel, mode)
+    return Part(model, held, buffers, divided.divisions, data_parallel, mode)
 
 
 def gathered_units(model: nn.Module, units: list[str], mine: frozenset[str], outside: frozenset[str]) -> list[str]:
@@ -128,10 +127,12 @@ def gathered_units(model: nn.Module, units: list[str], mine: frozenset[str], out
     return chosen
 
 
-def draw(fake: FakeModel, model: nn.Module, mine: frozenset[str], grid: Grid) -> dict[str, Tensor]:
+def draw(
+    fake: FakeModel, model: nn.Module, mine: frozenset[str], divisions: Mapping[str, Division], grid: Grid
+) -> dict[str, Tensor]:
     """Draw the initial values of what this rank holds, each cut to this rank's piece as soon as it is known."""
     targets = dict(model.named_parameters())
-    cuts = {name: cut_of(t) if isinstance(t := targets.get(name), DTensor) else None for name in mine}
+    cuts = {name: cut_of(targets.get(name), divisions.get(name)) for name in mine}
     values = materialize(fake, cuts, device=grid.device)
     for name, target in targets.items():
         if name in mine and isinstance(target, DTensor):
@@ -146,24 +147,25 @@ def draw(fake: FakeModel, model: nn.Module, mine: frozenset[str], grid: Grid) ->
     return values
 
 
-def cut_of(target: DTensor) -> Callable[[Tensor], Tensor]:
-    """How a full tensor is cut to this rank's piece of a DTensor.
+def cut_of(target: Tensor | None, division: Division | None) -> Callable[[Tensor], Tensor] | None:
+    """How a full tensor is cut to this rank's piece; None if all of it is kept.
 
     Tensor parallelism cuts first, fully_shard cuts its piece again along dimension 0, in chunks as ``torch.chunk``
     makes them.
     """
-    mesh = target.device_mesh
-    names = mesh.mesh_dim_names or ()
-    order = sorted(range(mesh.ndim), key=lambda i: names[i] != "tp")
+    if division is None and not isinstance(target, DTensor):
+        return None
 
     def cut(full: Tensor) -> Tensor:
-        for i in order:
-            placement = target.placements[i]
-            if isinstance(placement, DIVIDED):
-                dim = placement.dim
-                chunks = torch.chunk(full, mesh.size(i), dim=dim)
-                index = mesh.get_local_rank(i)
-                full = chunks[index] if index < len(chunks) else full.narrow(dim, 0, 0)
+        if division is not None:
+            full = division.cut(full)
+        if isinstance(target, DTensor):
+            mesh = target.device_mesh
+            for i, placement in enumerate(target.placements):
+                if isinstance(placement, Shard):
+                    chunks = torch.chunk(full, mesh.size(i), dim=placement.dim)
+                    index = mesh.get_local_rank(i)
+                    full = chunks[index] if index < len(chunks) else full.narrow(placement.dim, 0, 0)
         return full.contiguous()
 
     return cut
@@ -187,24 +189,28 @@ def make_absent_fake(model: nn.Module, mine: frozenset[str], mode: FakeTensorMod
                 module._buffers[name] = fake_of(buffer)
 
 
-def hold(model: nn.Module, ownership: Ownership, plan: Plan, grid: Grid, *, alone: bool) -> list[Held]:
+def hold(model: nn.Module, ownership: Ownership, divided: Divided, plan: Plan, grid: Grid) -> list[Held]:
     """The parameters this rank holds, with the groups that keep copies equal. All ranks make the same groups.
 
     Args:
-        model, ownership, plan, grid: of this job.
-        alone: scalars are left alone by the way data parallelism is done.
+        model, ownership, divided, plan, grid: of this job.
     """
     names = [name for name, _ in model.named_parameters()]
     stages = {name: tuple(s for s in range(plan.pp) if name in ownership.stages[s]) for name in names}
     shared = sorted({where for where in stages.values() if len(where) > 1})
     groups = {where: grid.across_stages(where) for where in shared}
-    replicas = [grid.group(d) for d in ("dp_replicate", "dp_shard") if alone and grid.degree(d) > 1]
+    sharded = plan.dp_shard > 1
+    replicas = [grid.group(d) for d in ("dp_replicate", "dp_shard") if sharded and grid.degree(d) > 1]
     return [
         Held(
             name,
             parameter,
-            (*([tied] if (tied := groups.get(stages[name])) else []), *(replicas if parameter.dim() == 0 else [])),
-            holds_first(parameter, grid, first_stage=stages[name][0] == grid.stage),
+            (
+                *([tied] if (tied := groups.get(stages[name])) else []),
+                *(replicas if parameter.dim() == 0 else []),
+                *([grid.group("tp")] if name in divided.partial else []),
+            ),
+            holds_first(parameter, divided.divisions.get(name), grid, first_stage=stages[name][0] == grid.stage),
         )
         for name, parameter in model.named_parameters()
         if grid.stage in stages[name]

@@ -1,128 +1,217 @@
-"""Tensor parallelism: the modules a plan divides, through DTensor and PyTorch's own parallel styles' mechanism.
+"""Tensor parallelism: a model's modules, parameters and numbers made this rank's share of them, as a plan says.
 
-Inside a divided group the unit's own code runs on local shards: a column projection takes the whole input and gives
-this rank's part of its output features; the row projection that closes the group takes the parts and sums them over the
-ranks (Shoeybi et al. 2019, "Megatron-LM"). What is not divided is repeated by every rank.
+Inside a divided group the unit's own code runs on local shards, which are plain tensors: a column projection takes the
+whole input and gives this rank's part of its output features; the row projection that closes the group takes the parts
+and sums them over the ranks (Shoeybi et al. 2019, "Megatron-LM"). What is not divided is repeated by every rank. How a
+shard sits in the whole is kept beside it (``division``), and what goes in and out of divided modules is converted by
+``crossing``.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
-from functools import partial
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
-from torch.distributed.tensor.placement_types import Placement
 
 from weft.errors import PlanError
 from weft.plan import TensorStyle
+from weft.runtime.crossing import Crossing
+from weft.runtime.division import Division
+from weft.runtime.projection import (
+    CONVOLUTIONS,
+    TRANSPOSED_CONVOLUTIONS,
+    column,
+    embedding,
+    reduced,
+    row,
+    weights_of,
+)
 
 
-class Entrance:
-    """Makes DTensors of inputs, one for all projections that are called in a row with the same tensor.
+class Claim(NamedTuple):
+    """A slot of a module whose tensor is to be divided, and its single-device name."""
 
-    So the gradient of an input that three projections share (query, key, value) is summed over the ranks once.
+    module: nn.Module
+    key: str
+    name: str
+    division: Division
+
+
+@dataclass(frozen=True)
+class Divided:
+    """What tensor parallelism has made of a model.
+
+    Attributes:
+        divisions: of the tensors this rank has a piece of, by first name.
+        partial: first names of whole parameters whose gradient is a rank's part of a sum.
     """
 
-    def __init__(self) -> None:
-        self._last: tuple[weakref.ref[Tensor], int, weakref.ref[DTensor], Placement] | None = None
-
-    def enter(self, tensor: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
-        """The DTensor of a local tensor, made anew or remembered (weakly: it lives as long as backward needs it)."""
-        if self._last is not None:
-            before, version, entered, as_ = self._last
-            known = entered()
-            if before() is tensor and version == tensor._version and known is not None and as_ == placement:
-                return known
-        made = DTensor.from_local(tensor, mesh, [placement], run_check=False)
-        self._last = (weakref.ref(tensor), tensor._version, weakref.ref(made), placement)
-        return made
+    divisions: Mapping[str, Division] = field(default_factory=dict)
+    partial: frozenset[str] = frozenset()
 
 
-class Projection(ParallelStyle):
-    """Divide one module's weight and bias, and convert what goes in and what comes out.
-
-    Args:
-        weight: dimension of the weight that is divided.
-        bias: dimension of the bias that is divided; None keeps it whole.
-        inputs, outputs: how the input comes and how the output goes on, as local tensors.
-        entrance: shared by the projections of a model.
-    """
-
-    def __init__(
-        self, entrance: Entrance, *, weight: int, bias: int | None, inputs: Placement, outputs: Placement
-    ) -> None:
-        super().__init__()
-        self.entrance, self.weight, self.bias, self.inputs, self.outputs = entrance, weight, bias, inputs, outputs
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        # torch says its functions return None; it uses what they return
-        enter, leave = cast(Any, self._enter), cast(Any, self._leave)
-        return distribute_module(module, device_mesh, self._divide, enter, leave)
-
-    def _divide(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
-        for key, parameter in module.named_parameters(recurse=False):
-            dimension = self.weight if parameter.dim() > 1 else self.bias
-            placement = Replicate() if dimension is None else Shard(dimension)
-            # src_data_rank=None: every rank has (or will be given) its own part, nothing is sent
-            divided = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
-            setattr(module, key, nn.Parameter(divided, requires_grad=parameter.requires_grad))
-
-    def _enter(self, module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
-        first, *rest = inputs
-        assert isinstance(first, Tensor)
-        return (self.entrance.enter(first, mesh, self.inputs), *rest)
-
-    def _leave(self, module: nn.Module, output: Any, mesh: DeviceMesh) -> Tensor:
-        assert isinstance(output, DTensor)
-        if output.placements != (self.outputs,):
-            output = output.redistribute(placements=[self.outputs], async_op=True)
-        return cast(Tensor, output.to_local())
-
-
-WHOLE, FEATURES = Replicate(), Shard(-1)
-STYLES = {
-    "colwise": partial(Projection, weight=0, bias=0, inputs=WHOLE, outputs=FEATURES),
-    "rowwise": partial(Projection, weight=1, bias=None, inputs=FEATURES, outputs=WHOLE),
-    "colwise_gather": partial(Projection, weight=0, bias=0, inputs=WHOLE, outputs=WHOLE),
-    "embedding_rowwise": partial(Projection, weight=0, bias=None, inputs=WHOLE, outputs=WHOLE),
-    "colwise_transposed": partial(Projection, weight=1, bias=0, inputs=WHOLE, outputs=FEATURES),
-    "rowwise_transposed": partial(Projection, weight=0, bias=None, inputs=FEATURES, outputs=WHOLE),
-}
-
-
-def divide_modules(model: nn.Module, styles: Mapping[str, TensorStyle], mesh: DeviceMesh) -> None:
-    """Divide modules in place over a one-dimensional mesh. A parameter that several modules share stays shared.
+def divide(model: nn.Module, styles: Mapping[str, TensorStyle], group: dist.ProcessGroup) -> Divided:
+    """Divide a model of ``meta`` tensors in place over a group of ranks. A parameter modules share stays shared.
 
     Raises:
-        PlanError: the model has no such module.
+        PlanError: the model has nothing of a name, a style does not suit what it is for, or two contradict.
     """
-    entrance = Entrance()
-    shared: dict[Tensor, DTensor] = {}
+    divider = Divider(model, group)
     for name, style in styles.items():
+        divider.apply(name, style)
+    return divider.finish()
+
+
+class Divider:
+    """Collects what a plan's styles ask for, then puts the pieces in place."""
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup) -> None:
+        self.model, self.crossing = model, Crossing(group)
+        self.index, self.degree = dist.get_rank(group), dist.get_world_size(group)
+        self.claims: list[Claim] = []
+        self.partial: dict[str, Tensor] = {}
+        self.shared: set[tuple[nn.Module, str]] = set()
+
+    def apply(self, name: str, style: TensorStyle) -> None:
+        """Take one style of the plan."""
+        match style.name:
+            case "shard":
+                module, key = self._tensor(name, style)
+                assert style.dim is not None
+                self._claim(module, key, name, style, style.dim)
+            case "sum_gradient":
+                module, key = self._tensor(name, style)
+                self.partial[name] = getattr(module, key)
+            case "share":
+                self._share(name, style)
+            case "reduce":
+                module = self._module(name)
+                module.forward = reduced(module.forward, self.crossing)
+            case "embedding_rowwise":
+                self._embedding(name, style)
+            case _:
+                self._projection(name, style)
+
+    def finish(self) -> Divided:
+        """Put this rank's pieces in the place of the whole tensors.
+
+        Raises:
+            PlanError: a tensor is divided in two ways, or divided in one of its places and whole in another.
+        """
+        by_tensor: dict[Tensor, list[Claim]] = {}
+        for claim in self.claims:
+            by_tensor.setdefault(getattr(claim.module, claim.key), []).append(claim)
+        for name, module in self.model.named_modules():
+            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+                claims = by_tensor.get(tensor, []) if tensor is not None else []
+                if claims and not any(c.module is module and c.key == key for c in claims):
+                    raise PlanError(
+                        f"the plan divides {claims[0].name} but leaves {name}.{key} whole, which is the same tensor; "
+                        "divide both alike, or neither"
+                    )
+        pieces: dict[Tensor, Tensor] = {}
+        for whole, claims in by_tensor.items():
+            first = claims[0]
+            if other := next((c for c in claims if c.division != first.division), None):
+                raise PlanError(
+                    f"the plan divides {first.name} and {other.name} in different ways, but they are the same tensor; "
+                    "divide both alike, or neither"
+                )
+            if partial := next((name for name, tensor in self.partial.items() if tensor is whole), None):
+                raise PlanError(f"the plan divides {first.name} and sums the gradient of {partial}, the same tensor")
+            shape = list(whole.shape)
+            shape[first.division.dim] = first.division.length()
+            piece = torch.empty(shape, dtype=whole.dtype, device=whole.device)
+            is_parameter = isinstance(whole, nn.Parameter)
+            pieces[whole] = nn.Parameter(piece, requires_grad=whole.requires_grad) if is_parameter else piece
+            for claim in claims:
+                slots = claim.module._parameters if is_parameter else claim.module._buffers
+                slots[claim.key] = pieces[whole]  # type: ignore[assignment]  # a Parameter where the slot is for one
+        divisions = {pieces[whole]: claims[0].division for whole, claims in by_tensor.items()}
+        partial_tensors = set(self.partial.values())
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        return Divided(
+            {name: divisions[tensor] for name, tensor in named if tensor in divisions},
+            frozenset(name for name, tensor in named if tensor in partial_tensors),
+        )
+
+    def _projection(self, name: str, style: TensorStyle) -> None:
+        module = self._module(name)
+        transposed = style.name.endswith("_transposed")
+        weights = weights_of(module, name, style)
+        is_column = style.name.startswith("colwise")
+        outputs = int(transposed or isinstance(module, TRANSPOSED_CONVOLUTIONS))
+        if isinstance(module, CONVOLUTIONS) and module.groups != 1:
+            raise PlanError(f"the plan divides {name} as {style.name}, but it is a convolution in groups; leave it out")
+        gathers = style.name.startswith("colwise_gather")
+        division = self._claim(
+            module, weights.weight, name, style, outputs if is_column else 1 - outputs, uneven=gathers
+        )
+        if is_column and weights.bias:
+            self._claim(module, weights.bias, name, style, 0, uneven=gathers)
+        wrap = column if is_column else row
+        module.forward = wrap(module, weights, division if gathers else None, self.crossing)
+
+    def _embedding(self, name: str, style: TensorStyle) -> None:
+        module = self._module(name)
+        if not isinstance(module, nn.Embedding):
+            raise PlanError(f"the plan divides {name} as {style.name}, but it is a {type(module).__name__}")
+        for setting in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(module, setting):
+                raise PlanError(f"the plan divides {name} as {style.name}, which {setting} rules out; leave it out")
+        division = self._claim(module, "weight", name, style, 0, uneven=True)
+        wrap: nn.Module = module
+        wrap.forward = embedding(module, division, self.crossing)
+
+    def _share(self, name: str, style: TensorStyle) -> None:
+        path, _, attribute = name.rpartition(".")
+        module = self._module(path, name)
+        value = getattr(module, attribute, None)
+        if not isinstance(value, int) or isinstance(value, bool):
+            kind = type(value).__name__
+            raise PlanError(f"the plan divides the number {name}, but it is a {kind}; make the plan again")
+        if (module, attribute) in self.shared:
+            return
+        if value % self.degree:
+            raise PlanError(f"the plan divides the number {name}, but {value} is not divisible by tp={self.degree}")
+        self.shared.add((module, attribute))
+        setattr(module, attribute, value // self.degree)
+
+    def _claim(
+        self, module: nn.Module, key: str, name: str, style: TensorStyle, dim: int, *, uneven: bool = False
+    ) -> Division:
+        whole: Tensor = getattr(module, key)
+        name = name if style.name == "shard" else f"{name}.{key}"
+        if dim >= whole.dim():
+            raise PlanError(f"the plan divides dimension {dim} of {name}, which has {whole.dim()}; make the plan again")
+        size = whole.shape[dim]
+        parts = style.parts or (size,)
+        if sum(parts) != size:
+            raise PlanError(
+                f"the plan divides {name} in parts of {', '.join(map(str, parts))}, which add to {sum(parts)}, "
+                f"but its dimension {dim} has {size}; make the plan again"
+            )
+        if not uneven and (odd := next((part for part in parts if part % self.degree), None)):
+            raise PlanError(f"the plan divides {name}, but {odd} is not divisible by tp={self.degree}; use another tp")
+        division = Division(dim, parts, self.index, self.degree)
+        self.claims.append(Claim(module, key, name, division))
+        return division
+
+    def _module(self, name: str, what: str | None = None) -> nn.Module:
         try:
-            module = model.get_submodule(name)
+            return self.model.get_submodule(name)
         except AttributeError as error:
             raise PlanError(
-                f"the plan divides module {name!r}, which this model does not have; make the plan again"
+                f"the plan divides {what or name!r}, which this model does not have; make the plan again"
             ) from error
-        before = dict(module.named_parameters(recurse=False))
-        parallelize_module(module, mesh, STYLES[style.name](entrance), src_data_rank=None)
-        for key, whole in before.items():
-            divided = module.get_parameter(key)
-            assert isinstance(divided, DTensor)
-            first = shared.setdefault(whole, divided)
-            if first.placements != divided.placements:
-                raise PlanError(
-                    f"the plan divides {name}.{key} as {divided.placements} but a module that shares it "
-                    f"as {first.placements}; give both modules the same style, or none"
-                )
-            setattr(module, key, first)
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None and parameter in shared:
-                module._parameters[key] = cast(nn.Parameter, shared[parameter])
+
+    def _tensor(self, name: str, style: TensorStyle) -> tuple[nn.Module, str]:
+        path, _, key = name.rpartition(".")
+        module = self._module(path, name)
+        if module._parameters.get(key) is None and module._buffers.get(key) is None:
+            raise PlanError(f"the plan has {style.name} for {name!r}, which is no parameter of this model")
+        return module, key

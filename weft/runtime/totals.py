@@ -18,13 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 
+from weft.runtime.division import Division
 from weft.runtime.grid import Grid
 from weft.runtime.pipeline import Sums
-
-DIVIDED = (Shard, _StridedShard)
-"""Placements that give a rank a part; the second is fully_shard's over a dimension that tensor parallelism divides."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +31,9 @@ class Held:
     Attributes:
         name: its first single-device name.
         parameter: the parameter or this rank's shard of it.
-        groups: ranks that hold a copy whose gradient nothing else brings together: other stages' of tied weights, other
-            replicas' of scalars that fully_shard does not take.
+        groups: ranks whose gradients of it nothing else adds up: other stages' of tied weights, other replicas' of
+            scalars that fully_shard does not take, the tensor-parallel group's of a whole parameter that works on
+            divided values.
         first: whether this rank is the first of those that hold these elements.
     """
 
@@ -50,31 +48,35 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def holds_first(parameter: nn.Parameter, grid: Grid, *, first_stage: bool) -> bool:
+def holds_first(parameter: nn.Parameter, division: Division | None, grid: Grid, *, first_stage: bool) -> bool:
     """Whether this rank is the first that holds these elements of a parameter."""
-    divided = set()
+    divided = {"tp"} if division else set()
     if isinstance(parameter, DTensor):
         names = parameter.device_mesh.mesh_dim_names or ()
-        divided = {n for n, p in zip(names, parameter.placements, strict=True) if isinstance(p, DIVIDED)}
+        divided |= {n for n, p in zip(names, parameter.placements, strict=True) if isinstance(p, Shard)}
     copies = [d for d in ("dp_replicate", "dp_shard", "cp", "tp") if d not in divided]
     return first_stage and all(grid.index(d) == 0 for d in copies)
 
 
-def align(held: list[Held]) -> None:
-    """Give every divided gradient its parameter's placement; autograd leaves some as it made them (an embedding's)."""
-    for entry in held:
-        want, gradient = entry.parameter, entry.parameter.grad
-        if isinstance(want, DTensor) and isinstance(gradient, DTensor) and gradient.placements != want.placements:
-            want.grad = gradient.redistribute(placements=want.placements)
-
-
 def sum_copies(held: list[Held]) -> None:
-    """Sum the gradients of copies that nothing has brought together yet."""
-    for entry in held:
+    """Add up the gradients that nothing has brought together yet: one all-reduce for each group and dtype."""
+    entries = [entry for entry in held if entry.groups and entry.parameter.requires_grad]
+    for entry in entries:
+        if entry.parameter.grad is None:
+            entry.parameter.grad = torch.zeros_like(entry.parameter)
+    # Every rank of a group has the same entries in the same order, and dicts keep it.
+    together: dict[tuple[dist.ProcessGroup, torch.dtype], list[Tensor]] = {}
+    for entry in entries:
+        gradient = entry.parameter.grad
+        assert gradient is not None
         for group in entry.groups:
-            if entry.parameter.grad is None:
-                entry.parameter.grad = torch.zeros_like(entry.parameter)
-            dist.all_reduce(local(entry.parameter.grad), group=group)
+            together.setdefault((group, gradient.dtype), []).append(local(gradient))
+    for (group, _), gradients in together.items():
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, group=group)
+        pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
+        for gradient, piece in zip(gradients, pieces, strict=True):
+            gradient.copy_(piece.view_as(gradient))
 
 
 def agree(
