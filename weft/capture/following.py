@@ -6,6 +6,7 @@ cut later on), or that another parameter has to be divided, too (a bias table of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -122,7 +123,7 @@ class Following:
     def parts(self, place: int, size: int) -> tuple[int, ...]:
         """The stretches of a projection's outputs."""
         bounds = [0, *sorted(self.cuts.get(place, ())), size]
-        return tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        return tuple(b - a for a, b in itertools.pairwise(bounds))
 
     def _seed_tag(self, name: str) -> int:
         return -1 - list(self.seeds).index(name)
@@ -217,11 +218,11 @@ class Following:
             total = sum(error.stretches)
             for (name, dim), shadow in self._shadows.get(error.ref, {}).items():
                 size = (self._sizes[name] if name in self._sizes else self.unit.parameters[name].shape)[dim]
-                if name not in self.seeds and shadow.dim == error.dim and sum(shadow.stretches) == total:
-                    if size % total == 0:
-                        stretches = tuple(n * (size // total) for n in error.stretches)
-                        self.seeds[name], self.more = Seed(dim, stretches), True
-                        return
+                fits = shadow.dim == error.dim and sum(shadow.stretches) == total and size % total == 0
+                if fits and name not in self.seeds:
+                    stretches = tuple(n * (size // total) for n in error.stretches)
+                    self.seeds[name], self.more = Seed(dim, stretches), True
+                    return
 
     def _derive(self, place: int, op: RawOp, refs: list[Ref], given: Mapping[Ref, State]) -> None:
         """Follow what is made of parameters alone, whole; and how whole values would be divided, were it they."""
@@ -273,10 +274,6 @@ class Following:
 
 
 def cut_into(stretches: tuple[int, ...], cuts: set[int]) -> tuple[int, ...]:
-    bounds = {0} | cuts
-    end = 0
-    for n in stretches:
-        end += n
-        bounds.add(end)
+    bounds = {0, *cuts, *itertools.accumulate(stretches)}
     ordered = sorted(bounds)
-    return tuple(b - a for a, b in zip(ordered, ordered[1:], strict=False))
+    return tuple(b - a for a, b in itertools.pairwise(ordered))

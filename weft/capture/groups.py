@@ -51,12 +51,12 @@ class Group:
     @property
     def forward_bytes(self) -> int:
         """Bytes all-reduced or gathered in a forward of one call."""
-        return bytes_of(next(iter(self.work.values())).sent)
+        return bytes_of(next(iter(self.work.values()), Work()).sent)
 
     @property
     def backward_bytes(self) -> int:
         """Likewise in the backward."""
-        return bytes_of(next(iter(self.work.values())).back)
+        return bytes_of(next(iter(self.work.values()), Work()).back)
 
 
 class Leaf(NamedTuple):

@@ -36,8 +36,8 @@ class PairSearch:
             passing.go()
         groups = []
         taken: set[int] = set()
-        for _, tags in sorted(passing.components().items()):
-            columns = sorted(tag for tag in tags if tag >= 0)
+        for _, met in sorted(passing.components().items()):
+            tags, columns = met, sorted(tag for tag in met if tag >= 0)
             if not columns:
                 continue
             rows = [row for row, whose in passing.rows.items() if whose & tags]

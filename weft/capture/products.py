@@ -45,7 +45,8 @@ def product(op: RawOp, states: States) -> list[State | None]:
 
 def _matrices(op: RawOp, a: Ref, b: Ref, left: State | None, right: State | None) -> Divided | Partial:
     """(.., M, K) x (.., K, N); b may be a vector (K)."""
-    assert not isinstance(left, Partial) and not isinstance(right, Partial)
+    assert not isinstance(left, Partial)
+    assert not isinstance(right, Partial)
     rank = len(op.outputs[0].size)
     inner_a = len(a.size) - 1
     inner_b = max(len(b.size) - 2, 0)
@@ -53,7 +54,8 @@ def _matrices(op: RawOp, a: Ref, b: Ref, left: State | None, right: State | None
     over_a = left is not None and left.dim == inner_a
     over_b = right is not None and right.dim == inner_b
     if over_a and over_b:
-        assert left is not None and right is not None
+        assert left is not None
+        assert right is not None
         if left.stretches == right.stretches:
             return Partial(tags)
         raise RefusedError(f"{op.name} multiplies values that are divided differently")
@@ -86,7 +88,7 @@ def attention(op: RawOp, states: States) -> list[State | None]:
     heads = [d for d in given if isinstance(d, Divided) and d.dim == len(query.size) - 3]
     single = all(len(d.stretches) == 1 for d in heads) and len({d.stretches for d in heads[1:]}) == 1
     alike = len({d.stretches for d in heads}) == 1
-    if len(heads) != 3 and not (len(heads) == 3 and {d.dim for d in heads} == {0}):
+    if len(heads) != 3:
         raise RefusedError("attention needs its heads divided in queries, keys and values alike")
     if not alike and not (single and heads[0].stretches[0] % heads[1].stretches[0] == 0):
         raise RefusedError("attention needs its heads divided in queries, keys and values alike")

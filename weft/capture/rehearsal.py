@@ -9,8 +9,7 @@ they are whole and of a share's where they are divided.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -78,10 +76,10 @@ class Run:
 class Stage(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class has an untyped __init_subclass__
     """Writes down the steps of a unit above a FakeTensorMode. ``hidden``: what runs is none of them."""
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # untyped in torch
-        self.run, self.names, self.hidden = Run(), names, 0
-        self.inside: list[tuple[str, int, tuple[Storage, ...]]] = []
+        self.run, self.hidden = Run(), 0
+        self.inside: list[str] = []
         self.storages: dict[int, Storage] = {}
         self.alive: list[Any] = []
 
@@ -98,7 +96,7 @@ class Stage(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
                     func._schema.name.replace("::", "."),
                     numbers((args, kwargs)),
                     tuple(tuple(t.shape) for t in made),
-                    tuple(name for name, _, _ in self.inside),
+                    tuple(self.inside),
                     tuple(self.storage(t) for t in flat_tensors((args, kwargs))),
                     tuple(map(self.storage, made)),
                 )
@@ -113,30 +111,22 @@ class Stage(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
             self.alive.append(storage)
         return self.storages[storage._cdata]
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Note which modules are called."""
+    def watch(self, module: nn.Module, name: str) -> None:
+        """Note the calls of a module."""
+        forward = module.forward
 
-        def before(module: nn.Module, args: Any) -> None:
-            if id(module) in self.names:
-                given = tuple(self.storage(t) for t in tree_leaves(args) if isinstance(t, Tensor))
-                self.inside.append((self.names[id(module)], len(self.run.steps), given))
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            start, given = len(self.run.steps), self._storages((args, kwargs))
+            self.inside.append(name)
+            result = forward(*args, **kwargs)
+            self.inside.pop()
+            self.run.visits.append(Visit(name, start, len(self.run.steps), given, self._storages(result)))
+            return result
 
-        def after(module: nn.Module, args: Any, result: Any) -> None:
-            if id(module) in self.names and self.inside:
-                name, start, given = self.inside.pop()
-                returned = tuple(self.storage(t) for t in tree_leaves(result) if isinstance(t, Tensor))
-                self.run.visits.append(Visit(name, start, len(self.run.steps), given, returned))
+        module.__dict__["forward"] = watched
 
-        handles = [
-            hooks.register_module_forward_pre_hook(before),
-            hooks.register_module_forward_hook(after, always_call=True),  # type: ignore[arg-type] # after a failure, too
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _storages(self, value: Any) -> tuple[Storage, ...]:
+        return tuple(self.storage(t) for t in tree_leaves(value) if isinstance(t, Tensor))
 
 
 def rehearse(
@@ -153,15 +143,16 @@ def rehearse(
     """
     unit = model.get_submodule(example.unit)
     mode: FakeTensorMode = next(p for p in unit.parameters()).fake_mode  # type: ignore[attr-defined] # fake
-    names = {id(m): join(example.unit, name) for name, m in unit.named_modules()}
-    stage = Stage(names)
+    stage = Stage()
     try:
         with mode, restored(unit), torch.enable_grad():
             shares = Shares(model, unit, styles, degree, stage, plain)
             shares.put()
+            for name, module in unit.named_modules():
+                stage.watch(module, join(example.unit, name))
             args, kwargs = tree_unflatten([_fake(x) for x in example.arguments], example.spec)
             # As when it was recorded: without hooks, autograd detaches the results it saves.
-            with stage, stage.watching(), saved_tensors_hooks(_itself, _itself):
+            with stage, saved_tensors_hooks(_itself, _itself):
                 result = unit(*args, **kwargs)
         stage.run.shapes = [tuple(x.shape) for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
     except Exception as error:  # the user's code on sizes it may not expect: any failure means it cannot be divided

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection
 
@@ -171,12 +172,10 @@ def _split(op: RawOp, states: States) -> list[State | None]:
     ends = [0]
     for out in op.outputs:
         ends.append(ends[-1] + out.size[d.dim])
-    bounds = set()
-    for n in (0, *d.stretches):
-        bounds.add(n + max(bounds, default=0))
+    bounds = {0, *itertools.accumulate(d.stretches)}
     if cuts := [x for x in ends if x not in bounds]:
         raise CutError(f"{op.name} cuts the divided features: several projections are fused into one", ref, cuts)
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in itertools.pairwise(ends):
         results.append(d._replace(stretches=between(op, ref, d, start, end)))
     return results
 

@@ -2,7 +2,8 @@
 
 Their parameters are divided one by one, so that what leaves the module is partial on every rank, and is summed there
 (style ``reduce``). What enters is whole; since everything that leaves is a sum over shares, the gradient of whatever is
-whole inside is a part of a sum: of what entered it is summed at the entrance, of whole parameters with ``sum_gradient``.
+whole inside is a part of a sum: of what entered it is summed at the entrance, of whole parameters with
+``sum_gradient``.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ results are summed. This is what is left where no group is exact, and how vocabu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from weft.capture.groups import Group, Leaf, Unit, degree_for
 from weft.capture.numbers import candidates, shared_numbers
-from weft.capture.rehearsal import output_dim
+from weft.capture.rehearsal import join, output_dim
 from weft.capture.rules import apply
 from weft.capture.sharding import Divided, RefusedError, State, tensors_of
 from weft.capture.tape import Ref
@@ -176,3 +176,28 @@ class SingleSearch:
             if whole or not isinstance(end, Divided) or end.dim != channels:
                 raise RefusedError("its divided outputs are not the last dimension of what it returns")
         return touched, storages
+
+
+def unread(units: Sequence[str], model: nn.Module, first: Mapping[str, str], read: Collection[str]) -> Iterator[Group]:
+    """Singles of modules that the recorded forward does not call (a tower for images, on text): all that is theirs.
+
+    Args:
+        units: names of the units.
+        model: the model.
+        first: every name of a parameter to its first.
+        read: first names of parameters that something reads.
+    """
+    forwards = {nn.Linear.forward: "colwise_gather", nn.Embedding.forward: "embedding_rowwise"}
+    forwards |= {kind.forward: "colwise_gather" for kind in CONVOLUTIONS}
+    for unit in units:
+        for name, module in model.get_submodule(unit).named_modules(prefix=unit):
+            style = forwards.get(type(module).forward)
+            own = {key: p for key, p in module.named_parameters(recurse=False)}
+            if style is None or "weight" not in own or any(first[join(name, key)] in read for key in own):
+                continue
+            rows = style == "embedding_rowwise"
+            out = 0 if rows else output_dim(module, TensorStyle(style))
+            size = own["weight"].shape[out]
+            if size >= LEAST and getattr(module, "groups", 1) == 1 and not getattr(module, "max_norm", None):
+                dims = {first[join(name, key)]: out if key == "weight" else 0 for key in own}
+                yield Group(unit, {name: TensorStyle(style)}, (), dims, {}, (size,))

@@ -24,7 +24,7 @@ from weft.capture.recording import Cost, Recording
 from weft.capture.rehearsal import join
 from weft.capture.scopes import ScopeSearch
 from weft.capture.sharding import tensors_of
-from weft.capture.singles import SingleSearch
+from weft.capture.singles import SingleSearch, unread
 from weft.plan import TensorStyle
 
 Refusals = list[tuple[str, str]]
@@ -104,6 +104,7 @@ class _Search:
                 alike = [g for others in per_kind for g in others if g.styles == group.styles]
                 if len(alike) == len(per_kind):
                     groups.append(replace(group, work={k: w for g in alike for k, w in g.work.items()}))
+        groups += unread(self.recording.units, self.model, self.first, set(self._readers()))
         groups = self._whole_ties(groups)
         return self._with_aliases(groups), list(self.refused.items())
 

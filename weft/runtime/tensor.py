@@ -172,7 +172,8 @@ class Divider:
         module = self._module(path, name)
         value = getattr(module, attribute, None)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise PlanError(f"the plan divides the number {name}, but it is {value!r}; make the plan again")
+            kind = type(value).__name__
+            raise PlanError(f"the plan divides the number {name}, but it is a {kind}; make the plan again")
         if (module, attribute) in self.shared:
             return
         if value % self.degree:
