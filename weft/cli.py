@@ -147,7 +147,10 @@ def verify(
     devices: Devices = None,
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps to compare")] = 3,
     dtype: Annotated[
-        str | None, typer.Option(help="float64, float32, bf16 or fp16; default: the plan's lower precision, or float64")
+        str | None,
+        typer.Option(
+            help="float64, float32, bf16 or fp16; default: the plan's precision; float64 where it is float32 and not compiled"
+        ),
     ] = None,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -165,7 +168,7 @@ def verify(
             profile = capture(workload, precision_of(fixed))
             given = search(profile, Cluster.local(devices_of(devices)), **fixed).plan
         if dtype is None:
-            dtype = "float64" if given.precision == "float32" else given.precision
+            dtype = given.precision if given.precision != "float32" else "float32" if given.compile else "float64"
         found = verifying.run(work, given, steps=steps, dtype=dtype)
         show(tables.verification(found, plan=given.describe()), found.to_json())
     if not found.ok:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,9 +30,10 @@ from weft.runtime.routes import Routes
 from weft.runtime.scaling import LossScale
 from weft.workload import Loss, Parameters, Workload
 
-FLOOR = 1e-6
+FLOOR = {"float64": 1e-6, "float32": 6e-3}
 """A tensor's norm counts as at least this share of the norm of all of them together: some gradients are zero but for
-rounding (the bias of attention keys), and rounding over rounding says nothing."""
+rounding (the bias of attention keys), and rounding over rounding says nothing. One rounding over the tolerance: what
+rounding adds to such a tensor comes from all the others."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def in_dtype(workload: Workload, dtype: torch.dtype) -> Workload:
         return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
     def loss(model: nn.Module, batch: Any) -> Loss:
-        with InsteadOfFloat32(dtype):
+        with nullcontext() if dtype is torch.float32 else InsteadOfFloat32(dtype):
             return workload.loss(model, tree_map(cast, batch))
 
     return replace(workload, model=lambda: workload.model().to(dtype), loss=loss)

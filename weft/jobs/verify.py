@@ -69,7 +69,7 @@ def verify_here(workload: Workload, plan: Plan, *, steps: int, dtype: str) -> Ve
     reference = SingleDevice(workload, engine.grid.device, plan=plan) if first else None
     expected = reference.steps(steps) if reference else None
     noise = Noise(workload, engine.grid.device, plan) if first and plan.precision != "float32" else None
-    floor = FLOOR if noise is None else noise.floor
+    floor = FLOOR[dtype] if noise is None else noise.floor
     losses: list[float] = []
     loss_error, worst_gradient = 0.0, (0.0, "")
     batches = engine.batches(epochs=None)
@@ -109,13 +109,15 @@ def verify_here(workload: Workload, plan: Plan, *, steps: int, dtype: str) -> Ve
 
 
 def _in(workload: Workload, plan: Plan, dtype: str) -> tuple[Workload, Plan]:
-    """What is compared: the plan's own lower precision, or all of it in one dtype, which shows the division alone.
+    """What is compared: the plan's own lower precision, or all of it in one dtype, which shows the division alone: in
+    float64 the plan is not compiled either, since rounding is changed to float64 underneath the model.
 
     Raises:
         InputError: an unknown dtype, or a lower precision that is not the plan's.
     """
     if dtype in TOLERANCES:
-        return in_dtype(workload, getattr(torch, dtype)), replace(plan, precision="float32")
+        compiled = plan.compile and dtype == "float32"
+        return in_dtype(workload, getattr(torch, dtype)), replace(plan, precision="float32", compile=compiled)
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join((*TOLERANCES, *DTYPES))}, got {dtype!r}")
     if plan.precision != dtype:
