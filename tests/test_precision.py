@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import workloads
 from test_equality import name_of, plan_for
@@ -84,7 +83,7 @@ def test_dtypes_of_what_runs(pool: Pool) -> None:
     def job() -> Any:
         engine = parallelize(workloads.mlp(), plan)
         seen = set()
-        for name, module in engine.model.named_modules():
+        for module in engine.model.modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_hook(lambda m, i, out: seen.add(out.dtype))
         loss = engine.step(next(engine.batches()))
@@ -202,9 +201,6 @@ def test_small_gradients_survive_float16(pool: Pool) -> None:
 
     def job() -> Any:
         engine = parallelize(tiny(), plan)
-        if unscaled := dist.get_rank() < 0:
-            engine.loss_scale = None
-        assert not unscaled
         engine.step(next(engine.batches()))
         return engine.gradients()
 

@@ -148,9 +148,7 @@ def verify(
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps to compare")] = 3,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            help="float64, float32, bf16 or fp16; default: the plan's precision; float64 where it is float32 and not compiled"
-        ),
+        typer.Option(help="float64, float32, bf16 or fp16; default: the plan's, or float64"),
     ] = None,
     as_json: Json = False,
     verbose: Verbose = False,

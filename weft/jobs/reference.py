@@ -144,7 +144,9 @@ class SingleDevice:
         return Routes.find(recording, Plan(stages=(names,), batch_size=self.plan.batch_size))
 
 
-def relative_error(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], floor: float = FLOOR) -> tuple[float, str]:
+def relative_error(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], floor: float = FLOOR["float64"]
+) -> tuple[float, str]:
     """The largest ``|ours - theirs| / |theirs|`` over tensors in L2 norm, and the name of the tensor.
 
     A tensor that one side has and the other has not is an infinite error.

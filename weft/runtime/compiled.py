@@ -43,7 +43,7 @@ class Compiled:
         for child in module.modules():
             own = vars(child).get("forward")
             if own is not None and _is_ours(own):
-                vars(child)["forward"] = torch._dynamo.disable(own)
+                vars(child)["forward"] = torch._dynamo.disable(own)  # type: ignore[no-untyped-call]  # torch's
         function = getattr(self.eager, "__func__", None)
         self._self: tuple[Any, ...] = () if function is None else (self.eager.__self__,)  # type: ignore[attr-defined]  # a bound method
         self._shared: Shared | None = None
