@@ -89,7 +89,7 @@ class Counting(nn.Module):
         self.runs += 1
         with torch.no_grad():  # a step of power iteration, as spectral normalisation does it
             self.direction.copy_(F.normalize(self.linear.weight @ self.direction, dim=0))
-        return x + torch.tanh(self.norm(self.linear(x))) * self.direction
+        return x + torch.tanh(self.norm(self.linear(x))) * self.direction.clone()
 
 
 class Net(nn.Module):
