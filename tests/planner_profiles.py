@@ -9,6 +9,7 @@ from weft.capture.profile import (
     Output,
     Parameter,
     Profile,
+    Recomputed,
     Saved,
     Source,
     TensorGroup,
@@ -43,7 +44,9 @@ def gpt(
     def pointwise(kind: str, size: float, group: int = NO_GROUP) -> Operation:
         return Operation("aten.x", kind, Affine(0, 0), Affine(0, 2 * size), group)
 
-    def call(name: str, kind: int, forward, saved, inputs, parameter_names, leaves=(token,), workspace=token) -> None:
+    def call(
+        name: str, kind: int, forward, saved, inputs, parameter_names, leaves=(token,), workspace=token, recompute=()
+    ) -> None:
         calls.append(
             Call(
                 name,
@@ -57,6 +60,7 @@ def gpt(
                 tuple(parameter_names),
                 (),
                 Affine(0, workspace),
+                dict(recompute),
             )
         )
 
@@ -101,7 +105,14 @@ def gpt(
         ]
         forward += [matmul(h, 4 * h, a + 1), pointwise("transcendental", 4 * token, a + 1), matmul(4 * h, h, a + 1)]
         saved = [Saved(Affine(0, 4 * token)), Saved(Affine(0, 4 * token), a), Saved(Affine(0, 8 * token), a + 1)]
-        call(unit, 1, forward, saved, [Source(i, 0)], names)
+        cheap = [op for op in forward if op.kind not in ("matmul", "attention")]
+        again = {
+            "selective": Recomputed(
+                (Saved(Affine(0, token)), *saved[1:2], Saved(Affine(0, 4 * token), a + 1)), tuple(cheap)
+            ),
+            "full": Recomputed((Saved(Affine(0, token)),), tuple(forward)),
+        }
+        call(unit, 1, forward, saved, [Source(i, 0)], names, recompute=again)
     names = [table] if tied else [linear("head.weight", vocabulary, h)]
     logits = 4.0 * t * vocabulary
     call("head", 2, [matmul(h, vocabulary)], [Saved(Affine(0, token))], [Source(layers, 0)], names, (logits,))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import json
 import os
 import sys
@@ -23,6 +22,7 @@ from weft.capture import capture
 from weft.cluster import Cluster, measure
 from weft.cluster.file import write_cluster
 from weft.errors import PlanError, TargetError, WeftError, WorkerError
+from weft.fixed import WITHOUT_DEGREES, takes_fixed
 from weft.jobs import compare as comparing
 from weft.jobs import train as training
 from weft.jobs import verify as verifying
@@ -47,57 +47,6 @@ PlanFile = Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="r
 Steps = Annotated[int, typer.Option(min=1)]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="with the traceback of the process that failed first")]
-
-FIXED: dict[str, tuple[type, str]] = {
-    "pp": (int, "pipeline stages"),
-    "dp_replicate": (int, "whole copies that share the batch"),
-    "dp_shard": (int, "sharded copies that share the batch"),
-    "cp": (int, "context parallelism"),
-    "tp": (int, "tensor parallelism"),
-    "ep": (int, "expert parallelism"),
-    "microbatches": (int, "pieces of each copy's share of a batch"),
-    "schedule": (str, "order of a pipeline: gpipe or 1f1b"),
-    "recompute": (str, "activations to compute again: none, selective or full"),
-    "precision": (str, "of operations: float32, bf16 or fp16"),
-    "compile": (bool, "run every unit through torch.compile"),
-}
-"""What a user may fix of a plan. Every verb that plans takes these as options."""
-
-WITHOUT_DEGREES = ("recompute", "precision", "compile")
-"""Those of them that do not say how the model is divided."""
-
-
-def takes_fixed(verb: Callable[..., None], names: Sequence[str] = tuple(FIXED)) -> Callable[..., None]:
-    """Give a verb options of FIXED; those that were given reach it as its argument ``fixed``."""
-
-    @functools.wraps(verb)
-    def with_options(**values: Any) -> None:
-        given = {name: value for name in names if (value := values.pop(name)) is not None}
-        verb(**values, fixed=given)
-
-    signature = inspect.signature(verb, eval_str=True)
-    own = [parameter for parameter in signature.parameters.values() if parameter.name != "fixed"]
-    options = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[
-                kind | None, typer.Option(*flags(name, kind), help=text, rich_help_panel="Fixed, not searched")
-            ],
-        )
-        for name, (kind, text) in FIXED.items()
-        if name in names
-    ]
-    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + options
-    with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # typer reads it
-    with_options.__annotations__ = {p.name: p.annotation for p in parameters}
-    return with_options
-
-
-def flags(name: str, kind: type) -> list[str]:
-    """How an option of FIXED is written; one that is true or false has no opposite."""
-    return ["--" + name.replace("_", "-")] if kind is bool else []
 
 
 @app.command()
@@ -198,7 +147,8 @@ def verify(
     devices: Devices = None,
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps to compare")] = 3,
     dtype: Annotated[
-        str | None, typer.Option(help="float64, float32, bf16 or fp16; default: the plan's lower precision, or float64")
+        str | None,
+        typer.Option(help="float64, float32, bf16 or fp16; default: the plan's, or float64"),
     ] = None,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -216,7 +166,7 @@ def verify(
             profile = capture(workload, precision_of(fixed))
             given = search(profile, Cluster.local(devices_of(devices)), **fixed).plan
         if dtype is None:
-            dtype = "float64" if given.precision == "float32" else given.precision
+            dtype = given.precision if given.precision != "float32" else "float32" if given.compile else "float64"
         found = verifying.run(work, given, steps=steps, dtype=dtype)
         show(tables.verification(found, plan=given.describe()), found.to_json())
     if not found.ok:

@@ -17,7 +17,10 @@ kinds       recorded calls that stand for later ones like them
 recorder    makes one: ``record(model, units, loss, batch)``
 sharding    how a divided dimension travels through operations
 groups      the search for groups of projections in a call
+recomputation  what is kept and done again where activations are recomputed
+alignment   tensor groups carried over to a recording in a lower precision
 tensor      what tensor parallelism can divide: ``tensor_groups(recording, model)``
+lines       two sizes of the batch, and the straight line through both
 capture     all of it: ``capture(workload)``
 profile     the result: plain numbers, no torch
 """

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,17 +12,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from weft.capture.alignment import Alignment
 from weft.capture.blame import first_line
-from weft.capture.frames import RawOp
 from weft.capture.groups import Group
 from weft.capture.initial import FakeModel, build_fake, map_tensors
+from weft.capture.lines import SAMPLES, affine, operations
 from weft.capture.operations import bytes_of
 from weft.capture.profile import (
     LOSS,
     NO_GROUP,
-    Affine,
     Call,
-    Operation,
     Output,
     Parameter,
     Profile,
@@ -42,9 +40,6 @@ from weft.plan import RECOMPUTE
 from weft.precision import in_precision
 from weft.workload import Parameters, Workload
 
-SAMPLES = (2, 4)
-"""Batch sizes the loss is recorded at; not one, which some models treat specially."""
-
 
 def capture(workload: Workload, precision: str = "float32") -> Profile:
     """What one forward and backward of a workload costs, call by call.
@@ -59,18 +54,18 @@ def capture(workload: Workload, precision: str = "float32") -> Profile:
         BatchError: the batch does not have its samples in dimension 0.
     """
     start = time.perf_counter()
-    workload = in_precision(workload, precision)
     fake = build_fake(workload.model, workload.seed)
     units = find_units(fake.model, workload.units)
     batches = [sample_batch(workload, samples) for samples in SAMPLES]
-    small = record(fake, units, workload.loss, batches[0])
-    large = record(fake, units, workload.loss, batches[1], alike=small.alike)
+    small, large = plain = _record(fake, units, workload, batches)
+    if precision != "float32":
+        small, large = _record(fake, units, in_precision(workload, precision), batches)
     if [c.name for c in small.calls] != [c.name for c in large.calls]:
         raise ModelError(
             f"the model calls its units in another order for {SAMPLES[0]} samples than for {SAMPLES[1]}; "
             "which units run must not depend on the batch"
         )
-    merge = _Merge(fake, small, large)
+    merge = _Merge(fake, small, large, plain)
     calls = merge.calls()
     parameters = _parameters(fake)
     for index, (group, _) in enumerate(merge.groups):
@@ -101,6 +96,14 @@ def capture(workload: Workload, precision: str = "float32") -> Profile:
     )
 
 
+def _record(
+    fake: FakeModel, units: Sequence[str], workload: Workload, batches: Sequence[Any]
+) -> tuple[Recording, Recording]:
+    """Recordings at both SAMPLES."""
+    small = record(fake, units, workload.loss, batches[0])
+    return small, record(fake, units, workload.loss, batches[1], alike=small.alike)
+
+
 def sample_batch(workload: Workload, samples: int) -> Any:
     """The first samples as a batch, checked.
 
@@ -127,16 +130,21 @@ def sample_batch(workload: Workload, samples: int) -> Any:
 
 @dataclass(slots=True)
 class _Merge:
-    """Puts two recordings, of SAMPLES samples, on the line through both."""
+    """Puts two recordings, of SAMPLES samples, on the line through both; ``plain``: the same in the parameters' own
+    precision."""
 
     fake: FakeModel
     small: Recording
     large: Recording
+    plain: tuple[Recording, Recording]
     groups: list[tuple[Group, Group]] = field(init=False)
     refused: list[tuple[str, str]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.groups, self.refused = groups_at_both(self.small, self.large, self.fake.model)
+        self.groups, self.refused = groups_at_both(*self.plain, self.fake.model)
+        if self.plain[0] is not self.small:
+            ways = Alignment(self.plain[0], self.small), Alignment(self.plain[1], self.large)
+            self.groups = [(ways[0].group(a), ways[1].group(b)) for a, b in self.groups]
 
     def calls(self) -> tuple[Call, ...]:
         kept: tuple[set[int], set[int]] = (set(), set())
@@ -151,12 +159,12 @@ class _Merge:
             cost_a, cost_b = self.small.costs[a.kind], self.large.costs[b.kind]
             works = [(i, self.groups[i][0].work[a.kind], self.groups[i][1].work[b.kind]) for i in ours.get(a.unit, ())]
             divided = {place: i for i, _, w in works for place in w.operations}
-            forward = _operations(cost_a.forward, cost_b.forward, divided)
+            forward = operations(cost_a.forward, cost_b.forward, divided)
             nodes = {node: i for i, _, w in works for node in w.nodes}
             by_node = {place: nodes[op.node] for place, op in enumerate(cost_b.backward) if op.node in nodes}
-            backward = _operations(cost_a.backward, cost_b.backward, by_node)
-            glue_forward = _operations(a.glue.forward, b.glue.forward)
-            glue_backward = _operations(a.glue.backward, b.glue.backward)
+            backward = operations(cost_a.backward, cost_b.backward, by_node)
+            glue_forward = operations(a.glue.forward, b.glue.forward)
+            glue_backward = operations(a.glue.backward, b.glue.backward)
             storages = (
                 {s: i for i, w, _ in works for s in w.storages},
                 {s: i for i, _, w in works for s in w.storages},
@@ -168,7 +176,7 @@ class _Merge:
                         _by_group(way.keep(0, a, cost_a), storages[0]),
                         _by_group(way.keep(1, b, cost_b), storages[1]),
                     ),
-                    _operations(cost_a.forward, cost_b.forward, divided, (way.again(cost_a), way.again(cost_b))),
+                    operations(cost_a.forward, cost_b.forward, divided, (way.again(cost_a), way.again(cost_b))),
                 )
                 for mode, way in ways.items()
                 if a.name != LOSS
@@ -203,48 +211,6 @@ class _Merge:
             )
         assert calls[-1].name == LOSS
         return tuple(calls)
-
-
-def affine(small: float, large: float) -> Affine:
-    """The line through a quantity at the two SAMPLES."""
-    slope = (large - small) / (SAMPLES[1] - SAMPLES[0])
-    return Affine(small - slope * SAMPLES[0], slope)
-
-
-def _operations(
-    small: Sequence[RawOp],
-    large: Sequence[RawOp],
-    group: Mapping[int, int] = MappingProxyType({}),
-    chosen: tuple[Collection[int], Collection[int]] | None = None,
-) -> tuple[Operation, ...]:
-    """Operations on the line through both.
-
-    Args:
-        small, large: the same stretch at both SAMPLES.
-        group: tensor groups, by the place of an operation in the larger one.
-        chosen: places of the operations that are wanted in each; None: all.
-    """
-    before = [op for place, op in enumerate(small) if op.kind != "view" and (chosen is None or place in chosen[0])]
-    after = [
-        (op, group.get(place, NO_GROUP), op.outputs[0].dtype if op.outputs else torch.float32)
-        for place, op in enumerate(large)
-        if op.kind != "view" and (chosen is None or place in chosen[1])
-    ]
-    if [op.name for op in before] != [op.name for op, *_ in after]:
-        # Other operations for another batch size: scale those of the larger one, which is nearer to real ones.
-        return tuple(
-            Operation(op.name, op.kind, Affine(0, op.flops / SAMPLES[1]), Affine(0, op.bytes / SAMPLES[1]), g, name(d))
-            for op, g, d in after
-        )
-    return tuple(
-        Operation(b.name, b.kind, affine(a.flops, b.flops), affine(a.bytes, b.bytes), g, name(d))
-        for a, (b, g, d) in zip(before, after, strict=True)
-    )
-
-
-def name(dtype: torch.dtype) -> str:
-    """A dtype as rates of devices are listed."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _keep(call: RecordedCall, cost: Cost, kept: set[int]) -> list[SavedStorage]:

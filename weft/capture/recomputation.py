@@ -12,6 +12,7 @@ from typing import Any
 from weft.capture.frames import RawOp
 from weft.capture.operations import kind_of
 from weft.capture.recording import Cost, RecordedCall, SavedStorage
+from weft.capture.sharding import tensors_of
 from weft.capture.tape import Ref
 
 COSTLY = ("matmul", "attention", "convolution")
@@ -89,5 +90,4 @@ def _bytes(ref: Ref) -> int:
 def _written(op: RawOp) -> Iterator[Ref]:
     for place, argument in enumerate(op.func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            given = op.kwargs.get(argument.name, op.args[place] if place < len(op.args) else None)
-            yield from (ref for ref in (given if isinstance(given, list | tuple) else [given]) if isinstance(ref, Ref))
+            yield from tensors_of(op.kwargs.get(argument.name, op.args[place] if place < len(op.args) else None))

@@ -15,8 +15,8 @@ from weft.cluster import Cluster, measure
 from weft.errors import InputError
 from weft.estimate import Estimate, Measurement
 from weft.plan import Plan
-from weft.precision import dtypes_of
 from weft.planner import Refused, estimate, search
+from weft.precision import dtypes_of
 from weft.runtime import memory
 from weft.runtime.engine import Engine, parallelize
 from weft.runtime.launch import launch

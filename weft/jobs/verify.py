@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from weft.errors import InputError
-from weft.jobs.reference import SingleDevice, in_dtype
+from weft.jobs.noise import Noise
+from weft.jobs.reference import FLOOR, SingleDevice, in_dtype, relative_error
 from weft.plan import Plan
+from weft.precision import DTYPES
 from weft.runtime.engine import parallelize
 from weft.runtime.launch import launch
 from weft.runtime.totals import local
@@ -20,11 +21,8 @@ from weft.target import Target
 from weft.workload import Workload
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
-"""Largest relative error that counts as equal: sums over devices are made in another order, nothing else may differ."""
-
-FLOOR = 1e-6
-"""A tensor's norm counts as at least this share of the norm of all of them together: some gradients are zero but for
-rounding (the bias of attention keys), and rounding over rounding says nothing."""
+"""Largest relative error that counts as equal: sums over devices are made in another order, nothing else may differ. In
+a lower precision it is measured (``noise``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +32,8 @@ class Verification:
     Attributes:
         ok: every error is within the tolerance.
         steps: optimizer steps compared.
-        dtype: of parameters and arithmetic.
-        tolerance: what counts as equal.
+        dtype: of parameters and arithmetic, or the lower precision of the operations.
+        tolerance: what counts as equal, of gradients where it is measured.
         loss_error, gradient_error, parameter_error: largest relative errors; the last two per tensor norm, over all
             steps.
         worst_gradient, worst_parameter: names of the tensors they were seen in.
@@ -60,29 +58,9 @@ class Verification:
         return asdict(self)
 
 
-def relative_error(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[float, str]:
-    """The largest ``|ours - theirs| / |theirs|`` over tensors in L2 norm, and the name of the tensor.
-
-    A tensor that one side has and the other has not is an infinite error.
-    """
-    if missing := sorted(set(ours) ^ set(theirs)):
-        return float("inf"), missing[0]
-    norms = {name: float(tensor.double().norm()) for name, tensor in theirs.items()}
-    floor = FLOOR * sum(norm**2 for norm in norms.values()) ** 0.5
-    worst, where = 0.0, ""
-    for name, tensor in theirs.items():
-        distance = float((ours[name].double() - tensor.double().cpu()).norm())
-        error = distance / max(norms[name], floor) if distance else 0.0
-        if not error <= worst:  # a NaN is worse than anything
-            worst, where = error, name
-    return worst, where
-
-
 def verify_here(workload: Workload, plan: Plan, *, steps: int, dtype: str) -> Verification | None:
     """Verify inside a launched job; every rank calls it, rank 0 gets the result."""
-    if dtype not in TOLERANCES:
-        raise InputError(f"dtype must be one of {', '.join(TOLERANCES)}, got {dtype!r}")
-    workload = in_dtype(workload, getattr(torch, dtype))
+    workload, plan = _in(workload, plan, dtype)
     engine = parallelize(workload, plan)
     held = sum(local(entry.parameter).nbytes for entry in engine.part.held)
     held_by_rank: list[int] = [0] * dist.get_world_size()
@@ -90,6 +68,8 @@ def verify_here(workload: Workload, plan: Plan, *, steps: int, dtype: str) -> Ve
     first = dist.get_rank() == 0
     reference = SingleDevice(workload, engine.grid.device, plan=plan) if first else None
     expected = reference.steps(steps) if reference else None
+    noise = Noise(workload, engine.grid.device, plan) if first and plan.precision != "float32" else None
+    floor = noise.floor if noise else FLOOR.get(dtype, 0.0)  # of use on rank 0 alone
     losses: list[float] = []
     loss_error, worst_gradient = 0.0, (0.0, "")
     batches = engine.batches(epochs=None)
@@ -100,20 +80,24 @@ def verify_here(workload: Workload, plan: Plan, *, steps: int, dtype: str) -> Ve
             step = next(expected)
             error = abs(losses[-1] - step.loss) / max(abs(step.loss), 1e-300)
             loss_error = error if not error <= loss_error else loss_error
-            found = relative_error(gradients, step.gradients)
+            taken = engine.loss_scale is None or engine.loss_scale.finite
+            found = relative_error(gradients, step.gradients, floor) if taken else (0.0, "")
+            if taken != step.taken:
+                found = (float("inf"), "a step that only one of them took")
             worst_gradient = found if not found[0] <= worst_gradient[0] else worst_gradient
+            if noise:
+                noise.step(step)
     state = engine.state_dict()
     if reference is None:
         return None
-    theirs = {n: t.detach() for n, t in reference.model.named_parameters()} | dict(reference.model.named_buffers())
-    worst_parameter = relative_error(state, theirs)
-    tolerance = TOLERANCES[dtype]
+    worst_parameter = relative_error(state, reference.state(), floor)
+    tolerances = noise.tolerances(reference) if noise else (TOLERANCES[dtype],) * 3
     errors = (loss_error, worst_gradient[0], worst_parameter[0])
     return Verification(
-        ok=all(error <= tolerance for error in errors),
+        ok=all(error <= tolerance for error, tolerance in zip(errors, tolerances, strict=True)),
         steps=steps,
         dtype=dtype,
-        tolerance=tolerance,
+        tolerance=tolerances[1],
         loss_error=loss_error,
         gradient_error=worst_gradient[0],
         parameter_error=worst_parameter[0],
@@ -122,6 +106,25 @@ def verify_here(workload: Workload, plan: Plan, *, steps: int, dtype: str) -> Ve
         parameter_bytes=held_by_rank,
         losses=losses,
     )
+
+
+def _in(workload: Workload, plan: Plan, dtype: str) -> tuple[Workload, Plan]:
+    """What is compared: the plan's own lower precision, or all of it in one dtype, which shows the division alone: in
+    float64 the plan is not compiled either, since rounding is changed to float64 underneath the model.
+
+    Raises:
+        InputError: an unknown dtype, or a lower precision that is not the plan's.
+    """
+    if dtype in TOLERANCES:
+        compiled = plan.compile and dtype == "float32"
+        return in_dtype(workload, getattr(torch, dtype)), replace(plan, precision="float32", compile=compiled)
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join((*TOLERANCES, *DTYPES))}, got {dtype!r}")
+    if plan.precision != dtype:
+        raise InputError(
+            f"dtype {dtype} needs a plan in {dtype}, and this one is in {plan.precision}; plan with --precision {dtype}"
+        )
+    return workload, plan
 
 
 def run(target: Target, plan: Plan, *, steps: int, dtype: str) -> Verification:
@@ -141,7 +144,8 @@ def verify(workload: Workload, plan: Plan, *, steps: int = 3, dtype: str = "floa
         workload: it crosses to the processes with its functions.
         plan: the plan; as many processes as it has devices are started.
         steps: optimizer steps to compare.
-        dtype: ``"float64"`` (errors up to 1e-10 are rounding) or ``"float32"`` (1e-5).
+        dtype: ``"float64"`` (errors up to 1e-10 are rounding) or ``"float32"`` (1e-5), whatever the plan's precision
+            is; or its lower precision: errors up to twice one device's own distance from float32 are rounding.
 
     Raises:
         InputError: what was asked for cannot be.

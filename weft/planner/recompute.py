@@ -1,8 +1,8 @@
 """How much a candidate recomputes: nothing where it fits, and where it does not, as few units as will do.
 
-Every stage by itself: first some of its units in mode selective, as many as it takes; if all of them are not enough,
-some in mode full, and the others selective. Units that free the most memory per second of recomputation come first,
-of equal ones the earlier.
+Every stage by itself (``recomputing``): first some of its units in mode selective, as many as it takes; if all of them
+are not enough, some in mode full, and the others selective. Units that free the most memory per second of recomputation
+come first, of equal ones the earlier. What is chosen in the end loses what it does not need (``pruned``).
 """
 
 from __future__ import annotations
@@ -23,6 +23,18 @@ def recomputing(stages: Stages, candidate: Candidate, ends: Ends) -> Candidate:
             # A unit with calls on several stages does on all of them what one of them needs.
             chosen[unit] = max(mode, chosen.get(unit, mode), key=RECOMPUTE.index)
     return candidate._replace(recompute=chosen)
+
+
+def pruned(stages: Stages, candidate: Candidate, ends: Ends) -> Candidate:
+    """The candidate without the recomputation that it does not need: where some units are recomputed in full, others
+    may not have to be at all."""
+    limit = stages.cluster.memory_bytes
+    for unit in reversed(list(candidate.recompute)):
+        rest = {other: mode for other, mode in candidate.recompute.items() if other != unit}
+        less = candidate._replace(recompute=rest)
+        if max(stages.peaks(less, ends)) <= limit:
+            candidate = less
+    return candidate
 
 
 def _of_stage(stages: Stages, candidate: Candidate, stage: int, start: int, end: int) -> Mapping[str, str]:

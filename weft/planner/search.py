@@ -20,7 +20,7 @@ from weft.plan import RECOMPUTE, Plan
 from weft.planner import space
 from weft.planner.evaluate import Evaluator, StageRow
 from weft.planner.explain import explain
-from weft.planner.recompute import recomputing
+from weft.planner.recompute import pruned, recomputing
 from weft.planner.space import Candidate, Constraints, Degrees, Keywords, Refused, everywhere
 from weft.planner.stages import Ends
 from weft.quantity import format_bytes
@@ -133,6 +133,8 @@ def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> 
         raise PlanError(_impossible(constraints, refused))
     if not best:
         raise MemoryLimitError(_too_large(min(smallest, key=lambda c: c.peak), cluster))
+    if free:
+        best = [_prune(evaluator, costed) for costed in best]
     best.sort(key=lambda c: c.order)
     chosen, others = best[0], _different(best[1:])
     estimate, stages = evaluator.evaluate(chosen.candidate, chosen.ends)
@@ -240,6 +242,13 @@ def _cost(evaluator: Evaluator, candidate: Candidate, *, free: bool) -> _Costed:
         options.append(costed(recomputing(stages, candidate, cut), cut))
     fitting = [option for option in options if option.peak <= memory]
     return min(fitting, key=lambda c: c.order) if fitting else min(options, key=lambda c: c.peak)
+
+
+def _prune(evaluator: Evaluator, costed: _Costed) -> _Costed:
+    candidate = pruned(evaluator.stages, costed.candidate, costed.ends)
+    if candidate == costed.candidate:
+        return costed
+    return _Costed(candidate, costed.ends, evaluator.estimate(candidate, costed.ends))
 
 
 def _one_device(evaluator: Evaluator, constraints: Constraints) -> list[Refused]:

@@ -1,15 +1,15 @@
 """Compiled: a unit's forward through ``torch.compile``.
 
 What is compiled is the forward of the unit's class, with the unit as its first argument: repeated blocks share one
-piece of code object, and so what was compiled for the first. Placement, random streams, recomputation and the hooks of
-data parallelism are around it and are never traced.
+function, and so what was compiled for the first of them. Placement, random streams, recomputation and the hooks of
+data parallelism are around it and never traced; the forwards of modules that tensor parallelism divides are inside and
+left out of it, as breaks between compiled pieces.
 
-A unit that does not compile runs as it is, after one warning.
+What does not compile runs as it is, after one warning for all units of the class.
 """
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,47 +20,60 @@ from torch import nn
 Call = Callable[..., Any]
 
 
+class Shared:
+    """A function that units share, compiled when it is first called with inputs of some form; ``compiled`` is None
+    once that has failed."""
+
+    def __init__(self, function: Call) -> None:
+        # dynamic=False: microbatches come in few sizes, and each is better served by code of its own.
+        self.compiled: Call | None = torch.compile(function, dynamic=False)
+
+
 class Compiled:
-    """One unit's forward, compiled when it is first called for inputs of some form.
+    """One unit's forward.
 
     Args:
         name: of the unit, for the warning.
-        module: the unit.
+        module: the unit; tensor parallelism has been applied to it.
+        shared: what other units of this model share, by function; it grows.
     """
 
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self.name = name
-        self.eager: Call = module.forward
-        self.compiled: Call | None = _compile(self.eager)
+    def __init__(self, name: str, module: nn.Module, shared: dict[Call, Shared]) -> None:
+        self.name, self.eager = name, module.forward
+        for child in module.modules():
+            own = vars(child).get("forward")
+            if own is not None and _is_ours(own):
+                vars(child)["forward"] = torch._dynamo.disable(own)  # type: ignore[no-untyped-call]  # torch's
+        function = getattr(self.eager, "__func__", None)
+        self._self: tuple[Any, ...] = () if function is None else (self.eager.__self__,)  # type: ignore[attr-defined]  # a bound method
+        self._shared: Shared | None = None
+        if function is not None or not _is_ours(self.eager):  # a unit that is divided itself has nothing to gain
+            function = function or self.eager
+            if function not in shared:
+                shared[function] = Shared(function)
+            self._shared = shared[function]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.compiled is None:
+        compiled = self._shared.compiled if self._shared else None
+        if self._shared is None or compiled is None:
             return self.eager(*args, **kwargs)
         try:
-            return self.compiled(*args, **kwargs)
+            return compiled(*self._self, *args, **kwargs)
         except Exception as error:  # the compiler's: of many classes, and as many causes as there are models
             if not _is_compilers(error):
                 raise
-            self.compiled = None
+            self._shared.compiled = None
             warnings.warn(
-                f"{self.name} runs uncompiled: torch.compile failed with {type(error).__name__}: {_reason(error)}",
+                f"{self.name} and units like it run uncompiled: torch.compile failed with {type(error).__name__}: "
+                f"{_reason(error)}",
                 RuntimeWarning,
                 stacklevel=2,
             )
         return self.eager(*args, **kwargs)
 
 
-def _compile(forward: Call) -> Call:
-    function = getattr(forward, "__func__", None)
-    if function is None:  # replaced on the instance by a plain function
-        return _of(forward)
-    return functools.partial(_of(function), forward.__self__)  # type: ignore[attr-defined]  # a bound method
-
-
-@functools.cache
-def _of(function: Call) -> Call:
-    # dynamic=False: microbatches come in few sizes, and each is better served by code of its own.
-    return torch.compile(function, dynamic=False)
+def _is_ours(function: Call) -> bool:
+    return (getattr(function, "__module__", None) or "").startswith("weft.")
 
 
 def _is_compilers(error: Exception) -> bool:

@@ -86,7 +86,7 @@ class Engine:
             data_parallel=self.part.data_parallel,
             record=self._recordings.of,
         )
-        self.loss_scale = LossScale() if plan.precision == "fp16" else None
+        self.loss_scale = LossScale(self.part.data_parallel.loss_scale) if plan.precision == "fp16" else None
 
     def batches(self, epochs: int | None = 1) -> Iterator[Batch]:
         """This rank's part of every batch from where training stands to the end of the epoch (``epochs=None``: for
@@ -121,7 +121,7 @@ class Engine:
             )
         self.optimizer.zero_grad(set_to_none=True)
         first = self.step_count == 0
-        self._pipeline.scale = 1.0 if self.loss_scale is None else self.loss_scale.value
+        self._pipeline.scale = 1.0 if self.loss_scale is None else self.loss_scale.factor
         sums = self._pipeline.run(batch, self.step_count, check=first)
         if first:
             self._warn_unless_finite(sums.unfinite)

@@ -30,7 +30,7 @@ from weft.capture.profile import Source
 from weft.capture.recorder import RecordedCall, Recording, TensorLeaf
 from weft.capture.trees import flatten, unflatten
 from weft.errors import LossError, ModelError, WeftError
-from weft.runtime.compiled import Compiled
+from weft.runtime.compiled import Compiled, Shared
 from weft.runtime.randomness import Seeds, stream
 from weft.runtime.recompute import Recompute
 from weft.runtime.recordings import decisions_seed
@@ -117,9 +117,10 @@ class Placement:
         self.model, self.stage, self.mode, self.device = model, stage, mode, device
         self._run: Run | None = None
         self._fakes: dict[TensorLeaf, Tensor] = {}
+        shared: dict[Call, Shared] = {}
         for name in units:
             module = model.get_submodule(name)
-            original = Compiled(name, module) if name in compiled else module.forward
+            original = Compiled(name, module, shared) if name in compiled else module.forward
             again = Recompute(module, recompute[name]) if name in recompute else None
             module.forward = self._placed(name, original, again)
             # registered last: sees what leaves the unit after PyTorch's own hooks
