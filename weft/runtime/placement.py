@@ -77,7 +77,7 @@ class Placement:
     ) -> None:
         self.model, self.stage, self.mode, self.device = model, stage, mode, device
         self._run: Run | None = None
-        self._fakes: dict[TensorLeaf, Tensor] = {}
+        self._empty: dict[TensorLeaf, Tensor] = {}
         for name in units:
             module = model.get_submodule(name)
             module.forward = self._placed(name, module.forward)
@@ -151,10 +151,10 @@ class Placement:
     def _leaf(self, run: Run, source: Source, leaf: TensorLeaf) -> Tensor:
         if source in run.received:
             return run.received[source]
-        if leaf not in self._fakes:
-            with self.mode:
-                self._fakes[leaf] = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=self.device)
-        return self._fakes[leaf]
+        if leaf not in self._empty:
+            self._empty[leaf] = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device="meta")
+        # A new one every time: the glue may hang something on a tensor (Keras its masks).
+        return FakeTensor(self.mode, self._empty[leaf], self.device)
 
 
 def split_loss(loss: Any) -> tuple[Tensor, Tensor | int | float | None]:
