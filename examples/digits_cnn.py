@@ -3,6 +3,8 @@
 python examples/digits_cnn.py
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from digits import Digits
@@ -31,7 +33,7 @@ class ResNet(nn.Module):
         super().__init__()
         widths = [width, width, width, 2 * width, 2 * width, 4 * width, 4 * width]
         self.stem = nn.Conv2d(1, width, 3, padding=1)
-        self.blocks = nn.ModuleList(Block(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.blocks = nn.ModuleList(Block(a, b) for a, b in pairwise(widths))
         self.head = nn.Linear(4 * width, 10)
 
     def forward(self, image: Tensor) -> Tensor:

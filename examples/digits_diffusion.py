@@ -2,8 +2,8 @@
 
     python examples/digits_diffusion.py        # writes digits.png
 
-A picture x becomes noise e along the straight line (1 - t) x + t e. The network learns the line's direction, e - x, from
-the point on it, the time t and the label; to draw, one starts in noise and walks the line back.
+A picture x becomes noise e along the straight line (1 - t) x + t e. The network learns the line's direction, e - x,
+from the point on it, the time t and the label; to draw, one starts in noise and walks the line back.
 """
 
 import sys
@@ -88,9 +88,10 @@ def draw(model: nn.Module, label_B: Tensor, steps: int = 50) -> Tensor:
 
 
 def picture(images: Tensor, columns: int, path: str) -> None:
-    """Write pictures in [-1, 1] as one, in rows, each pixel four wide."""
-    rows = (127.5 * (images.clamp(-1, 1) + 1)).byte().view(-1, columns, 8, 8).transpose(1, 2)
-    whole = rows.reshape(-1, columns * 8).numpy()
+    """Write pictures in [-1, 1] as one, in rows, each pixel four wide and a black pixel around each picture."""
+    framed = F.pad(images.clamp(-1, 1), (1, 1, 1, 1), value=-1)
+    rows = (127.5 * (framed + 1)).byte().view(-1, columns, 10, 10).transpose(1, 2)
+    whole = rows.reshape(-1, columns * 10).numpy()
     Image.fromarray(whole).resize((4 * whole.shape[1], 4 * whole.shape[0]), Image.Resampling.NEAREST).save(path)
 
 

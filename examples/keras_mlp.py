@@ -14,6 +14,7 @@ from digits import Digits
 from torch import Tensor
 
 import weft
+from weft.adapters import adapt
 
 
 def mlp(width: int) -> keras.Model:
@@ -52,12 +53,11 @@ def train(degrees: dict[str, int], devices: int, epochs: int) -> tuple[float, di
 
 if __name__ == "__main__":
     test = Digits(test=True)
-    model = mlp(width=128)
+    model = adapt(mlp(width=128))  # its layers get the names that weft gives them
     print(f"{'plan':<24}{'last loss':>12}{'accuracy':>12}")
     for degrees, devices in (({}, 1), ({"pp": 2, "dp_shard": 2}, 4)):
         last_loss, weights = weft.launch(train, degrees, devices, 10, devices=devices)[0]
-        for variable in model.weights:
-            variable.assign(weights[f"layer.{variable.path}".replace("/", ".torch_")])
+        model.load_state_dict(weights)
         with torch.no_grad():
             right = (model(test.images).argmax(1) == test.labels).float().mean()
         name = " ".join(f"{name}={degree}" for name, degree in degrees.items()) or "one device"
