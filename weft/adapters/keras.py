@@ -17,6 +17,7 @@ Keras itself is never imported here, only found where the user's code has import
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,9 @@ from weft.errors import InputError, ModelError
 
 LIST = "layer"
 """Child that holds the layers a layer keeps in lists."""
+
+MASK = "_keras_mask"
+"""Where Keras keeps the mask of a tensor."""
 
 
 def adapt(model: Any) -> Any:
@@ -52,22 +56,23 @@ def adapt(model: Any) -> Any:
             f"the model is a Keras model on the {_backend()} backend, weft runs those on torch; set "
             "os.environ['KERAS_BACKEND'] = 'torch' in the file that makes it, before keras is imported"
         )
-    outermost = [m for m in model.modules() if isinstance(m, kind)]
-    adapted: set[nn.Module] = set()
+    layers = [module for module in model.modules() if isinstance(module, kind)]
     homes = {
         id(tensor): (module, key)
         for module in model.modules()
         if not isinstance(module, (kind, nn.ParameterDict))
         for key, tensor in module._parameters.items()
     }
-    for layer in outermost:
-        if layer not in adapted:
-            _adapt(layer, kind, adapted, homes)
+    for layer in layers:
+        _adapt(layer, kind, homes)
+    if layers:
+        gc.collect()  # calls on samples leave graphs in cycles, and torch casts no fake tensor that is in a graph
     return model
 
 
-def _adapt(layer: Any, kind: type, adapted: set[nn.Module], homes: dict[int, tuple[nn.Module, str]]) -> None:
-    adapted.add(layer)
+def _adapt(layer: Any, kind: type, homes: Mapping[int, tuple[nn.Module, str]]) -> None:
+    if "_torch_params" in vars(layer):  # done before
+        return
     if not layer.built:
         raise ModelError(
             f"the Keras layer {layer.name!r} has no weights yet; let the factory call the model on a sample before it "
@@ -83,8 +88,8 @@ def _adapt(layer: Any, kind: type, adapted: set[nn.Module], homes: dict[int, tup
         if child not in named:
             listed.add_module(_free(child.name, listed), child)
     for child in [*layer._modules.values(), *listed.children()]:
-        if isinstance(child, kind) and child not in adapted:
-            _adapt(child, kind, adapted, homes)
+        if isinstance(child, kind):
+            _adapt(child, kind, homes)
     if len(listed):
         layer._modules[_free(LIST, layer)] = listed
     for registry, variables in (
@@ -95,9 +100,23 @@ def _adapt(layer: Any, kind: type, adapted: set[nn.Module], homes: dict[int, tup
             _house(layer, registry, variable, homes)
     for generator in layer._seed_generators:
         generator.__dict__["next"] = _next_seed
+    names = layer.call_signature_parameters
+    if any(f"{name}_mask" in names for name in names):
+        layer.__dict__["forward"] = functools.partial(_masked, layer)
 
 
-def _house(layer: Any, registry: str, variable: Any, homes: dict[int, tuple[nn.Module, str]]) -> None:
+def _masked(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a layer whose code looks for masks on its tensors: Keras gives it a mask as an argument too, and who stands
+    between the two (a hook) may have made the tensor anew."""
+    given = layer._call_signature.bind_partial(*args, **kwargs).arguments
+    for name, tensor in given.items():
+        mask = given.get(f"{name}_mask")
+        if isinstance(tensor, Tensor) and mask is not None and getattr(tensor, MASK, None) is None:
+            setattr(tensor, MASK, mask)
+    return type(layer).forward(layer, *args, **kwargs)
+
+
+def _house(layer: Any, registry: str, variable: Any, homes: Mapping[int, tuple[nn.Module, str]]) -> None:
     """Move a variable's tensor into a slot of its layer, or find the slot of a torch module it is in already."""
     tensor = variable._value
     if tensor is None:

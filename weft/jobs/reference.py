@@ -175,7 +175,7 @@ def in_dtype(workload: Workload, dtype: torch.dtype) -> Workload:
         with nullcontext() if dtype is torch.float32 else InsteadOfFloat32(dtype):
             return workload.loss(model, tree_map(cast, batch))
 
-    return replace(workload, model=lambda: workload.model().to(dtype), loss=loss)
+    return replace(workload, model=lambda: adapt(workload.model()).to(dtype), loss=loss)
 
 
 class InsteadOfFloat32(TorchFunctionMode):

@@ -116,7 +116,7 @@ class Placement:
     ) -> None:
         self.model, self.stage, self.mode, self.device = model, stage, mode, device
         self._run: Run | None = None
-        self._fakes: dict[TensorLeaf, Tensor] = {}
+        self._empty: dict[TensorLeaf, Tensor] = {}
         shared: dict[Call, Shared] = {}
         for name in units:
             module = model.get_submodule(name)
@@ -238,10 +238,10 @@ class Placement:
         if source in run.received:
             tensor = run.received[source]
             return Arrived.apply(tensor) if tensor.requires_grad else tensor  # type: ignore[no-untyped-call] # in torch
-        if leaf not in self._fakes:
-            with self.mode:
-                self._fakes[leaf] = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=self.device)
-        return self._fakes[leaf]
+        if leaf not in self._empty:
+            self._empty[leaf] = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device="meta")
+        # A new one every time: the glue may hang something on a tensor (Keras its masks).
+        return FakeTensor(self.mode, self._empty[leaf], self.device)
 
 
 @contextmanager
