@@ -1,0 +1,265 @@
+"""Small workloads of every architecture that transformers ships for text and image classification, and of others.
+
+``models()`` gives names (``causal/llama``) and factories of ``weft.Workload``; nothing is built before a factory is
+called. A factory tries the recipes of ``zoo_shrink`` in turn until the model runs forward and backward on one process.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.models.auto import modeling_auto
+from zoo_shrink import FIRST_SPECIAL, RECIPES, Recipe, shrink
+
+import weft
+
+KINDS = {
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "image": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+}
+FIRST_TOKEN = 10
+"""Tokens below are special in some vocabularies."""
+BATCH, SAMPLES, CLASSES = 8, 16, 8
+LARGEST = 30_000_000
+"""Parameters of a model that counts as small."""
+
+
+class DoesNotRunError(Exception):
+    """The architecture does not run on one process; the message says why."""
+
+
+class Rows:
+    """A map-style data set of tensors with the samples in dimension 0."""
+
+    def __init__(self, **columns: Tensor) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {name: column[i] for name, column in self.columns.items()}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture of transformers.
+
+    Attributes:
+        name: ``kind/type``.
+        kind: of KINDS.
+        model_type, model_class: names of its configuration and of its model.
+    """
+
+    name: str
+    kind: str
+    model_type: str
+    model_class: str
+
+    def config(self, recipe: Recipe) -> PretrainedConfig:
+        """A small configuration."""
+        model = getattr(transformers, self.model_class)
+        config = CONFIG_MAPPING[self.model_type]()
+        if not isinstance(config, model.config_class):  # a composite one, of which the model takes a part
+            config = next(c for c in vars(config).values() if isinstance(c, model.config_class))
+        small = shrink(config, recipe)
+        if self.kind == "image":
+            small.num_labels = CLASSES
+        return small
+
+    def __call__(self, recipe: int | None = None) -> weft.Workload:
+        """The workload under one recipe, or under the first that runs.
+
+        Raises:
+            DoesNotRunError: no recipe gives a model that runs.
+        """
+        return self.build(recipe)[0]
+
+    def build(self, recipe: int | None = None) -> tuple[weft.Workload, int]:
+        """The workload and the index of its recipe."""
+        reasons = []
+        for index in range(len(RECIPES)) if recipe is None else (recipe,):
+            try:
+                workload = self.workload(RECIPES[index])
+                if recipe is None:
+                    try_once(workload)
+                return workload, index
+            except Exception as error:  # noqa: PERF203  # whatever a model raises is the reason it does not run
+                reasons.append(f"{type(error).__name__}: {first_line(error)}")
+        raise DoesNotRunError(reasons[0])
+
+    def workload(self, recipe: Recipe) -> weft.Workload:
+        """The workload under a recipe, not yet tried."""
+        quiet()
+        config = self.config(recipe)
+        build = getattr(transformers, self.model_class)
+        with torch.device("meta"):
+            model = build(config)
+        if (size := sum(p.numel() for p in model.parameters())) > LARGEST:
+            raise DoesNotRunError(f"{size:,} parameters are left after shrinking")
+        forward = inspect.signature(model.forward).parameters
+        extra = {"use_cache": False} if "use_cache" in forward else {}
+        data = DATA[self.kind](config, recipe, forward)
+        return weft.Workload(
+            model=functools.partial(build, config),
+            loss=functools.partial(LOSSES[self.kind], extra=extra),
+            data=data,
+            optimizer=sgd,
+            batch_size=BATCH,
+            shuffle=False,
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a message that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
+
+
+def quiet() -> None:
+    """Keep transformers' advice to itself."""
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    """Plain, so that a parameter changes by its gradient."""
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def tokens(*shape: int, seed: int = 7) -> Tensor:
+    """Random tokens, none of them special."""
+    return torch.randint(FIRST_TOKEN, FIRST_SPECIAL, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def causal_data(config: PretrainedConfig, recipe: Recipe, forward: Any) -> Rows:
+    """Tokens; the labels are the tokens that follow."""
+    return Rows(input_ids=tokens(SAMPLES, recipe.length))
+
+
+def seq2seq_data(config: PretrainedConfig, recipe: Recipe, forward: Any) -> Rows:
+    """Tokens of the source and of the target, where the model takes one."""
+    columns = {"input_ids": tokens(SAMPLES, recipe.length)}
+    if "decoder_input_ids" in forward:
+        columns["decoder_input_ids"] = tokens(SAMPLES, recipe.length, seed=8)
+    return Rows(**columns)
+
+
+def masked_data(config: PretrainedConfig, recipe: Recipe, forward: Any) -> Rows:
+    """Tokens, and labels at some of the places only; how many differs from sample to sample."""
+    ids = tokens(SAMPLES, recipe.length)
+    chosen = torch.rand(ids.shape, generator=torch.Generator().manual_seed(9)) < 0.4
+    columns = {"input_ids": ids, "labels": torch.where(chosen, ids, -100)}
+    if "decoder_input_ids" in forward:
+        columns["decoder_input_ids"] = tokens(SAMPLES, recipe.length, seed=8)
+    return Rows(**columns)
+
+
+def image_data(config: PretrainedConfig, recipe: Recipe, forward: Any) -> Rows:
+    """Noise and classes."""
+    generator = torch.Generator().manual_seed(7)
+    vision = getattr(config, "vision_config", config)
+    edge = getattr(vision, "image_size", None) or recipe.image
+    edge = edge if isinstance(edge, int) else edge[0]
+    channels = getattr(vision, "num_channels", 3)
+    pixels = torch.randn(SAMPLES, channels, edge, edge, generator=generator)
+    classes = torch.randint(CLASSES, (SAMPLES,), generator=generator)
+    if "pixel_values" not in forward and "input_ids" in forward:
+        return Rows(input_ids=tokens(SAMPLES, recipe.length), labels=classes)
+    return Rows(pixel_values=pixels, labels=classes)
+
+
+def causal_loss(model: nn.Module, batch: dict[str, Tensor], *, extra: dict[str, Any]) -> Tensor:
+    """Cross entropy of the next token."""
+    logits = model(input_ids=batch["input_ids"], **extra).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["input_ids"][:, 1:].flatten())
+
+
+def seq2seq_loss(model: nn.Module, batch: dict[str, Tensor], *, extra: dict[str, Any]) -> Tensor:
+    """Cross entropy of the next token of the target."""
+    logits = model(**batch, **extra).logits
+    target = batch.get("decoder_input_ids", batch["input_ids"])
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target[:, 1:].flatten())
+
+
+def masked_loss(model: nn.Module, batch: dict[str, Tensor], *, extra: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Sum of the cross entropy at the labelled places, and their number."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**inputs, **extra).logits
+    logits = logits[:, : batch["labels"].shape[1]]
+    labels = batch["labels"].flatten()
+    total = F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum", ignore_index=-100)
+    return total, (labels != -100).sum()
+
+
+def image_loss(model: nn.Module, batch: dict[str, Tensor], *, extra: dict[str, Any]) -> Tensor:
+    """Cross entropy of the classes."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return F.cross_entropy(model(**inputs, **extra).logits.float(), batch["labels"])
+
+
+DATA: dict[str, Callable[..., Rows]] = {
+    "causal": causal_data,
+    "seq2seq": seq2seq_data,
+    "masked": masked_data,
+    "image": image_data,
+}
+LOSSES: dict[str, Callable[..., Any]] = {
+    "causal": causal_loss,
+    "seq2seq": seq2seq_loss,
+    "masked": masked_loss,
+    "image": image_loss,
+}
+
+
+def try_once(workload: weft.Workload) -> None:
+    """One forward and backward.
+
+    Raises:
+        DoesNotRunError: the loss does not reach a parameter or is not finite.
+    """
+    torch.manual_seed(workload.seed)
+    model = workload.model()
+    value = workload.loss(model, workload.sample_batch(workload.batch_size // 2))
+    total = value[0] if isinstance(value, tuple) else value
+    total.backward()
+    if not bool(torch.isfinite(total)):
+        raise DoesNotRunError("the loss is not finite")
+    if not any(p.grad is not None for p in model.parameters()):
+        raise DoesNotRunError("no parameter gets a gradient")
+
+
+def architectures() -> dict[str, Architecture]:
+    """Every architecture once, by name; a model class that serves two tasks counts for the first."""
+    found: dict[str, Architecture] = {}
+    seen = set()
+    for kind, mapping in KINDS.items():
+        for model_type, classes in getattr(modeling_auto, mapping).items():
+            for i, model_class in enumerate((classes,) if isinstance(classes, str) else classes):
+                if model_class not in seen:
+                    seen.add(model_class)
+                    name = f"{kind}/{model_type if i == 0 else model_class}"
+                    found[name] = Architecture(name, kind, model_type, model_class)
+    return found
+
+
+def models() -> dict[str, Callable[..., weft.Workload]]:
+    """Names and factories of all workloads."""
+    others = importlib.import_module("zoo_others").OTHERS
+    return {**architectures(), **others}

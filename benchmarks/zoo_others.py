@@ -1,0 +1,2 @@
+"""Models that are not language models or image classifiers of transformers."""
+OTHERS = {}

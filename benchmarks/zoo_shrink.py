@@ -1,0 +1,180 @@
+"""Shrink the default configuration of any transformers architecture, by the names of its fields.
+
+Nothing here knows an architecture except FORCED, which holds what no rule about names can know, with the reason. A rule
+that does not suit a configuration is left out by a recipe: ``RECIPES`` are tried in turn until the model runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+VOCABULARY, HIDDEN, HEADS, KV_HEADS, HEAD, LAYERS, LENGTH, IMAGE = 128, 64, 4, 2, 16, 4, 16, 64
+FIRST_SPECIAL = 100
+"""Tokens from here on are special ones; data has none of them."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which rules are left out.
+
+    Attributes:
+        skip: names of rules.
+        length: of a sequence of tokens.
+        image: edge of an image, in pixels.
+    """
+
+    skip: frozenset[str] = frozenset()
+    length: int = LENGTH
+    image: int = IMAGE
+
+
+RECIPES = (
+    Recipe(),
+    Recipe(frozenset({"patch"})),
+    Recipe(frozenset({"widths", "depths"})),
+    Recipe(frozenset({"head_dim"})),
+    Recipe(frozenset({"window"}), length=32),
+    Recipe(frozenset({"patch", "widths", "depths", "window", "head_dim"})),
+    Recipe(frozenset({"patch", "image"}), image=224),
+)
+
+FORCED: dict[str, dict[str, Any]] = {}
+
+
+def at_most(value: int) -> Callable[[int], int]:
+    """A rule: no more than this."""
+    return lambda old: min(old, value)
+
+
+RULES: tuple[tuple[str, str, Callable[[int], int]], ...] = (
+    # name of the rule, pattern of the field's name, new value of an int
+    ("vocab", r"vocab_size|vocab$|^unpadded_vocab|codebook_size", at_most(VOCABULARY)),
+    ("lists", r"lstm_layers|residual_layers|adapter_layers|dense_layers|predict_layers", at_most(1)),
+    ("shared", r"kv_shared_layers", at_most(2)),
+    ("layers", r"layers?$|^depth$|num_blocks$|layers_per_stack$|self_attends_per_block|^first_k", at_most(LAYERS)),
+    ("heads", r"mamba.*heads$|mamba_num_heads", at_most(2 * HIDDEN // HEAD)),
+    ("heads", r"(kv|key_value|num_key).*heads$|kv_n_heads", at_most(KV_HEADS)),
+    ("heads", r"heads?$|^num_attention_heads", at_most(HEADS)),
+    ("head_dim", r"head_dim|head_size$|^d_kv$|^d_head$|^dim_head$|kv_channels|headdim|mamba_d_head", at_most(HEAD)),
+    ("experts", r"shared_experts$", at_most(1)),
+    ("experts", r"experts$|expert_num$", at_most(4)),
+    ("experts", r"per_tok(en)?$|moe_top_?k|moe_k$|^top_k_experts", at_most(2)),
+    ("experts", r"n_group$|num_expert_group$", at_most(2)),
+    ("experts", r"topk_group$", at_most(1)),
+    ("index", r"topk$|topk_blocks$|keep_window_size", at_most(8)),
+    ("moe", r"(moe|expert).*(intermediate|ffn)", at_most(HIDDEN // 2)),
+    ("rank", r"rank$", at_most(HEAD)),
+    ("inner", r"intermediate|ffn|ff_dim|d_ff|dff|^d_inner|inner_dim|mlp_dim|feed_forward_size", at_most(2 * HIDDEN)),
+    ("positions", r"max.*position|max_source_pos|n_positions|n_ctx|max_seq|model_max_length|context_length|max_length",
+     at_most(4 * LENGTH)),
+    ("image", r"image_size|crop_size", at_most(IMAGE)),
+    ("patch", r"^patch_size$", at_most(16)),
+    ("window", r"sliding_window$|window_size|attention_window|window_len|chunk_size$|chunk_length|block_size$|local_attention",
+     at_most(8)),
+    ("state", r"state_size|d_state", at_most(HEAD)),
+    ("period", r"(period|interval|every|frequency|sparse_step|group_size|every_n_layers)$", at_most(2)),
+    ("period", r"offset$|start_index$", at_most(1)),
+    ("groups", r"n_?groups$|o_groups", at_most(2)),
+    ("hidden", r"hidden|d_model|n_embd|embed|emb_dim|emb_size|^dim$|_dim$|width$|latents|input_size|output_size|channels?$",
+     at_most(HIDDEN)),
+)
+TOKENS = re.compile(r"token_ids?$|token_index$|(unk|mask|pad|bos|eos|lang)_index$")
+FIXED = re.compile(r"num_channels|^channels$|audio_channels|latent_channels|in_channels|chunk_size_feed_forward|num_labels")
+
+
+class Shrinker:
+    """One configuration with its nested ones; equal special tokens stay equal across them."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.tokens: dict[int, int] = {}
+
+    def config(self, config: PretrainedConfig) -> PretrainedConfig:
+        """The same kind of configuration, small."""
+        values = self.values(config) | FORCED.get(config.model_type, {})
+        return type(config)(**values)
+
+    def values(self, config: PretrainedConfig) -> dict[str, Any]:
+        """Arguments that differ from the defaults. What a default derives from others is left to it."""
+        base = inspect.signature(PretrainedConfig.__init__).parameters
+        layers = {
+            v for k, v in vars(config).items() if isinstance(v, int) and v > LAYERS and re.search(r"layers?$|depth", k)
+        }
+        values: dict[str, Any] = {}
+        for name, parameter in inspect.signature(type(config).__init__).parameters.items():
+            if name in ("self", "kwargs", "args") or (name in base and not TOKENS.search(name)):
+                continue
+            old = getattr(config, name, None)
+            if isinstance(old, PretrainedConfig):
+                values[name] = self.config(old)
+            elif parameter.default is not None or TOKENS.search(name):
+                new = self.value(name, old, layers)
+                if new != old:
+                    values[name] = new
+        return values
+
+    def value(self, name: str, old: Any, layers: set[int]) -> Any:
+        """The new value of a field."""
+        if TOKENS.search(name):
+            return self.token(old)
+        if isinstance(old, bool) or FIXED.search(name):
+            return old
+        if isinstance(old, int):
+            return self.number(name, old)
+        if isinstance(old, list | tuple) and old:
+            return type(old)(self.sequence(name, old, layers))
+        return old
+
+    def token(self, old: Any) -> Any:
+        """A special token: kept where the vocabulary still has it."""
+        if isinstance(old, list | tuple):
+            return type(old)(self.token(each) for each in old)
+        if not isinstance(old, int) or isinstance(old, bool) or old < VOCABULARY:
+            return old
+        return self.tokens.setdefault(old, max(FIRST_SPECIAL, VOCABULARY - 1 - len(self.tokens)))
+
+    def number(self, name: str, old: int) -> int:
+        """The first rule that fits the name."""
+        for rule, pattern, change in RULES:
+            if re.search(pattern, name):
+                return old if rule in self.recipe.skip else change(old)
+        return old
+
+    def sequence(self, name: str, old: Any, layers: set[int]) -> Any:
+        """One value per layer: as many as there are layers now, every kind among them. Else a value per stage."""
+        numbers = all(isinstance(each, int) and not isinstance(each, bool) for each in old)
+        if len(old) in layers and len(old) > LAYERS:
+            kinds = [old.index(kind) for kind in dict.fromkeys(map(str, old)) for kind in [_find(old, kind)]][:LAYERS]
+            rest = [i for i in range(len(old)) if i not in kinds][: LAYERS - len(kinds)]
+            return [old[i] for i in sorted(kinds + rest)]
+        if not numbers:
+            return old
+        if re.search(r"indices|indexes|idxs|layers|ids$", name) and max(old) >= LAYERS:
+            return [i for i in old if i < LAYERS] or [LAYERS - 1]
+        if re.search(r"depths|block_sizes|num_block_repeats|stage_num|numb_of_layers|n_attn_blocks", name):
+            return old if "depths" in self.recipe.skip else [min(each, 2) for each in old]
+        if re.search(r"heads", name):
+            return [min(HEADS, 1 << (each.bit_length() - 1)) for each in old]
+        if re.search(r"hidden|dims?$|channels|sizes$|widths", name) and "kernel" not in name and "patch" not in name:
+            return old if "widths" in self.recipe.skip else [_width(each) for each in old]
+        return [self.number(name, each) for each in old]
+
+
+def _find(old: Any, kind: str) -> Any:
+    return next(each for each in old if str(each) == kind)
+
+
+def _width(old: int) -> int:
+    """An eighth, in steps of sixteen; an image's channels stay."""
+    return old if old <= 16 else max(16, -(-old // 8 // 16) * 16)
+
+
+def shrink(config: PretrainedConfig, recipe: Recipe) -> PretrainedConfig:
+    """A small configuration of the same kind."""
+    return Shrinker(recipe).config(config)
