@@ -77,11 +77,13 @@ class Architecture:
         """A small configuration."""
         model = getattr(transformers, self.model_class)
         config = CONFIG_MAPPING[self.model_type]()
-        if not isinstance(config, model.config_class):  # a composite one, of which the model takes a part
-            config = next(c for c in vars(config).values() if isinstance(c, model.config_class))
+        if not isinstance(config, model.config_class):  # registered for a part of it
+            config = model.config_class()
         small = shrink(config, recipe)
         if self.kind == "image":
             small.num_labels = CLASSES
+        elif self.kind == "causal" and getattr(small, "is_decoder", None) is False:
+            small.is_decoder = True
         return small
 
     def __call__(self, recipe: int | None = None) -> weft.Workload:
@@ -103,6 +105,7 @@ class Architecture:
                 return workload, index
             except Exception as error:  # noqa: PERF203  # whatever a model raises is the reason it does not run
                 reasons.append(f"{type(error).__name__}: {first_line(error)}")
+                if os.environ.get("ZOODBG"): print("   ", index, self.name, reasons[-1], flush=True)
         raise DoesNotRunError(reasons[0])
 
     def workload(self, recipe: Recipe) -> weft.Workload:
@@ -143,31 +146,33 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1)
 
 
-def tokens(*shape: int, seed: int = 7) -> Tensor:
+def tokens(config: PretrainedConfig, recipe: Recipe, *, seed: int = 7) -> Tensor:
     """Random tokens, none of them special."""
-    return torch.randint(FIRST_TOKEN, FIRST_SPECIAL, shape, generator=torch.Generator().manual_seed(seed))
+    most = min(FIRST_SPECIAL, getattr(config, "vocab_size", None) or FIRST_SPECIAL)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(FIRST_TOKEN, most, (SAMPLES, recipe.length), generator=generator)
 
 
 def causal_data(config: PretrainedConfig, recipe: Recipe, forward: Any) -> Rows:
     """Tokens; the labels are the tokens that follow."""
-    return Rows(input_ids=tokens(SAMPLES, recipe.length))
+    return Rows(input_ids=tokens(config, recipe))
 
 
 def seq2seq_data(config: PretrainedConfig, recipe: Recipe, forward: Any) -> Rows:
     """Tokens of the source and of the target, where the model takes one."""
-    columns = {"input_ids": tokens(SAMPLES, recipe.length)}
+    columns = {"input_ids": tokens(config, recipe)}
     if "decoder_input_ids" in forward:
-        columns["decoder_input_ids"] = tokens(SAMPLES, recipe.length, seed=8)
+        columns["decoder_input_ids"] = tokens(config, recipe, seed=8)
     return Rows(**columns)
 
 
 def masked_data(config: PretrainedConfig, recipe: Recipe, forward: Any) -> Rows:
     """Tokens, and labels at some of the places only; how many differs from sample to sample."""
-    ids = tokens(SAMPLES, recipe.length)
+    ids = tokens(config, recipe)
     chosen = torch.rand(ids.shape, generator=torch.Generator().manual_seed(9)) < 0.4
     columns = {"input_ids": ids, "labels": torch.where(chosen, ids, -100)}
     if "decoder_input_ids" in forward:
-        columns["decoder_input_ids"] = tokens(SAMPLES, recipe.length, seed=8)
+        columns["decoder_input_ids"] = tokens(config, recipe, seed=8)
     return Rows(**columns)
 
 
@@ -181,7 +186,7 @@ def image_data(config: PretrainedConfig, recipe: Recipe, forward: Any) -> Rows:
     pixels = torch.randn(SAMPLES, channels, edge, edge, generator=generator)
     classes = torch.randint(CLASSES, (SAMPLES,), generator=generator)
     if "pixel_values" not in forward and "input_ids" in forward:
-        return Rows(input_ids=tokens(SAMPLES, recipe.length), labels=classes)
+        return Rows(input_ids=tokens(config, recipe), labels=classes)
     return Rows(pixel_values=pixels, labels=classes)
 
 
@@ -211,7 +216,9 @@ def masked_loss(model: nn.Module, batch: dict[str, Tensor], *, extra: dict[str, 
 def image_loss(model: nn.Module, batch: dict[str, Tensor], *, extra: dict[str, Any]) -> Tensor:
     """Cross entropy of the classes."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return F.cross_entropy(model(**inputs, **extra).logits.float(), batch["labels"])
+    out = model(**inputs, **extra)
+    logits = out.logits if "logits" in out else out[0].flatten(1)
+    return F.cross_entropy(logits.float(), batch["labels"])
 
 
 DATA: dict[str, Callable[..., Rows]] = {
@@ -249,14 +256,26 @@ def architectures() -> dict[str, Architecture]:
     """Every architecture once, by name; a model class that serves two tasks counts for the first."""
     found: dict[str, Architecture] = {}
     seen = set()
+    types_of: dict[str, list[str]] = {}
+    for mapping in KINDS.values():
+        for model_type, classes in getattr(modeling_auto, mapping).items():
+            for model_class in (classes,) if isinstance(classes, str) else classes:
+                types_of.setdefault(model_class, []).append(model_type)
     for kind, mapping in KINDS.items():
         for model_type, classes in getattr(modeling_auto, mapping).items():
             for i, model_class in enumerate((classes,) if isinstance(classes, str) else classes):
                 if model_class not in seen:
                     seen.add(model_class)
-                    name = f"{kind}/{model_type if i == 0 else model_class}"
-                    found[name] = Architecture(name, kind, model_type, model_class)
+                    best = max(types_of[model_class], key=lambda each: _likeness(each, model_class))
+                    name = f"{kind}/{best if i == 0 else model_class}"
+                    found[name] = Architecture(name, kind, best, model_class)
     return found
+
+
+def _likeness(model_type: str, model_class: str) -> int:
+    """How much of the name of a type begins the name of a class."""
+    plain = model_type.replace("_", "").replace("-", "")
+    return len(os.path.commonprefix([plain, model_class.lower()])) * (len(plain) + 1) - len(plain)
 
 
 def models() -> dict[str, Callable[..., weft.Workload]]:

@@ -7,6 +7,7 @@ that does not suit a configuration is left out by a recipe: ``RECIPES`` are trie
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class Recipe:
 
     Attributes:
         skip: names of rules.
+        fill: give fields that are None a value (``FILLED``).
         length: of a sequence of tokens.
         image: edge of an image, in pixels.
     """
@@ -32,19 +34,57 @@ class Recipe:
     skip: frozenset[str] = frozenset()
     length: int = LENGTH
     image: int = IMAGE
+    fill: bool = False
 
 
 RECIPES = (
     Recipe(),
+    Recipe(fill=True),
     Recipe(frozenset({"patch"})),
     Recipe(frozenset({"widths", "depths"})),
     Recipe(frozenset({"head_dim"})),
     Recipe(frozenset({"window"}), length=32),
     Recipe(frozenset({"patch", "widths", "depths", "window", "head_dim"})),
+    Recipe(frozenset({"heads"})),
     Recipe(frozenset({"patch", "image"}), image=224),
 )
 
-FORCED: dict[str, dict[str, Any]] = {}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+FORCED: dict[str, dict[str, Any]] = {
+    # a value the default leaves out and the model needs
+    "CohereCompassTextConfig": {"rope_parameters": {"full_attention": ROPE}},
+    "DbrxAttentionConfig": {"rope_theta": 10000.0},
+    "Qwen4ExpTextConfig": {
+        "indexer_n_heads": HEADS,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
+    "XmodConfig": {"default_language": "en_XX"},
+    # a keyword that is no field
+    "Gemma4TextConfig": {"global_head_dim": HEAD},
+    "Gemma4UnifiedTextConfig": {"global_head_dim": HEAD},
+    # layers counted in another field
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], LAYERS // 2]]},
+    "Zamba2Config": {"layers_block_type": ["linear_attention", "hybrid"] * (LAYERS // 2)},
+    # numbers that must agree with each other
+    "Mamba2Config": {"num_heads": 2 * HIDDEN // HEAD},
+    "ReformerConfig": {"axial_pos_shape": (4, LENGTH // 4), "axial_pos_embds_dim": (HIDDEN // 4, 3 * HIDDEN // 4)},
+}
+"""Arguments that no rule about names can know, by class of configuration."""
+FILLED = {
+    "head_dim": HEAD,
+    "vocab_size": VOCABULARY,
+    "num_key_value_heads": KV_HEADS,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": HIDDEN // 2,
+    "moe_topk": 2,
+    "layer_types": ["full_attention"] * LAYERS,
+}
+"""What stands for None where a model cannot do without, if the recipe says so."""
 
 
 def at_most(value: int) -> Callable[[int], int]:
@@ -58,10 +98,9 @@ RULES: tuple[tuple[str, str, Callable[[int], int]], ...] = (
     ("lists", r"lstm_layers|residual_layers|adapter_layers|dense_layers|predict_layers", at_most(1)),
     ("shared", r"kv_shared_layers", at_most(2)),
     ("layers", r"layers?$|^depth$|num_blocks$|layers_per_stack$|self_attends_per_block|^first_k", at_most(LAYERS)),
-    ("heads", r"mamba.*heads$|mamba_num_heads", at_most(2 * HIDDEN // HEAD)),
-    ("heads", r"(kv|key_value|num_key).*heads$|kv_n_heads", at_most(KV_HEADS)),
-    ("heads", r"heads?$|^num_attention_heads", at_most(HEADS)),
-    ("head_dim", r"head_dim|head_size$|^d_kv$|^d_head$|^dim_head$|kv_channels|headdim|mamba_d_head", at_most(HEAD)),
+    ("head_dim", r"head_dim|head_size$|^d_kv$|d_head$|^dim_head$|kv_channels|headdim|rotary_dim", at_most(HEAD)),
+    ("heads", r"mamba.*heads$", at_most(2 * HIDDEN // HEAD)),
+    ("heads", r"heads?$", at_most(HEADS)),
     ("experts", r"shared_experts$", at_most(1)),
     ("experts", r"experts$|expert_num$", at_most(4)),
     ("experts", r"per_tok(en)?$|moe_top_?k|moe_k$|^top_k_experts", at_most(2)),
@@ -70,7 +109,7 @@ RULES: tuple[tuple[str, str, Callable[[int], int]], ...] = (
     ("index", r"topk$|topk_blocks$|keep_window_size", at_most(8)),
     ("moe", r"(moe|expert).*(intermediate|ffn)", at_most(HIDDEN // 2)),
     ("rank", r"rank$", at_most(HEAD)),
-    ("inner", r"intermediate|ffn|ff_dim|d_ff|dff|^d_inner|inner_dim|mlp_dim|feed_forward_size", at_most(2 * HIDDEN)),
+    ("inner", r"intermediate|d_ssm|ffn|ff_dim|d_ff|dff|^d_inner|inner_dim|mlp_dim|feed_forward_size", at_most(2 * HIDDEN)),
     ("positions", r"max.*position|max_source_pos|n_positions|n_ctx|max_seq|model_max_length|context_length|max_length",
      at_most(4 * LENGTH)),
     ("image", r"image_size|crop_size", at_most(IMAGE)),
@@ -97,7 +136,7 @@ class Shrinker:
 
     def config(self, config: PretrainedConfig) -> PretrainedConfig:
         """The same kind of configuration, small."""
-        values = self.values(config) | FORCED.get(config.model_type, {})
+        values = self.values(config) | FORCED.get(type(config).__name__, {})
         return type(config)(**values)
 
     def values(self, config: PretrainedConfig) -> dict[str, Any]:
@@ -106,13 +145,19 @@ class Shrinker:
         layers = {
             v for k, v in vars(config).items() if isinstance(v, int) and v > LAYERS and re.search(r"layers?$|depth", k)
         }
+        numbers = {k: v for k, v in vars(config).items() if isinstance(v, int)}
+        heads = next((numbers[name] for name in ("num_attention_heads", "num_heads", "n_head") if name in numbers), None)
         values: dict[str, Any] = {}
         for name, parameter in inspect.signature(type(config).__init__).parameters.items():
             if name in ("self", "kwargs", "args") or (name in base and not TOKENS.search(name)):
                 continue
-            old = getattr(config, name, None)
+            old = vars(config).get(name, parameter.default)
             if isinstance(old, PretrainedConfig):
                 values[name] = self.config(old)
+            elif old is None and self.recipe.fill:
+                values |= {name: FILLED[name]} if name in FILLED else {}
+            elif isinstance(old, int) and re.search(r"(kv|key_value|num_key).*heads$|kv_n_heads", name):
+                values[name] = min(old, HEADS if old == heads else KV_HEADS)
             elif parameter.default is not None or TOKENS.search(name):
                 new = self.value(name, old, layers)
                 if new != old:
@@ -150,15 +195,13 @@ class Shrinker:
         """One value per layer: as many as there are layers now, every kind among them. Else a value per stage."""
         numbers = all(isinstance(each, int) and not isinstance(each, bool) for each in old)
         if len(old) in layers and len(old) > LAYERS:
-            kinds = [old.index(kind) for kind in dict.fromkeys(map(str, old)) for kind in [_find(old, kind)]][:LAYERS]
-            rest = [i for i in range(len(old)) if i not in kinds][: LAYERS - len(kinds)]
-            return [old[i] for i in sorted(kinds + rest)]
+            return [old[i] for i in _varied([str(each) for each in old], LAYERS)]
         if not numbers:
             return old
-        if re.search(r"indices|indexes|idxs|layers|ids$", name) and max(old) >= LAYERS:
-            return [i for i in old if i < LAYERS] or [LAYERS - 1]
         if re.search(r"depths|block_sizes|num_block_repeats|stage_num|numb_of_layers|n_attn_blocks", name):
             return old if "depths" in self.recipe.skip else [min(each, 2) for each in old]
+        if re.search(r"indices|indexes|idxs|layers|ids$", name) and max(old) >= LAYERS:
+            return [i for i in old if i < LAYERS] or [LAYERS - 1]
         if re.search(r"heads", name):
             return [min(HEADS, 1 << (each.bit_length() - 1)) for each in old]
         if re.search(r"hidden|dims?$|channels|sizes$|widths", name) and "kernel" not in name and "patch" not in name:
@@ -166,8 +209,11 @@ class Shrinker:
         return [self.number(name, each) for each in old]
 
 
-def _find(old: Any, kind: str) -> Any:
-    return next(each for each in old if str(each) == kind)
+def _varied(kinds: list[str], count: int) -> list[int]:
+    """Places of ``count`` entries, in order, taking from every kind in turn."""
+    places = [[i for i, each in enumerate(kinds) if each == kind] for kind in dict.fromkeys(kinds)]
+    turns = [place for turn in itertools.zip_longest(*places) for place in turn if place is not None]
+    return sorted(turns[:count])
 
 
 def _width(old: int) -> int:
