@@ -7,15 +7,14 @@ called. A factory tries the recipes of ``zoo_shrink`` in turn until the model ru
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
+import itertools
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
@@ -24,6 +23,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto import modeling_auto
+from zoo_others import BATCH, OTHERS, SAMPLES, Rows, sgd
 from zoo_shrink import FIRST_SPECIAL, RECIPES, Recipe, shrink
 
 import weft
@@ -36,26 +36,13 @@ KINDS = {
 }
 FIRST_TOKEN = 10
 """Tokens below are special in some vocabularies."""
-BATCH, SAMPLES, CLASSES = 8, 16, 8
+CLASSES = 8
 LARGEST = 30_000_000
 """Parameters of a model that counts as small."""
 
 
 class DoesNotRunError(Exception):
     """The architecture does not run on one process; the message says why."""
-
-
-class Rows:
-    """A map-style data set of tensors with the samples in dimension 0."""
-
-    def __init__(self, **columns: Tensor) -> None:
-        self.columns = columns
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {name: column[i] for name, column in self.columns.items()}
 
 
 @dataclass(frozen=True)
@@ -103,9 +90,10 @@ class Architecture:
                 if recipe is None:
                     try_once(workload)
                 return workload, index
-            except Exception as error:  # noqa: PERF203  # whatever a model raises is the reason it does not run
+            except Exception as error:  # whatever a model raises is the reason it does not run
                 reasons.append(f"{type(error).__name__}: {first_line(error)}")
-                if os.environ.get("ZOODBG"): print("   ", index, self.name, reasons[-1], flush=True)
+                if isinstance(error, ImportError):
+                    break
         raise DoesNotRunError(reasons[0])
 
     def workload(self, recipe: Recipe) -> weft.Workload:
@@ -139,11 +127,6 @@ def quiet() -> None:
     """Keep transformers' advice to itself."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-
-
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    """Plain, so that a parameter changes by its gradient."""
-    return torch.optim.SGD(parameters, lr=0.1)
 
 
 def tokens(config: PretrainedConfig, recipe: Recipe, *, seed: int = 7) -> Tensor:
@@ -262,7 +245,7 @@ def architectures() -> dict[str, Architecture]:
             for model_class in (classes,) if isinstance(classes, str) else classes:
                 types_of.setdefault(model_class, []).append(model_type)
     for kind, mapping in KINDS.items():
-        for model_type, classes in getattr(modeling_auto, mapping).items():
+        for classes in getattr(modeling_auto, mapping).values():
             for i, model_class in enumerate((classes,) if isinstance(classes, str) else classes):
                 if model_class not in seen:
                     seen.add(model_class)
@@ -272,13 +255,13 @@ def architectures() -> dict[str, Architecture]:
     return found
 
 
-def _likeness(model_type: str, model_class: str) -> int:
-    """How much of the name of a type begins the name of a class."""
+def _likeness(model_type: str, model_class: str) -> tuple[int, int]:
+    """How much of a class's name a type's name begins; of equals, the shorter."""
     plain = model_type.replace("_", "").replace("-", "")
-    return len(os.path.commonprefix([plain, model_class.lower()])) * (len(plain) + 1) - len(plain)
+    common = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(plain, model_class.lower(), strict=False))
+    return len(list(common)), -len(plain)
 
 
 def models() -> dict[str, Callable[..., weft.Workload]]:
     """Names and factories of all workloads."""
-    others = importlib.import_module("zoo_others").OTHERS
-    return {**architectures(), **others}
+    return {**architectures(), **OTHERS}

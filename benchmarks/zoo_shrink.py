@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -26,6 +26,7 @@ class Recipe:
 
     Attributes:
         skip: names of rules.
+        most: other values of rules.
         fill: give fields that are None a value (``FILLED``).
         length: of a sequence of tokens.
         image: edge of an image, in pixels.
@@ -34,6 +35,7 @@ class Recipe:
     skip: frozenset[str] = frozenset()
     length: int = LENGTH
     image: int = IMAGE
+    most: Mapping[str, int] = field(default_factory=dict)
     fill: bool = False
 
 
@@ -45,7 +47,8 @@ RECIPES = (
     Recipe(frozenset({"head_dim"})),
     Recipe(frozenset({"window"}), length=32),
     Recipe(frozenset({"patch", "widths", "depths", "window", "head_dim"})),
-    Recipe(frozenset({"heads"})),
+    Recipe(most={"window": 2}),
+    Recipe(most={"heads": 1}),
     Recipe(frozenset({"patch", "image"}), image=224),
 )
 
@@ -53,7 +56,8 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 FORCED: dict[str, dict[str, Any]] = {
     # a value the default leaves out and the model needs
     "CohereCompassTextConfig": {"rope_parameters": {"full_attention": ROPE}},
-    "DbrxAttentionConfig": {"rope_theta": 10000.0},
+    "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8.0},
+    "EsmConfig": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
     "Qwen4ExpTextConfig": {
         "indexer_n_heads": HEADS,
         "indexer_kv_heads": 1,
@@ -66,9 +70,12 @@ FORCED: dict[str, dict[str, Any]] = {
     "Gemma4TextConfig": {"global_head_dim": HEAD},
     "Gemma4UnifiedTextConfig": {"global_head_dim": HEAD},
     # layers counted in another field
+    "GraniteMoeHybridConfig": {"layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2)},
+    "ZambaConfig": {"layers_block_type": ["linear_attention", "hybrid"] * (LAYERS // 2)},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], LAYERS // 2]]},
     "Zamba2Config": {"layers_block_type": ["linear_attention", "hybrid"] * (LAYERS // 2)},
     # numbers that must agree with each other
+    "EfficientNetConfig": {"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 1280 // 4},
     "Mamba2Config": {"num_heads": 2 * HIDDEN // HEAD},
     "ReformerConfig": {"axial_pos_shape": (4, LENGTH // 4), "axial_pos_embds_dim": (HIDDEN // 4, 3 * HIDDEN // 4)},
 }
@@ -87,44 +94,50 @@ FILLED = {
 """What stands for None where a model cannot do without, if the recipe says so."""
 
 
-def at_most(value: int) -> Callable[[int], int]:
-    """A rule: no more than this."""
-    return lambda old: min(old, value)
-
-
-RULES: tuple[tuple[str, str, Callable[[int], int]], ...] = (
-    # name of the rule, pattern of the field's name, new value of an int
-    ("vocab", r"vocab_size|vocab$|^unpadded_vocab|codebook_size", at_most(VOCABULARY)),
-    ("lists", r"lstm_layers|residual_layers|adapter_layers|dense_layers|predict_layers", at_most(1)),
-    ("shared", r"kv_shared_layers", at_most(2)),
-    ("layers", r"layers?$|^depth$|num_blocks$|layers_per_stack$|self_attends_per_block|^first_k", at_most(LAYERS)),
-    ("head_dim", r"head_dim|head_size$|^d_kv$|d_head$|^dim_head$|kv_channels|headdim|rotary_dim", at_most(HEAD)),
-    ("heads", r"mamba.*heads$", at_most(2 * HIDDEN // HEAD)),
-    ("heads", r"heads?$", at_most(HEADS)),
-    ("experts", r"shared_experts$", at_most(1)),
-    ("experts", r"experts$|expert_num$", at_most(4)),
-    ("experts", r"per_tok(en)?$|moe_top_?k|moe_k$|^top_k_experts", at_most(2)),
-    ("experts", r"n_group$|num_expert_group$", at_most(2)),
-    ("experts", r"topk_group$", at_most(1)),
-    ("index", r"topk$|topk_blocks$|keep_window_size", at_most(8)),
-    ("moe", r"(moe|expert).*(intermediate|ffn)", at_most(HIDDEN // 2)),
-    ("rank", r"rank$", at_most(HEAD)),
-    ("inner", r"intermediate|d_ssm|ffn|ff_dim|d_ff|dff|^d_inner|inner_dim|mlp_dim|feed_forward_size", at_most(2 * HIDDEN)),
-    ("positions", r"max.*position|max_source_pos|n_positions|n_ctx|max_seq|model_max_length|context_length|max_length",
-     at_most(4 * LENGTH)),
-    ("image", r"image_size|crop_size", at_most(IMAGE)),
-    ("patch", r"^patch_size$", at_most(16)),
-    ("window", r"sliding_window$|window_size|attention_window|window_len|chunk_size$|chunk_length|block_size$|local_attention",
-     at_most(8)),
-    ("state", r"state_size|d_state", at_most(HEAD)),
-    ("period", r"(period|interval|every|frequency|sparse_step|group_size|every_n_layers)$", at_most(2)),
-    ("period", r"offset$|start_index$", at_most(1)),
-    ("groups", r"n_?groups$|o_groups", at_most(2)),
-    ("hidden", r"hidden|d_model|n_embd|embed|emb_dim|emb_size|^dim$|_dim$|width$|latents|input_size|output_size|channels?$",
-     at_most(HIDDEN)),
+RULES: tuple[tuple[str, str, int], ...] = (
+    ("vocab", r"vocab_size|vocab$|^unpadded_vocab|codebook_size", VOCABULARY),
+    ("lists", r"lstm_layers|residual_layers|adapter_layers|dense_layers|predict_layers", 1),
+    ("shared", r"kv_shared_layers", 2),
+    ("layers", r"layers?$|^depth$|num_blocks$|layers_per_stack$|self_attends_per_block|^first_k", LAYERS),
+    ("head_dim", r"head_dim|head_size$|^d_kv$|d_head$|^dim_head$|kv_channels|headdim|rotary_dim", HEAD),
+    ("heads", r"mamba.*heads$", 2 * HIDDEN // HEAD),
+    ("heads", r"heads?$", HEADS),
+    ("experts", r"shared_experts$", 1),
+    ("experts", r"experts$|expert_num$", 4),
+    ("experts", r"per_tok(en)?$|moe_top_?k|moe_k$|^top_k_experts", 2),
+    ("experts", r"n_group$|num_expert_group$", 2),
+    ("experts", r"topk_group$", 1),
+    ("index", r"topk$|topk_blocks$|keep_window_size", 8),
+    ("moe", r"(moe|expert).*(intermediate|ffn)", HIDDEN // 2),
+    ("rank", r"rank$", HEAD),
+    ("inner", r"intermediate|d_ssm|ffn|ff_dim|d_ff|dff|^d_inner|inner_dim|mlp_dim|feed_forward_size", 2 * HIDDEN),
+    (
+        "positions",
+        r"max.*position|max_source_pos|n_positions|n_ctx|max_seq|model_max_length|context_length|max_length",
+        4 * LENGTH,
+    ),
+    ("image", r"image_size|crop_size", IMAGE),
+    ("patch", r"^patch_size$", 16),
+    (
+        "window",
+        r"sliding_window$|window_size|attention_window|window_len|chunk_size$|chunk_length|block_size$|local_attention",
+        8,
+    ),
+    ("state", r"state_size|d_state", HEAD),
+    ("period", r"(period|interval|every|frequency|sparse_step|group_size|every_n_layers)$", 2),
+    ("period", r"offset$|start_index$", 1),
+    ("groups", r"(n|num)_?groups$|o_groups", 2),
+    ("widths", r"stem.*channels|neck_hidden", 16),
+    (
+        "hidden",
+        r"hidden|d_model|n_embd|embed|emb_dim|emb_size|^dim$|_dim$|width$|latents|input_size|output_size|channels?$",
+        HIDDEN,
+    ),
 )
 TOKENS = re.compile(r"token_ids?$|token_index$|(unk|mask|pad|bos|eos|lang)_index$")
-FIXED = re.compile(r"num_channels|^channels$|audio_channels|latent_channels|in_channels|chunk_size_feed_forward|num_labels")
+FIXED = re.compile(
+    r"num_channels|^channels$|audio_channels|latent_channels|in_channels|chunk_size_feed_forward|num_labels"
+)
 
 
 class Shrinker:
@@ -146,7 +159,9 @@ class Shrinker:
             v for k, v in vars(config).items() if isinstance(v, int) and v > LAYERS and re.search(r"layers?$|depth", k)
         }
         numbers = {k: v for k, v in vars(config).items() if isinstance(v, int)}
-        heads = next((numbers[name] for name in ("num_attention_heads", "num_heads", "n_head") if name in numbers), None)
+        heads = next(
+            (numbers[name] for name in ("num_attention_heads", "num_heads", "n_head") if name in numbers), None
+        )
         values: dict[str, Any] = {}
         for name, parameter in inspect.signature(type(config).__init__).parameters.items():
             if name in ("self", "kwargs", "args") or (name in base and not TOKENS.search(name)):
@@ -168,10 +183,10 @@ class Shrinker:
         """The new value of a field."""
         if TOKENS.search(name):
             return self.token(old)
-        if isinstance(old, bool) or FIXED.search(name):
+        if isinstance(old, bool):
             return old
         if isinstance(old, int):
-            return self.number(name, old)
+            return old if FIXED.search(name) else self.number(name, old)
         if isinstance(old, list | tuple) and old:
             return type(old)(self.sequence(name, old, layers))
         return old
@@ -186,9 +201,9 @@ class Shrinker:
 
     def number(self, name: str, old: int) -> int:
         """The first rule that fits the name."""
-        for rule, pattern, change in RULES:
+        for rule, pattern, most in RULES:
             if re.search(pattern, name):
-                return old if rule in self.recipe.skip else change(old)
+                return old if rule in self.recipe.skip else min(old, self.recipe.most.get(rule, most))
         return old
 
     def sequence(self, name: str, old: Any, layers: set[int]) -> Any:
