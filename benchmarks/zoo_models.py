@@ -146,6 +146,13 @@ def seq2seq_data(config: PretrainedConfig, recipe: Recipe, forward: Any) -> Rows
     columns = {"input_ids": tokens(config, recipe)}
     if "decoder_input_ids" in forward:
         columns["decoder_input_ids"] = tokens(config, recipe, seed=8)
+    if recipe.audio:
+        shape = (
+            SAMPLES,
+            config.audio_config.num_mel_bins,
+            recipe.length * config.audio_length_per_tok * config.downsample_factor,
+        )
+        columns["input_features"] = torch.randn(shape, generator=torch.Generator().manual_seed(9))
     return Rows(**columns)
 
 
@@ -167,8 +174,14 @@ def image_data(config: PretrainedConfig, recipe: Recipe, forward: Any) -> Rows:
     edge = edge if isinstance(edge, int) else edge[0]
     channels = getattr(vision, "num_channels", 3)
     pixels = torch.randn(SAMPLES, channels, edge, edge, generator=generator)
-    classes = torch.randint(CLASSES, (SAMPLES,), generator=generator)
-    if "pixel_values" not in forward and "input_ids" in forward:
+    classes = torch.randint(2, (SAMPLES,), generator=generator)  # the least any of them distinguishes
+    if "spatial_shapes" in forward:  # images of any shape, cut into patches by whoever loads them
+        patch, edge = vision.patch_size, 4
+        pixels = torch.randn(SAMPLES, edge * edge, channels * patch * patch, generator=generator)
+        shapes = torch.full((SAMPLES, 2), edge)
+        mask = torch.ones(SAMPLES, edge * edge, dtype=torch.long)
+        return Rows(pixel_values=pixels, pixel_attention_mask=mask, spatial_shapes=shapes, labels=classes)
+    if "input_ids" in forward:
         return Rows(input_ids=tokens(config, recipe), labels=classes)
     return Rows(pixel_values=pixels, labels=classes)
 

@@ -28,6 +28,7 @@ class Recipe:
         skip: names of rules.
         most: other values of rules.
         fill: give fields that are None a value (``FILLED``).
+        audio: the model wants a spectrogram beside every token.
         length: of a sequence of tokens.
         image: edge of an image, in pixels.
     """
@@ -37,6 +38,7 @@ class Recipe:
     image: int = IMAGE
     most: Mapping[str, int] = field(default_factory=dict)
     fill: bool = False
+    audio: bool = False
 
 
 RECIPES = (
@@ -50,6 +52,7 @@ RECIPES = (
     Recipe(most={"window": 2}),
     Recipe(most={"heads": 1}),
     Recipe(frozenset({"patch", "image"}), image=224),
+    Recipe(audio=True),
 )
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -67,8 +70,18 @@ FORCED: dict[str, dict[str, Any]] = {
     },
     "XmodConfig": {"default_language": "en_XX"},
     # a keyword that is no field
+    "Dots3NoteTextConfig": {
+        "swa_num_attention_heads": HEADS,
+        "swa_num_key_value_heads": HEADS,
+        "swa_kv_lora_rank": HEAD,
+        "swa_q_lora_rank": HEAD,
+        "swa_head_dim": 2 * HEAD,
+        "swa_qk_nope_head_dim": HEAD,
+        "swa_v_head_dim": HEAD,
+    },
     "Gemma4TextConfig": {"global_head_dim": HEAD},
     "Gemma4UnifiedTextConfig": {"global_head_dim": HEAD},
+    "ShieldGemma2Config": {"yes_token_index": 20, "no_token_index": 21},
     # layers counted in another field
     "GraniteMoeHybridConfig": {"layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2)},
     "ZambaConfig": {"layers_block_type": ["linear_attention", "hybrid"] * (LAYERS // 2)},
@@ -89,6 +102,7 @@ FILLED = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": HIDDEN // 2,
     "moe_topk": 2,
+    "n_shared_experts": 1,
     "layer_types": ["full_attention"] * LAYERS,
 }
 """What stands for None where a model cannot do without, if the recipe says so."""
@@ -110,7 +124,11 @@ RULES: tuple[tuple[str, str, int], ...] = (
     ("index", r"topk$|topk_blocks$|keep_window_size", 8),
     ("moe", r"(moe|expert).*(intermediate|ffn)", HIDDEN // 2),
     ("rank", r"rank$", HEAD),
-    ("inner", r"intermediate|d_ssm|ffn|ff_dim|d_ff|dff|^d_inner|inner_dim|mlp_dim|feed_forward_size", 2 * HIDDEN),
+    (
+        "inner",
+        r"intermediate|d_ssm|ffn|ff_dim|dim_ff|d_ff|dff|^d_inner|inner_dim|mlp_dim|feed_forward_size",
+        2 * HIDDEN,
+    ),
     (
         "positions",
         r"max.*position|max_source_pos|n_positions|n_ctx|max_seq|model_max_length|context_length|max_length",
@@ -127,6 +145,7 @@ RULES: tuple[tuple[str, str, int], ...] = (
     ("period", r"(period|interval|every|frequency|sparse_step|group_size|every_n_layers)$", 2),
     ("period", r"offset$|start_index$", 1),
     ("groups", r"(n|num)_?groups$|o_groups", 2),
+    ("widths", r"^embed_dim$", HIDDEN // 2),
     ("widths", r"stem.*channels|neck_hidden", 16),
     (
         "hidden",
@@ -210,7 +229,8 @@ class Shrinker:
         """One value per layer: as many as there are layers now, every kind among them. Else a value per stage."""
         numbers = all(isinstance(each, int) and not isinstance(each, bool) for each in old)
         if len(old) in layers and len(old) > LAYERS:
-            return [old[i] for i in _varied([str(each) for each in old], LAYERS)]
+            kept = [old[i] for i in _varied([str(each) for each in old], LAYERS)]
+            return [self.number(name, each) for each in kept] if numbers else kept
         if not numbers:
             return old
         if re.search(r"depths|block_sizes|num_block_repeats|stage_num|numb_of_layers|n_attn_blocks", name):
