@@ -73,8 +73,10 @@ class SingleDevice:
         self._fake = build_fake(workload.model, workload.seed)
         self._units = find_units(self._fake.model, workload.units)
         self._recordings = Recordings(workload, self._fake, self._units)
-        routes = self._routes(self._recordings.longest(workload.sample_batch(plan.samples_per_microbatch)))
-        self._random = routes.glue_random or bool(routes.random)
+        longest = self._recordings.longest(workload.sample_batch(plan.samples_per_microbatch))
+        routes = self._routes(longest)
+        in_python = longest.python_draws or any(call.python_draws for call in longest.calls)
+        self._random = routes.glue_random or bool(routes.random) or in_python
         self._placement = (
             Placement(self.model, self._units, stage=0, mode=self._fake.mode, device=device) if self._random else None
         )

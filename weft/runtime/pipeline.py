@@ -154,7 +154,7 @@ class Pipeline:
                 self._receive(action, self._flights[m].run.routes.received_by(self.stage).get(action.peer, ()))
             case Kind.RECEIVE_GRADIENT:
                 routes = self._flights[m].run.routes
-                self._receive(action, routes.with_gradient(routes.sent_by(self.stage).get(action.peer, ())))
+                self._receive(action, routes.with_gradient(self.stage, action.peer))
             case Kind.SEND_ACTIVATION:
                 run = self._flights[m].run
                 sources = run.routes.sent_by(self.stage).get(action.peer, ())
@@ -163,7 +163,7 @@ class Pipeline:
             case Kind.SEND_GRADIENT:
                 flight = self._flights[m]
                 routes = flight.run.routes
-                wanted = routes.with_gradient(routes.received_by(self.stage).get(action.peer, ()))
+                wanted = routes.with_gradient(action.peer, self.stage)
                 self._send(action, [flight.returning.pop(source) for source in wanted])
             case Kind.REDUCE:
                 self.data_parallel.finish()
@@ -220,10 +220,16 @@ class Pipeline:
         run.received, flight.loss = {}, None
 
     def _produced(self, run: Run, source: Source) -> Tensor:
+        name = run.recording.calls[source.call].name
         try:
-            return run.produced[source]
+            tensor, leaf = run.produced[source], run.routes.leaves[source]
+            if tuple(tensor.shape) != leaf.shape:
+                raise ModelError(
+                    f"{name} returned a tensor of shape {tuple(tensor.shape)} where {leaf.shape} is expected, and it goes "
+                    "to another stage: its shape depends on values. Give it a fixed shape (pad it), or use pp=1"
+                )
+            return tensor
         except KeyError:
-            name = run.recording.calls[source.call].name
             raise ModelError(
                 f"{name} was not called in this step, or returned something else than when the model was captured, and "
                 "another stage waits for its output; the forward depends on the data. Keep it on one stage, or use pp=1"

@@ -26,6 +26,7 @@ class Routes:
     Attributes:
         stage_of: stage of every call by its number, the loss included.
         tensors: ``(source stage, target stage)`` to the outputs that travel, in a fixed order.
+        gradients: likewise, those that get a gradient: what the loss does not depend on gets none, as on one device.
         leaves: the recorded leaf of every output that travels.
         numbers: the number of every call by unit and occurrence, from 1.
         random: numbers of the calls that draw random numbers.
@@ -34,6 +35,7 @@ class Routes:
 
     stage_of: tuple[int, ...]
     tensors: dict[tuple[int, int], tuple[Source, ...]]
+    gradients: dict[tuple[int, int], tuple[Source, ...]]
     leaves: dict[Source, TensorLeaf]
     numbers: dict[tuple[str, int], int]
     random: frozenset[int]
@@ -68,7 +70,12 @@ class Routes:
         numbers = {(call.unit, call.occurrence): number for number, call in enumerate(recording.calls)}
         random = frozenset(n for n, call in enumerate(recording.calls) if draws(recording.costs[call.kind]))
         glue_random = any(draws(call.glue) for call in recording.calls)
-        return cls(stage_of, tensors, leaves, numbers, random, glue_random)
+        live = _live(recording)
+        used = {(stage_of[n], source) for n in live for source in recording.calls[n].sources}
+        gradients = {
+            (s, t): tuple(x for x in tensors[s, t] if leaves[x].requires_grad and (t, x) in used) for s, t in tensors
+        }
+        return cls(stage_of, tensors, gradients, leaves, numbers, random, glue_random)
 
     def is_done(self, stage: int, last: int) -> bool:
         """Whether a stage has no call after this one, nor the loss."""
@@ -77,8 +84,7 @@ class Routes:
     def edges(self) -> list[Edge]:
         """Which stages send to which, for the schedule."""
         return [
-            Edge(source, target, any(self.leaves[tensor].requires_grad for tensor in tensors))
-            for (source, target), tensors in self.tensors.items()
+            Edge(source, target, bool(self.with_gradient(source, target))) for source, target in self.tensors
         ]
 
     def received_by(self, stage: int) -> dict[int, tuple[Source, ...]]:
@@ -89,9 +95,18 @@ class Routes:
         """What a stage sends, by the stage it goes to."""
         return {t: tensors for (s, t), tensors in self.tensors.items() if s == stage}
 
-    def with_gradient(self, sources: tuple[Source, ...]) -> tuple[Source, ...]:
-        """Those whose gradients come back."""
-        return tuple(source for source in sources if self.leaves[source].requires_grad)
+    def with_gradient(self, source: int, target: int) -> tuple[Source, ...]:
+        """What goes from one stage to another and has a gradient coming back."""
+        return self.gradients.get((source, target), ())
+
+
+def _live(recording: Recording) -> set[int]:
+    """Numbers of the calls that the loss depends on, and of the loss."""
+    live = {len(recording.calls) - 1}
+    for number in range(len(recording.calls) - 1, -1, -1):
+        if number in live:
+            live |= {source.call for source in recording.calls[number].sources}
+    return live
 
 
 def _stages(recording: Recording, plan: Plan) -> list[int]:
