@@ -1,30 +1,41 @@
 """Reference: the single device, in plain PyTorch. What every plan is held against.
 
-Where the model draws nothing, a step is what the user would write: the loss of the whole batch, ``backward``, clip,
-``step``. Where it draws (dropout), one batch in one piece would draw other masks than microbatches do, so the batch is
-cut as the plan cuts it and every piece draws from the plan's streams.
+A step is what the user would write: the loss of the whole batch, ``backward``, clip, ``step``. There are two reasons
+to cut the batch as the plan does, since one piece would then be another computation:
+
+    the forward takes statistics over the batch, or changes buffers: one piece for each microbatch, of the samples that
+    all replicas have in it
+    the model or the loss draws random numbers: a piece for each microbatch of each replica, which draws from the
+    plan's streams; where there are statistics over the batch too, the replicas run in ``lockstep``
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from weft.capture.initial import build_fake
 from weft.capture.recorder import Recording, record
 from weft.capture.units import find_units
+from weft.capture.watch import Watch, plain_synchronised
+from weft.jobs.lockstep import run_together
 from weft.plan import Plan
-from weft.runtime.batches import Sampler, count_samples, cut, layout
+from weft.runtime.batches import Sampler, layout
+from weft.runtime.engine import signature
+from weft.runtime.optimizer import make_optimizer, make_scheduler
 from weft.runtime.placement import Placement, Run, split_loss
 from weft.runtime.randomness import Seeds
 from weft.runtime.routes import Routes
-from weft.workload import Loss, Parameters, Workload
+from weft.workload import Loss, Workload
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ class SingleDevice:
     Args:
         workload: what to train.
         device: where.
-        plan: the plan it is compared with; decides how a batch is cut if the model draws random numbers.
+        plan: the plan it is compared with; decides how a batch is cut where it must be.
     """
 
     def __init__(self, workload: Workload, device: torch.device, *, plan: Plan) -> None:
@@ -54,62 +65,147 @@ class SingleDevice:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(workload.seed)
             self.model = workload.model().to(device)
-        self.optimizer = workload.optimizer(Parameters(self.model.named_parameters()))
+        plain_synchronised(self.model)
+        self.optimizer = make_optimizer(workload, self.model.named_parameters())
+        self.scheduler = make_scheduler(workload, self.optimizer)
         self.sampler = Sampler(workload)
         self._fake = build_fake(workload.model, workload.seed)
+        plain_synchronised(self._fake.model)
         self._units = find_units(self._fake.model, workload.units)
-        routes = self._routes(self._record(workload.sample_batch(plan.samples_per_microbatch)))
-        self._random = routes.glue_random or bool(routes.random)
-        self._placement = (
-            Placement(self.model, self._units, stage=0, mode=self._fake.mode, device=device) if self._random else None
-        )
+        self._watch = Watch()
+        self._watched = self._watch.of(workload.loss)
+        self._recordings: dict[Any, tuple[Recording, Routes]] = {}
+        first, routes = self._record(workload.sample_batch(plan.samples_per_microbatch))
+        self._random = routes.glue_random or bool(routes.random) or self._watch.draws
+        self._changed = self._watch.changed_in(first)
+        self._replicas = [self.model]
+        if self._random and self._changed:  # each replica changes buffers of its own
+            shared = {id(p): p for p in self.model.parameters()}
+            self._replicas += [copy.deepcopy(self.model, dict(shared)) for _ in range(plan.replicas - 1)]
+        self._placements = [
+            Placement(model, self._units, stage=0, mode=self._fake.mode, device=device)
+            for model in self._replicas
+            if self._random
+        ]
 
     def steps(self, count: int) -> Iterator[ReferenceStep]:
         """Train; yields after every step."""
         for step in range(count):
-            batch = tree_map(
-                lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, self.sampler.global_batch(step)
-            )
             self.optimizer.zero_grad()
-            loss = self._pieces(batch, step) if self._random else self._whole(batch)
+            loss = self._separate(step) if self._random else self._joined(step)
             if self.workload.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.workload.max_grad_norm)
             self.optimizer.step()
+            if self.scheduler is not None:
+                self.scheduler.step()
             yield ReferenceStep(loss, {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None})
 
-    def _whole(self, batch: Any) -> float:
-        value, count = split_loss(self.workload.loss(self.model, batch))
-        mean = value if count is None else value / count
-        mean.backward()  # type: ignore[no-untyped-call]  # torch's
-        return float(mean.detach())
+    def _joined(self, step: int) -> float:
+        """One piece, or one for each microbatch."""
+        samples = self.sampler.samples_of(step)
+        parts: list[Sequence[int]] = [range(len(samples))]
+        if self._watch.batch_statistics or self._changed:
+            every = layout(len(samples), self.plan.replicas, self.plan.microbatches)
+            parts = [[i for piece in m for i in piece] for m in zip(*every, strict=True)]
+        total = Total(self.model, len(samples))
+        for part in parts:
+            if part:
+                batch = self._to_device(self.sampler.collate([samples[i] for i in part]))
+                total.add(*split_loss(self.workload.loss(self.model, batch)), len(part))
+                total.backward()
+        return total.mean()
 
-    def _pieces(self, batch: Any, step: int) -> float:
-        assert self._placement is not None
-        total = count_samples(batch)
-        pieces = [
-            (r, m, piece)
-            for r, part in enumerate(layout(total, self.plan.replicas, self.plan.microbatches))
-            for m, piece in enumerate(part)
-            if len(piece)
-        ]
-        sums, counts = [], []
-        for replica, m, piece in pieces:
-            microbatch = cut(batch, piece)
-            recording = self._record(microbatch)
-            run = Run(recording, self._routes(recording), {}, Seeds(self.workload.seed, step, m, replica))
-            value, count = split_loss(self._placement.forward(self.workload, microbatch, run))
-            sums.append(value if count is not None else value * len(piece))
-            counts.append(float(count) if count is not None else float(len(piece)))
-        mean = torch.stack(sums).sum() / sum(counts)
-        mean.backward()  # type: ignore[no-untyped-call]  # torch's
-        return float(mean.detach())
+    def _separate(self, step: int) -> float:
+        """A piece for each microbatch of each replica."""
+        replicas, microbatches = self.plan.replicas, self.plan.microbatches
+        batches = [self.sampler.load(step, r, replicas, microbatches) for r in range(replicas)]
+        total = Total(self.model, batches[0].total)
+        for m in range(microbatches):
+            present = [r for r in range(replicas) if batches[r].samples[m]]
+            jobs = [partial(self._forward, self._to_device(batches[r].microbatches[m]), step, m, r) for r in present]
+            together = self._watch.batch_statistics and len(jobs) > 1
+            for r, result in zip(present, run_together(jobs) if together else (job() for job in jobs), strict=True):
+                total.add(*split_loss(result), batches[r].samples[m])
+                if not together:
+                    total.backward()
+            total.backward()
+            if together:  # the last one's normalisations have updated the running statistics
+                self._take_statistics(present[-1])
+        self._join_buffers([sum(batch.samples) / batch.total for batch in batches])
+        return total.mean()
 
-    def _record(self, microbatch: Any) -> Recording:
-        return record(self._fake.model, self._units, self.workload.loss, microbatch, backward=False)
+    def _forward(self, microbatch: Any, step: int, m: int, replica: int) -> Loss:
+        recording, routes = self._record(microbatch)
+        seeds = Seeds(self.workload.seed, step, m, replica, self._watch.draws)
+        placement = self._placements[replica % len(self._placements)]
+        return placement.forward(self.workload, microbatch, Run(recording, routes, {}, seeds))
 
-    def _routes(self, recording: Recording) -> Routes:
-        names = tuple(call.name for call in recording.calls[:-1])
-        return Routes.find(recording, Plan(stages=(names,), batch_size=self.plan.batch_size))
+    def _take_statistics(self, source: int) -> None:
+        """Give all replicas the running statistics of one."""
+        norms = [[m for m in model.modules() if isinstance(m, _BatchNorm)] for model in self._replicas]
+        for theirs in zip(*norms, strict=True):
+            for buffers in zip(*(module.buffers() for module in theirs), strict=True):
+                for buffer in buffers:
+                    buffer.copy_(buffers[source])
+
+    def _join_buffers(self, shares: list[float]) -> None:
+        """Other buffers: floating-point ones become the mean over the replicas, others the first one's."""
+        if len(self._replicas) == 1:
+            return
+        running = {f"{n}." for n, m in self.model.named_modules() if isinstance(m, _BatchNorm)}
+        for name in self._changed:
+            if name.startswith(tuple(running)):
+                continue
+            buffers = [model.get_buffer(name) for model in self._replicas]
+            value = buffers[0].clone()
+            if value.is_floating_point() or value.is_complex():
+                value = torch.stack([b * share for b, share in zip(buffers, shares, strict=True)]).sum(0)
+            for buffer in buffers:
+                buffer.detach().copy_(value)
+
+    def _to_device(self, batch: Any) -> Any:
+        return tree_map(lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, batch)
+
+    def _record(self, microbatch: Any) -> tuple[Recording, Routes]:
+        key = signature(microbatch)
+        if key not in self._recordings:
+            recording = record(self._fake.model, self._units, self._watched, microbatch, backward=False)
+            names = tuple(call.name for call in recording.calls[:-1])
+            alone = Plan(stages=(names,), batch_size=self.plan.batch_size)
+            self._recordings[key] = recording, Routes.find(recording, alone)
+        return self._recordings[key]
+
+
+class Total:
+    """The loss of a batch, piece by piece, and its gradient."""
+
+    def __init__(self, model: nn.Module, samples: int) -> None:
+        self.model, self.samples = model, samples
+        self.sum, self.count, self.counted = 0.0, 0.0, False
+        self._pending: list[Tensor] = []
+
+    def add(self, value: Tensor, count: Tensor | float | None, samples: int) -> None:
+        """Add the loss of a piece: a mean over its samples, or ``(sum, count)``."""
+        self.counted = count is not None
+        self.count += samples if count is None else float(count)
+        part = value * (samples / self.samples) if count is None else value
+        self.sum += float(part.detach())
+        self._pending.append(part)
+
+    def backward(self) -> None:
+        """Add the gradient of what was added last."""
+        if self._pending:
+            torch.stack(self._pending).sum().backward()  # type: ignore[no-untyped-call]  # torch's
+        self._pending = []
+
+    def mean(self) -> float:
+        """The mean; gradients become its."""
+        if not self.counted:
+            return self.sum
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= self.count
+        return self.sum / self.count
 
 
 def in_dtype(workload: Workload, dtype: torch.dtype) -> Workload:

@@ -8,7 +8,7 @@ collective.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,13 @@ class Batch:
         microbatches: pytrees, one per microbatch.
         samples: samples in each microbatch that count; 0 for a stand-in sample.
         total: samples in the global batch.
+        idle: for each microbatch, whether it has samples on no replica.
     """
 
     microbatches: tuple[Any, ...]
     samples: tuple[int, ...]
     total: int
+    idle: tuple[bool, ...]
 
 
 def pieces(samples: int, parts: int) -> list[range]:
@@ -49,6 +51,11 @@ def layout(total: int, replicas: int, microbatches: int) -> list[list[range]]:
         [range(part.start + piece.start, part.start + piece.stop) for piece in pieces(len(part), microbatches)]
         for part in pieces(total, replicas)
     ]
+
+
+def idle(every: list[list[range]]) -> tuple[bool, ...]:
+    """For each microbatch of a layout, whether it has samples on no replica."""
+    return tuple(not any(map(len, pieces)) for pieces in zip(*every, strict=True))
 
 
 def count_samples(batch: Any) -> int:
@@ -84,8 +91,10 @@ def divide(batch: Any, *, replica: int, replicas: int, microbatches: int) -> Bat
         BatchError: the batch has no common dimension of samples.
     """
     total = count_samples(batch)
-    ranges = layout(total, replicas, microbatches)[replica]
-    return Batch(tuple(cut(batch, r) for r in ranges), tuple(len(r) for r in ranges), total)
+    every = layout(total, replicas, microbatches)
+    return Batch(
+        tuple(cut(batch, r) for r in every[replica]), tuple(len(r) for r in every[replica]), total, idle(every)
+    )
 
 
 class Sampler:
@@ -109,16 +118,25 @@ class Sampler:
         order: list[int] = torch.randperm(self.samples, generator=generator).tolist()
         return order
 
+    def samples_of(self, step: int) -> list[int]:
+        """The samples of the global batch of a step, by their numbers in the data set."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        size = self.workload.batch_size
+        return self._order(epoch)[place * size : (place + 1) * size]
+
+    def collate(self, samples: Sequence[int]) -> Any:
+        """A batch of some samples."""
+        return self.workload.collate([self.workload.data[i] for i in samples])
+
     def load(self, step: int, replica: int, replicas: int, microbatches: int) -> Batch:
         """One replica's part of the global batch of a step counted from the start of training. Only its samples are
         read."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        size = self.workload.batch_size
-        chosen = self._order(epoch)[place * size : (place + 1) * size]
-        ranges = layout(len(chosen), replicas, microbatches)[replica]
+        chosen = self.samples_of(step)
+        every = layout(len(chosen), replicas, microbatches)
+        ranges = every[replica]
         read = [chosen[r.start : r.stop] if len(r) else chosen[:1] for r in ranges]
-        parts = tuple(self.workload.collate([self.workload.data[i] for i in samples]) for samples in read)
-        return Batch(parts, tuple(len(r) for r in ranges), len(chosen))
+        parts = tuple(map(self.collate, read))
+        return Batch(parts, tuple(len(r) for r in ranges), len(chosen), idle(every))
 
     def global_batch(self, step: int) -> Any:
         """The whole batch of a step, as one device sees it."""

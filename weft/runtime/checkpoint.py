@@ -2,7 +2,7 @@
 
     DIR/step-00000040/        one checkpoint; complete once training.json is there
         *.distcp, .metadata   torch.distributed.checkpoint: "model.<name>", "optimizer.<name>.<key>"
-        training.json         step, the plan, the plain settings of the optimizer's parameter groups
+        training.json         step, the plan, the plain settings of the optimizer's groups and the scheduler
 
 Every rank writes its own pieces; what several ranks hold is written once. A name says nothing of the plan.
 """
@@ -21,9 +21,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
+from torch.optim.lr_scheduler import LRScheduler
 
 from weft.errors import CheckpointError
 from weft.plan import Plan
+from weft.runtime.optimizer import plain
 from weft.runtime.part import Part
 
 MARK = "training.json"
@@ -32,11 +34,12 @@ MARK = "training.json"
 @dataclass(frozen=True)
 class Training:
     """The plain part of a checkpoint: the step it was made after, the plan, the optimizer's settings per parameter
-    group."""
+    group, the scheduler's state as far as it is plain data."""
 
     step: int
     plan: Plan
     groups: list[dict[str, Any]]
+    scheduler: dict[str, Any]
 
 
 def newest(directory: Path) -> Path:
@@ -51,14 +54,23 @@ def newest(directory: Path) -> Path:
     return complete[-1]
 
 
-def save(directory: Path, step: int, plan: Plan, part: Part, optimizer: torch.optim.Optimizer) -> Path:
+def save(
+    directory: Path,
+    step: int,
+    plan: Plan,
+    part: Part,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler | None = None,
+) -> Path:
     """Write a checkpoint; all ranks call it. Returns the folder made for it."""
     path = directory / f"step-{step:08d}"
     write_tensors({**model_state(part), **optimizer_state(part, optimizer)}, checkpoint_id=path)
     dist.barrier()
     if dist.get_rank() == 0:
         groups = [{k: v for k, v in group.items() if is_plain(v) and k != "params"} for group in optimizer.param_groups]
-        text = json.dumps({"step": step, "plan": plan.to_json(), "groups": groups}, indent=2)
+        state = plain(scheduler.state_dict()) if scheduler is not None else {}
+        training = {"step": step, "plan": plan.to_json(), "groups": groups, "scheduler": state}
+        text = json.dumps(training, indent=2)
         partial = path / f"{MARK}.partial"
         partial.write_text(text + "\n")
         partial.replace(path / MARK)  # in one go: a reader sees a whole checkpoint or none
@@ -143,7 +155,8 @@ def read_training(path: Path) -> Training:
     """
     try:
         data = json.loads((path / MARK).read_text())
-        return Training(int(data["step"]), Plan.from_json(data["plan"], source=str(path / MARK)), list(data["groups"]))
+        plan = Plan.from_json(data["plan"], source=str(path / MARK))
+        return Training(int(data["step"]), plan, list(data["groups"]), dict(data["scheduler"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / MARK}: cannot be read as a checkpoint: {error}") from error
 

@@ -110,12 +110,12 @@ class Sharded:
 
 
 def shard(
-    model: nn.Module, units: Sequence[nn.Module], absent: set[nn.Parameter], grid: Grid, plan: Plan
+    whole: nn.Module, units: Sequence[nn.Module], absent: set[nn.Parameter], grid: Grid, plan: Plan
 ) -> list[FSDPModule]:
-    """Apply fully_shard, or replicate for divided tensors, to units and then to the model, which takes what is left.
+    """Apply fully_shard, or replicate for divided tensors, to units and then to the whole, which takes what is left.
 
     Args:
-        model: the user's model.
+        whole: the user's model, entered by way of the loss.
         units: modules whose parameters are gathered together.
         absent: parameters that live on other stages.
         grid, plan: of the job.
@@ -127,9 +127,9 @@ def shard(
         names = ("dp_replicate", "dp_shard") if plan.dp_replicate > 1 else ("dp_shard",)
         mesh = grid.mesh[names]
         wrapped = [fully_shard(unit, mesh=mesh, ignored_params=absent) for unit in units]
-        root = fully_shard(model, mesh=mesh, ignored_params=absent)
+        root = fully_shard(whole, mesh=mesh, ignored_params=absent)
     else:
         mesh = grid.mesh["dp_replicate"]
         wrapped = [replicate(unit, mesh=mesh, ignored_params=absent) for unit in units]
-        root = replicate(model, mesh=mesh, ignored_params=absent)
+        root = replicate(whole, mesh=mesh, ignored_params=absent)
     return [*wrapped, root]

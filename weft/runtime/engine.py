@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from weft.capture.initial import build_fake
 from weft.capture.recorder import Recording, record
 from weft.capture.units import find_units
+from weft.capture.watch import Watch, plain_synchronised
 from weft.errors import PlanError
 from weft.plan import Plan
 from weft.runtime import checkpoint, part, totals
 from weft.runtime.batches import Batch, Sampler, divide
+from weft.runtime.buffers import Buffers
 from weft.runtime.gather import gather
 from weft.runtime.grid import Grid
+from weft.runtime.optimizer import make_optimizer, make_scheduler, restored
 from weft.runtime.pipeline import Pipeline
 from weft.runtime.placement import Placement
 from weft.runtime.routes import Routes
 from weft.runtime.worker import describe_stage, join
-from weft.workload import Parameters, Workload
+from weft.workload import Workload
 
 
 class Engine:
@@ -36,6 +40,7 @@ class Engine:
         grid: the ranks, seen from this one.
         model: the user's model; what other ranks hold is absent from it.
         optimizer: the user's optimizer over what this rank holds.
+        scheduler: the user's learning-rate scheduler, or None; it steps with every step.
         step_count: steps done.
         gradient_norm: global L2 norm of the last step's gradients before clipping; None where it was not needed.
     """
@@ -54,14 +59,22 @@ class Engine:
         self.gradient_norm: Tensor | None = None
         self._shapes = build_fake(workload.model, workload.seed)
         self._units = find_units(self._shapes.model, workload.units)
+        plain_synchronised(self._shapes.model)
+        self._watch = Watch()
+        self._watched = self._watch.of(workload.loss)
         self._recordings: dict[Any, Recording] = {}
         self._sampler = Sampler(workload)
         self._first = self._record(workload.sample_batch(plan.samples_per_microbatch))
         stage_of = Routes.find(self._first, plan).stage_of
         fake = build_fake(workload.model, workload.seed)
+        plain_synchronised(fake.model)
         self.part = part.build(fake, self._units, self._first, stage_of, plan, self.grid)
         self.model = self.part.model
-        self.optimizer = workload.optimizer(Parameters((h.name, h.parameter) for h in self.part.held))
+        self.optimizer = make_optimizer(workload, self._parameters())
+        self.scheduler = make_scheduler(workload, self.optimizer)
+        buffers = Buffers(self.model, self.part.buffer_names, self._watch, self._first, stage_of, plan, self.grid)
+        if self.part.whole is not None:
+            workload = replace(workload, loss=self.part.whole.of(workload.loss))
         placement = Placement(
             self.model, self._units, stage=self.grid.stage, mode=self.part.mode, device=self.grid.device
         )
@@ -71,6 +84,8 @@ class Engine:
             self.grid,
             placement=placement,
             data_parallel=self.part.data_parallel,
+            buffers=buffers,
+            python_draws=self._watch.draws,
             record=self._record,
         )
 
@@ -121,6 +136,8 @@ class Engine:
             want_norm=gradient_norm,
         )
         self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
         self.step_count += 1
         return loss
 
@@ -147,7 +164,7 @@ class Engine:
 
     def save(self, directory: str | Path) -> Path:
         """Write a checkpoint into ``directory/step-N``; all ranks call it. Returns its folder."""
-        return checkpoint.save(Path(directory), self.step_count, self.plan, self.part, self.optimizer)
+        return checkpoint.save(Path(directory), self.step_count, self.plan, self.part, self.optimizer, self.scheduler)
 
     def load(self, directory: str | Path) -> None:
         """Continue from the newest checkpoint in ``directory`` (or from the one it is); all ranks call it.
@@ -155,7 +172,16 @@ class Engine:
         Raises:
             CheckpointError: there is none, or it is of another model.
         """
-        self.step_count = checkpoint.load(Path(directory), self.plan, self.part, self.optimizer).step
+        training = checkpoint.load(Path(directory), self.plan, self.part, self.optimizer)
+        self.step_count = training.step
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(restored(self.scheduler.state_dict(), training.scheduler))
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter of the model: what this rank holds, and fakes of what others do."""
+        held = {h.name: h.parameter for h in self.part.held}
+        for name, fake in self._shapes.model.named_parameters():
+            yield name, held.get(name, fake)
 
     def _warn_unless_finite(self, unfinite: int | None) -> None:
         """Warn if the first step met a value that is not finite, naming the first unit that gave one."""
@@ -173,9 +199,7 @@ class Engine:
     def _record(self, microbatch: Any) -> Recording:
         key = signature(microbatch)
         if key not in self._recordings:
-            self._recordings[key] = record(
-                self._shapes.model, self._units, self.workload.loss, microbatch, backward=False
-            )
+            self._recordings[key] = record(self._shapes.model, self._units, self._watched, microbatch, backward=False)
         return self._recordings[key]
 
 

@@ -22,6 +22,7 @@ from weft.runtime.data import Alone, DataParallel, Replicated, Sharded, shard
 from weft.runtime.grid import Grid
 from weft.runtime.tensor import divide_modules
 from weft.runtime.totals import DIVIDED, Held, holds_first
+from weft.runtime.whole import Whole
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,23 @@ class Part:
     Attributes:
         model: the user's model; what is absent is fake.
         held: parameters this rank holds, in the model's order.
-        buffers: likewise.
+        buffer_names: buffers this rank holds.
         data_parallel: how its gradients meet those of other replicas.
         mode: of the fake tensors.
+        whole: if parameters are gathered, the root of what is gathered: the loss is entered through it.
     """
 
     model: nn.Module
     held: list[Held]
-    buffers: dict[str, Tensor]
+    buffer_names: frozenset[str]
     data_parallel: DataParallel
     mode: FakeTensorMode
+    whole: Whole | None
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers this rank holds, in the model's order, as they are now: a forward may put others in their place."""
+        return {name: buffer for name, buffer in self.model.named_buffers() if name in self.buffer_names}
 
 
 def build(
@@ -88,10 +96,11 @@ def build(
     parameters = dict(model.named_parameters())
     absent = {p for name, p in parameters.items() if name not in mine}
     scalars = {p for p in parameters.values() if p.dim() == 0}  # fully_shard takes none
-    fsdp = []
+    fsdp, whole = [], None
     if plan.dp_shard > 1 or (plan.dp_replicate > 1 and plan.tp > 1):
         present = [model.get_submodule(unit) for unit in gathered_units(model, units, mine, ownership.outside_units)]
-        fsdp = shard(model, present, absent | scalars, grid, plan)
+        whole = Whole(model)
+        fsdp = shard(whole, present, absent | scalars, grid, plan)
     assign(model, draw(fake, model, mine, grid))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     make_absent_fake(model, mine, mode, grid.device)
@@ -103,8 +112,7 @@ def build(
         trained = {name for call in recording.calls for name in (*call.reads, *call.glue_reads)}
         unused = any(h.parameter.requires_grad and h.name not in trained for h in held)
         data_parallel = Replicated([h.parameter for h in held], grid, some_unused=unused)
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in mine}
-    return Part(model, held, buffers, data_parallel, mode)
+    return Part(model, held, mine, data_parallel, mode, whole)
 
 
 def gathered_units(model: nn.Module, units: list[str], mine: frozenset[str], outside: frozenset[str]) -> list[str]:

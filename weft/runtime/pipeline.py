@@ -22,6 +22,7 @@ from weft.capture.recorder import Recording
 from weft.errors import ModelError
 from weft.plan import Plan
 from weft.runtime.batches import Batch
+from weft.runtime.buffers import Buffers
 from weft.runtime.data import DataParallel
 from weft.runtime.grid import Grid
 from weft.runtime.placement import Placement, Run, split_loss
@@ -75,6 +76,8 @@ class Pipeline:
         grid: the ranks.
         placement: this stage's view of the model.
         data_parallel: how replicas come together.
+        buffers: what forwards change.
+        python_draws: whether the loss draws from Python's or numpy's generator.
         record: gives the recording for a microbatch, cached by its shapes.
     """
 
@@ -86,10 +89,13 @@ class Pipeline:
         *,
         placement: Placement,
         data_parallel: DataParallel,
+        buffers: Buffers,
+        python_draws: bool,
         record: Callable[[Any], Recording],
     ) -> None:
         self.workload, self.plan, self.grid = workload, plan, grid
         self.placement, self.data_parallel, self.record = placement, data_parallel, record
+        self.buffers, self.python_draws = buffers, python_draws
         self.stage = grid.stage
         self.waited_s = 0.0
         self.bytes_sent = 0
@@ -115,13 +121,15 @@ class Pipeline:
         self._microbatches = [self._to_device(m) for m in batch.microbatches]
         for m, microbatch in enumerate(self._microbatches):
             recording = self.record(microbatch)
-            seeds = Seeds(self.workload.seed, step, m, self.grid.replica)
+            seeds = Seeds(self.workload.seed, step, m, self.grid.replica, self.python_draws)
             self._flights[m] = InFlight(Run(recording, self._routes_of(recording), {}, seeds, check=check))
+        self.buffers.begin(batch)
         for action in self._actions:
             self._perform(action)
         for work, _ in self._sends:
             self._wait(work)
         self._sends.clear()
+        self.buffers.finish()
         return self._sums
 
     def _routes_of(self, recording: Recording) -> Routes:
@@ -173,7 +181,8 @@ class Pipeline:
             for arrival in received
             for source, tensor in arrival.items()
         }
-        loss, count = split_loss(self.placement.forward(self.workload, self._microbatches[m], flight.run))
+        with self.buffers.forward(m):
+            loss, count = split_loss(self.placement.forward(self.workload, self._microbatches[m], flight.run))
         self._sums.counted = count is not None
         self._sums.unfinite = flight.run.unfinite if self._sums.unfinite is None else self._sums.unfinite
         if self.stage == self.plan.pp - 1:
@@ -203,8 +212,9 @@ class Pipeline:
             roots.append(flight.loss)
             seeds.append(None)
         self.data_parallel.before_backward(last=m == self.plan.microbatches - 1, roots=roots)
-        if roots:
-            torch.autograd.backward(roots, seeds)
+        with self.buffers.backward(m):
+            if roots:
+                torch.autograd.backward(roots, seeds)
         flight.returning = {
             source: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             for source, leaf in run.received.items()
