@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import default_collate
 
+from weft.containers import opened
 from weft.errors import BatchError, InputError
 
 Loss = Tensor | tuple[Tensor, Tensor | int | float]
@@ -110,4 +111,8 @@ class Workload:
 
     def sample_batch(self, samples: int) -> Any:
         """The first ``samples`` samples as a batch, repeated from the start where the data set is shorter."""
-        return self.collate([self.data[i % len(self.data)] for i in range(samples)])
+        return self.batch_of(range(samples))
+
+    def batch_of(self, samples: Iterable[int]) -> Any:
+        """A batch of some samples, by their numbers; numbers beyond the data set begin again."""
+        return opened(self.collate([self.data[i % len(self.data)] for i in samples]))

@@ -159,6 +159,7 @@ class Profile:
         batch_size: global batch size of the workload, in samples.
         sample_bytes: bytes of one sample of the batch.
         capture_s: seconds the capture took.
+        batch_statistics: a normalisation takes its statistics from the microbatch.
     """
 
     calls: tuple[Call, ...]
@@ -170,3 +171,4 @@ class Profile:
     batch_size: int
     sample_bytes: int
     capture_s: float
+    batch_statistics: bool = False

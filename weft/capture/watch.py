@@ -8,7 +8,7 @@ assignment to a buffer runs none), so the user's loss is watched from outside wh
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from weft.capture.frames import RawOp
 from weft.capture.recording import Recording
+from weft.capture.tape import Ref
 
 Loss = Callable[[nn.Module, Any], Any]
 
@@ -87,6 +89,32 @@ class _Statistics(TorchFunctionMode):
         if func is Tensor.__float__ and id(args[0]) in self.counters:
             return 1.0
         return func(*args, **kwargs)
+
+
+def touched(recording: Recording) -> set[str]:
+    """First names of the parameters and buffers that operations of a forward are given."""
+
+    def names(operations: Iterable[RawOp]) -> set[str]:
+        storages = {ref.storage for op in operations for ref in refs((op.args, *op.kwargs.values()))}
+        return {recording.names[storage] for storage in storages if storage in recording.names}
+
+    by_kind = [names(cost.forward) for cost in recording.costs]
+    found: set[str] = set()
+    for call in recording.calls:
+        found |= names(call.glue.forward)
+        example = f"{recording.examples[call.kind].unit}."
+        for name in by_kind[call.kind]:
+            found.add(f"{call.unit}.{name.removeprefix(example)}" if name.startswith(example) else name)
+    return found
+
+
+def refs(value: Any) -> Iterator[Ref]:
+    """The tensors among an operation's arguments."""
+    if isinstance(value, Ref):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for x in value:
+            yield from refs(x)
 
 
 def plain_synchronised(model: nn.Module) -> None:

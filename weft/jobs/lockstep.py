@@ -90,7 +90,8 @@ def _normalise(xs: list[Tensor], settings: dict[str, Any]) -> list[Tensor]:
     rows = [x.movedim(1, -1) for x in xs]
     flat = [x.reshape(-1, x.shape[-1]) for x in rows]
     out = torch.split(F.batch_norm(torch.cat(flat), **settings), [len(x) for x in flat])
-    return [y.view(x.shape).movedim(-1, 1) for x, y in zip(rows, out, strict=True)]
+    # laid out in memory as what came in: masks are drawn in the order of the memory
+    return [torch.empty_like(x).copy_(y.view(r.shape).movedim(-1, 1)) for x, r, y in zip(xs, rows, out, strict=True)]
 
 
 def _generators() -> tuple[Any, ...]:

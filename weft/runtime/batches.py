@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import keystr as path_name
-from torch.utils._pytree import tree_flatten_with_path, tree_map
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
 from weft.errors import BatchError
 from weft.workload import Workload
@@ -65,7 +66,9 @@ def count_samples(batch: Any) -> int:
         BatchError: there is no tensor, or two tensors disagree.
     """
     leaves, _ = tree_flatten_with_path(batch)
-    lengths = [(path_name(path), len(leaf)) for path, leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    lengths = [
+        (path_name(path), len(leaf)) for path, leaf in leaves if isinstance(leaf, Tensor | np.ndarray) and leaf.ndim > 0
+    ]
     if not lengths:
         raise BatchError("the batch holds no tensor with samples in dimension 0; give it at least one")
     first_name, samples = lengths[0]
@@ -79,9 +82,24 @@ def count_samples(batch: Any) -> int:
 
 
 def cut(batch: Any, samples: range) -> Any:
-    """The part of a batch that holds some samples; an empty range gives the first sample, to be weighted 0."""
-    start, stop = (samples.start, samples.stop) if len(samples) else (0, 1)
-    return tree_map(lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) and leaf.dim() > 0 else leaf, batch)
+    """The part of a batch that holds some samples; an empty range gives the first sample, to be weighted 0.
+
+    Arrays of numpy are cut as tensors are, and so are lists with one value that is no tensor for each sample, which is
+    how strings are put together. Other values go to every part.
+    """
+    part = slice(samples.start, samples.stop) if len(samples) else slice(0, 1)
+    total = count_samples(batch)
+
+    def per_sample(node: Any) -> bool:
+        return (
+            isinstance(node, list) and len(node) == total and not any(isinstance(x, Tensor) for x in tree_leaves(node))
+        )
+
+    def take(leaf: Any) -> Any:
+        divided = per_sample(leaf) or (isinstance(leaf, Tensor | np.ndarray) and leaf.ndim > 0)
+        return leaf[part] if divided else leaf
+
+    return tree_map(take, batch, is_leaf=per_sample)
 
 
 def divide(batch: Any, *, replica: int, replicas: int, microbatches: int) -> Batch:
@@ -126,7 +144,7 @@ class Sampler:
 
     def collate(self, samples: Sequence[int]) -> Any:
         """A batch of some samples."""
-        return self.workload.collate([self.workload.data[i] for i in samples])
+        return self.workload.batch_of(samples)
 
     def load(self, step: int, replica: int, replicas: int, microbatches: int) -> Batch:
         """One replica's part of the global batch of a step counted from the start of training. Only its samples are

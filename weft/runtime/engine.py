@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from weft.capture.initial import build_fake
 from weft.capture.recorder import Recording, record
 from weft.capture.units import find_units
 from weft.capture.watch import Watch, plain_synchronised
+from weft.containers import opened
 from weft.errors import PlanError
 from weft.plan import Plan
 from weft.runtime import checkpoint, part, totals
@@ -68,7 +70,7 @@ class Engine:
         stage_of = Routes.find(self._first, plan).stage_of
         fake = build_fake(workload.model, workload.seed)
         plain_synchronised(fake.model)
-        self.part = part.build(fake, self._units, self._first, stage_of, plan, self.grid)
+        self.part = part.build(fake, self._units, self._first, stage_of, plan, self.grid, may_skip=self._watch.draws)
         self.model = self.part.model
         self.optimizer = make_optimizer(workload, self._parameters())
         self.scheduler = make_scheduler(workload, self.optimizer)
@@ -118,7 +120,10 @@ class Engine:
         """
         if not isinstance(batch, Batch):
             batch = divide(
-                batch, replica=self.grid.replica, replicas=self.plan.replicas, microbatches=self.plan.microbatches
+                opened(batch),
+                replica=self.grid.replica,
+                replicas=self.plan.replicas,
+                microbatches=self.plan.microbatches,
             )
         self.optimizer.zero_grad(set_to_none=True)
         first = self.step_count == 0
@@ -205,12 +210,21 @@ class Engine:
 
 def signature(batch: Any) -> Any:
     """What a recording depends on: the structure of a microbatch, its tensors' shapes and dtypes, its other values."""
-    leaves, spec = tree_flatten(batch)
-    described = tuple(
-        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf).__name__, repr(leaf))
-        for leaf in leaves
-    )
-    return spec, described
+    leaves, spec = tree_flatten(batch, is_leaf=is_words)
+    return spec, tuple(map(describe, leaves))
+
+
+def describe(leaf: Any) -> Any:
+    """What a recording depends on in a leaf of a batch. Strings that come one for each sample are data, as the values
+    of tensors are; a string by itself may say what to do."""
+    if isinstance(leaf, Tensor | np.ndarray):
+        return tuple(leaf.shape), leaf.dtype
+    return ("words", len(leaf)) if is_words(leaf) else (type(leaf).__name__, repr(leaf))
+
+
+def is_words(leaf: Any) -> bool:
+    """Whether this is a list of strings."""
+    return isinstance(leaf, list) and len(leaf) > 0 and all(isinstance(x, str) for x in leaf)
 
 
 def parallelize(workload: Workload, plan: Plan) -> Engine:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from weft.capture.initial import FakeModel, assign, materialize
 from weft.capture.recorder import Recording
+from weft.capture.watch import touched
 from weft.plan import Plan
 from weft.runtime.data import Alone, DataParallel, Replicated, Sharded, shard
 from weft.runtime.grid import Grid
@@ -81,9 +82,21 @@ class Part:
 
 
 def build(
-    fake: FakeModel, units: list[str], recording: Recording, stage_of: tuple[int, ...], plan: Plan, grid: Grid
+    fake: FakeModel,
+    units: list[str],
+    recording: Recording,
+    stage_of: tuple[int, ...],
+    plan: Plan,
+    grid: Grid,
+    *,
+    may_skip: bool = False,
 ) -> Part:
-    """Make this rank's part of a model that exists on fake tensors. ``fake.model`` is used up."""
+    """Make this rank's part of a model that exists on fake tensors. ``fake.model`` is used up.
+
+    Args:
+        fake, units, recording, stage_of, plan, grid: of the job.
+        may_skip: a step may use other parameters than the recording did.
+    """
     model, stage = fake.model, grid.stage
     ownership = Ownership.find(fake, recording, stage_of, plan.pp)
     mine = ownership.stages[stage]
@@ -108,9 +121,9 @@ def build(
     data_parallel: DataParallel = Alone()
     if fsdp:
         data_parallel = Sharded(fsdp)
-    elif plan.dp_replicate > 1:
-        trained = {name for call in recording.calls for name in (*call.reads, *call.glue_reads)}
-        unused = any(h.parameter.requires_grad and h.name not in trained for h in held)
+    elif plan.dp_replicate > 1 and any(h.parameter.requires_grad for h in held):
+        trained = touched(recording)
+        unused = may_skip or any(h.parameter.requires_grad and h.name not in trained for h in held)
         data_parallel = Replicated([h.parameter for h in held], grid, some_unused=unused)
     return Part(model, held, mine, data_parallel, mode, whole)
 

@@ -69,12 +69,17 @@ def align(held: list[Held]) -> None:
 
 
 def sum_copies(held: list[Held]) -> None:
-    """Sum the gradients of copies that nothing has brought together yet."""
-    for entry in held:
-        for group in entry.groups:
-            if entry.parameter.grad is None:
-                entry.parameter.grad = torch.zeros_like(entry.parameter)
-            dist.all_reduce(local(entry.parameter.grad), group=group)
+    """Sum the gradients of copies that nothing has brought together yet. One that no rank has stays None."""
+    copied = [entry for entry in held if entry.groups and entry.parameter.requires_grad]
+    for group in dict.fromkeys(group for entry in copied for group in entry.groups):
+        entries = [entry for entry in copied if group in entry.groups]
+        have = torch.tensor([float(e.parameter.grad is not None) for e in entries], device=entries[0].parameter.device)
+        dist.all_reduce(have, group=group)
+        for entry, number in zip(entries, have.tolist(), strict=True):
+            if number:
+                if entry.parameter.grad is None:
+                    entry.parameter.grad = torch.zeros_like(entry.parameter)
+                dist.all_reduce(local(entry.parameter.grad), group=group)
 
 
 def agree(
