@@ -38,6 +38,7 @@ def explain(
     batch_size: int,
     alternatives: Sequence[tuple[str, Estimate]],
     refused: Sequence[Refused],
+    notes: Sequence[str] = (),
 ) -> str:
     """The text of ``Plan.explain()``.
 
@@ -50,6 +51,7 @@ def explain(
         batch_size: global batch size, in samples.
         alternatives: other plans in a line each, with their estimates.
         refused: what was left out.
+        notes: what the user should know of it besides.
     """
     step, peak = estimate.step_time_s, max(estimate.peak_memory_bytes)
     lines = [
@@ -59,6 +61,7 @@ def explain(
         f"A step takes {format_seconds(step)}: {format_count(batch_size / step, 'samples/s')}. "
         f"The fullest device holds {format_bytes(peak)} of {format_bytes(memory_bytes)}.",
         why(estimate, alternatives, refused),
+        *notes,
         "",
         "Time of the slowest device's step:",
         *_terms({TIME_NAMES[k]: v for k, v in estimate.time.items()}, step, format_seconds),

@@ -109,6 +109,7 @@ def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> 
             continue
         costed = [_cost(evaluator, candidate) for candidate in space.candidates(profile, degrees, constraints)]
         fitting = [c for c in costed if c.peak <= cluster.memory_bytes]
+        fitting = _whole_batches(profile, fitting)
         least = min(costed, key=lambda c: c.peak)
         smallest.append(least)
         if fitting:
@@ -132,6 +133,7 @@ def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> 
         batch_size=profile.batch_size,
         alternatives=[(c.title, c.estimate) for c in others],
         refused=refused,
+        notes=_notes(profile, chosen.candidate),
     )
     return Choice(
         plan=replace(_plan(profile, chosen.candidate, chosen.ends), reasons=reasons),
@@ -192,6 +194,26 @@ def estimate(profile: Profile, cluster: Cluster, plan: Plan) -> Estimate:
 def _cost(evaluator: Evaluator, candidate: Candidate) -> _Costed:
     ends = evaluator.cut(candidate)
     return _Costed(candidate, ends, evaluator.estimate(candidate, ends))
+
+
+def _whole_batches(profile: Profile, fitting: list[_Costed]) -> list[_Costed]:
+    """Plans that do not cut the batch, where cutting would change the statistics taken over it and no pipeline asks
+    for it; all of them if there is none."""
+    whole = [c for c in fitting if c.candidate.microbatches == 1 and c.candidate.degrees.pp == 1]
+    return whole if profile.batch_statistics and whole else fitting
+
+
+def _notes(profile: Profile, candidate: Candidate) -> list[str]:
+    """What the user should know of a plan besides its cost."""
+    count = candidate.microbatches
+    if not profile.batch_statistics or count == 1:
+        return []
+    samples = profile.batch_size / count
+    return [
+        f"The model normalises over the batch: with {count} microbatches it takes its statistics from about "
+        f"{samples:.0f} samples at a time, those of one microbatch on all replicas, not from all {profile.batch_size}; "
+        "--microbatches 1 takes them from all."
+    ]
 
 
 def _one_device(evaluator: Evaluator) -> list[Refused]:
