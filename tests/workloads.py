@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -252,11 +253,11 @@ class Norms(nn.Module):
         x = torch.tanh(self.plain(self.enter(x)))
         x = torch.tanh(self.untracked(self.middle(x)))
         x = x + self.deep(x.view(-1, 1, 2, 2, 2)).sum(1).flatten(1)
-        return self.leave(self.bare(self.frozen(self.synchronised(x))).relu())
+        return self.leave(self.bare(torch.tanh(self.frozen(self.synchronised(x)))).relu())
 
 
 def norms(samples: int = 64) -> weft.Workload:
-    return dataclasses.replace(mlp(samples=samples), model=Norms, optimizer=adamw)
+    return dataclasses.replace(mlp(samples=samples), model=Norms)
 
 
 class Moving(nn.Module):
@@ -270,9 +271,10 @@ class Moving(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.linear(x))
+        y = (x - self.mean) * (1 + self.mean)
         self.steps += 1
         self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
-        return x - self.mean
+        return y
 
 
 class Averages(nn.Module):
@@ -288,12 +290,14 @@ class Averages(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
+        y = x / self.scale
         self.scale.mul_(0.9).add_(0.1 * x.detach().square().mean(0))
-        x = x / self.scale.clone()
+        x = y
         for block in self.blocks:
             x = block(x)
+        y = self.leave(x / self.late)
         self.late = 0.9 * self.late + 0.1 * x.detach().square().mean(0)
-        return self.leave(x / self.late)
+        return y
 
 
 def averages(samples: int = 64) -> weft.Workload:
@@ -321,6 +325,13 @@ def grouped(build: Any = gpt2) -> weft.Workload:
     return dataclasses.replace(build(), optimizer=optimizer, scheduler=scheduler)
 
 
+def quietly(fn: Any, *args: Any) -> Any:
+    """Call something that warns of what it does itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return fn(*args)
+
+
 def lora_llama() -> weft.Workload:
     from peft import LoraConfig, get_peft_model
 
@@ -328,7 +339,7 @@ def lora_llama() -> weft.Workload:
 
     def model() -> nn.Module:
         config = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
-        return get_peft_model(base.model(), config)
+        return quietly(get_peft_model, base.model(), config)
 
     return dataclasses.replace(
         base,
@@ -344,7 +355,8 @@ def lora_mlp() -> weft.Workload:
 
     def model() -> nn.Module:
         # the first half has nothing to train
-        return get_peft_model(base.model(), LoraConfig(r=2, target_modules=["4", "6"], init_lora_weights=False))
+        config = LoraConfig(r=2, target_modules=["4", "6"], init_lora_weights=False)
+        return quietly(get_peft_model, base.model(), config)
 
     return dataclasses.replace(
         base, model=model, optimizer=lambda p: torch.optim.AdamW([x for x in p if x.requires_grad], lr=1e-2)

@@ -85,7 +85,10 @@ class _Statistics(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.batch_norm and kwargs.get("training"):
             self.watch.batch_statistics = True
-            self.watch.changed |= {self.names[id(t)] for t in args[1:3] if id(t) in self.names}
+            x, *running = args
+            self.watch.changed |= {self.names[id(t)] for t in running if id(t) in self.names}
+            if x.numel() == x.shape[1]:  # refused for one replica's only sample, though all replicas' are normalised
+                return func(x, x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]), **{**kwargs, "training": False})
         if func is Tensor.__float__ and id(args[0]) in self.counters:
             return 1.0
         return func(*args, **kwargs)

@@ -12,7 +12,7 @@ to cut the batch as the plan does, since one piece would then be another computa
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -122,7 +122,7 @@ class SingleDevice:
         total = Total(self.model, batches[0].total)
         for m in range(microbatches):
             present = [r for r in range(replicas) if batches[r].samples[m]]
-            jobs = [partial(self._forward, self._to_device(batches[r].microbatches[m]), step, m, r) for r in present]
+            jobs = [self._forward(self._to_device(batches[r].microbatches[m]), step, m, r) for r in present]
             together = self._watch.batch_statistics and len(jobs) > 1
             for r, result in zip(present, run_together(jobs) if together else (job() for job in jobs), strict=True):
                 total.add(*split_loss(result), batches[r].samples[m])
@@ -131,14 +131,15 @@ class SingleDevice:
             total.backward()
             if together:  # the last one's normalisations have updated the running statistics
                 self._take_statistics(present[-1])
-        self._join_buffers([sum(batch.samples) / batch.total for batch in batches])
+            if present:
+                self._join_buffers([batch.samples[m] / batch.together[m] for batch in batches])
         return total.mean()
 
-    def _forward(self, microbatch: Any, step: int, m: int, replica: int) -> Loss:
+    def _forward(self, microbatch: Any, step: int, m: int, replica: int) -> Callable[[], Loss]:
         recording, routes = self._record(microbatch)
         seeds = Seeds(self.workload.seed, step, m, replica, self._watch.draws)
         placement = self._placements[replica % len(self._placements)]
-        return placement.forward(self.workload, microbatch, Run(recording, routes, {}, seeds))
+        return partial(placement.forward, self.workload, microbatch, Run(recording, routes, {}, seeds))
 
     def _take_statistics(self, source: int) -> None:
         """Give all replicas the running statistics of one."""

@@ -30,13 +30,13 @@ class Batch:
         microbatches: pytrees, one per microbatch.
         samples: samples in each microbatch that count; 0 for a stand-in sample.
         total: samples in the global batch.
-        idle: for each microbatch, whether it has samples on no replica.
+        together: samples that count in each microbatch on all replicas.
     """
 
     microbatches: tuple[Any, ...]
     samples: tuple[int, ...]
     total: int
-    idle: tuple[bool, ...]
+    together: tuple[int, ...]
 
 
 def pieces(samples: int, parts: int) -> list[range]:
@@ -54,9 +54,9 @@ def layout(total: int, replicas: int, microbatches: int) -> list[list[range]]:
     ]
 
 
-def idle(every: list[list[range]]) -> tuple[bool, ...]:
-    """For each microbatch of a layout, whether it has samples on no replica."""
-    return tuple(not any(map(len, pieces)) for pieces in zip(*every, strict=True))
+def together(every: list[list[range]]) -> tuple[int, ...]:
+    """The samples in each microbatch of a layout on all replicas."""
+    return tuple(sum(map(len, pieces)) for pieces in zip(*every, strict=True))
 
 
 def count_samples(batch: Any) -> int:
@@ -111,7 +111,7 @@ def divide(batch: Any, *, replica: int, replicas: int, microbatches: int) -> Bat
     total = count_samples(batch)
     every = layout(total, replicas, microbatches)
     return Batch(
-        tuple(cut(batch, r) for r in every[replica]), tuple(len(r) for r in every[replica]), total, idle(every)
+        tuple(cut(batch, r) for r in every[replica]), tuple(len(r) for r in every[replica]), total, together(every)
     )
 
 
@@ -154,7 +154,7 @@ class Sampler:
         ranges = every[replica]
         read = [chosen[r.start : r.stop] if len(r) else chosen[:1] for r in ranges]
         parts = tuple(map(self.collate, read))
-        return Batch(parts, tuple(len(r) for r in ranges), len(chosen), idle(every))
+        return Batch(parts, tuple(len(r) for r in ranges), len(chosen), together(every))
 
     def global_batch(self, step: int) -> Any:
         """The whole batch of a step, as one device sees it."""

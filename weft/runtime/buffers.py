@@ -7,8 +7,8 @@ again. One device that cuts its batch into the same microbatches changes a buffe
     an idle microbatch (one that has samples on no replica) leaves no trace
     several in flight  each forward writes to tensors of its own, since earlier microbatches' graphs hold the old ones
     replicas           running statistics are the same on all (``statistics``). Other floating-point buffers become
-                       their mean, weighted by samples: exact where a buffer follows a mean over the batch. Other
-                       integers are the first replica's, with a warning where they differ
+                       their mean after every forward, weighted by samples: exact where a buffer follows a mean over
+                       the batch. Other integers are the first replica's, with a warning where they differ
     stages             a buffer that glue changes is that of the last stage whose glue did
 
 ``weft verify`` compares all of them with one device's.
@@ -91,7 +91,7 @@ class Buffers:
     def forward(self, m: int) -> Iterator[None]:
         """The forward of microbatch ``m``."""
         assert self._batch is not None
-        idle = self._batch.idle[m]
+        idle = self._batch.together[m] == 0
         before = self._bound()
         if before and (idle or self._renews):
             self._bind({name: buffer.clone() for name, buffer in before.items()})
@@ -99,6 +99,8 @@ class Buffers:
             yield
         if idle:
             self._bind(before)
+        elif self._group is not None and self._own:
+            self._join_replicas(self._batch.samples[m] / self._batch.together[m])
         if self.plan.recompute:
             self._before[m] = before
 
@@ -116,12 +118,10 @@ class Buffers:
         self._bind(now)
 
     def finish(self) -> None:
-        """A step is over: bring stages and replicas together."""
-        assert self._batch is not None
+        """A step is over: bring the stages together."""
+        self._warned = True
         if self._glue:
             self._join_stages()
-        if self._group is not None and self._own:
-            self._join_replicas(self._batch)
 
     @contextmanager
     def _meeting(self, counts: bool) -> Iterator[None]:
@@ -159,11 +159,12 @@ class Buffers:
     def _changed(self, name: str, buffer: Tensor) -> bool:
         return not isinstance(buffer, FakeTensor) and not torch.equal(buffer, self._start[name])
 
-    def _join_replicas(self, batch: Batch) -> None:
+    def _join_replicas(self, share: float) -> None:
         bound = self._bound()
-        share = sum(batch.samples) / batch.total
         for name in self._own:
             mine = bound[name].detach()
+            if isinstance(mine, FakeTensor):  # glue of another stage changes it
+                continue
             if mine.is_floating_point() or mine.is_complex():
                 value = mine * share
                 dist.all_reduce(value, group=self._group)
@@ -171,9 +172,7 @@ class Buffers:
                 value = mine.clone().contiguous()
                 dist.broadcast(value, group=self._group, group_src=0)
                 self._warn(name, bool((value != mine).any()))
-            with torch.no_grad():
-                mine.copy_(value)
-        self._warned = True
+            self._bind({name: value})  # the graph may hold the one that was there
 
     def _warn(self, name: str, differs: bool) -> None:
         if differs and not self._warned:

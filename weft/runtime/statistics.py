@@ -54,11 +54,15 @@ class BatchStatistics(TorchFunctionMode):
     ) -> Any:
         """Exchange normalisations in training."""
         kwargs = kwargs or {}
-        alone = self.group is None and self._counts
-        if func is F.batch_norm and kwargs.get("training") and not alone and not isinstance(args[0], FakeTensor):
-            settings = {name: value for name, value in kwargs.items() if name != "training"}
-            return normalise(*args, **settings, group=self.group, counts=self._counts)
-        return func(*args, **kwargs)
+        if func is not F.batch_norm or not kwargs.get("training"):
+            return func(*args, **kwargs)
+        x = args[0]
+        if isinstance(x, FakeTensor):  # it is another stage's: a shape is all that is asked for here
+            return func(x, x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]), **{**kwargs, "training": False})
+        if self.group is None and self._counts:
+            return func(*args, **kwargs)
+        settings = {name: value for name, value in kwargs.items() if name != "training"}
+        return normalise(*args, **settings, group=self.group, counts=self._counts)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
