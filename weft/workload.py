@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import default_collate
 
+from weft.containers import opened
 from weft.errors import BatchError, InputError
 
 Loss = Tensor | tuple[Tensor, Tensor | int | float]
 
 
 class Parameters(Sequence[nn.Parameter]):
-    """The parameters a process holds, in the model's order, with the names a single device gives them.
+    """The parameters of the model, in its order, with the names a single device gives them.
 
     Parameter groups are made from the names::
 
@@ -26,7 +27,8 @@ class Parameters(Sequence[nn.Parameter]):
             {"params": [p for name, p in params.named() if not name.endswith("bias")], "weight_decay": 0.1},
         ])
 
-    A name may be looked at; a shape may be that of a piece. A group may be empty on some processes.
+    Every process sees all of them, so that it makes the same groups. What another process holds is a fake tensor: it
+    has a name, a shape and ``requires_grad``, takes no memory, and leaves the groups once the optimizer is made.
     """
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -85,6 +87,11 @@ class Workload:
     scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None
 
     def __post_init__(self) -> None:
+        if self.scheduler is not None and not callable(self.scheduler):
+            raise InputError(
+                f"Workload.scheduler must be callable, got {type(self.scheduler).__name__} (pass a factory: "
+                "scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps))"
+            )
         for name in ("model", "loss", "optimizer", "collate"):
             if not callable(getattr(self, name)):
                 hint = " (pass a factory: model=lambda: MyModel())" if name == "model" else ""
@@ -104,4 +111,8 @@ class Workload:
 
     def sample_batch(self, samples: int) -> Any:
         """The first ``samples`` samples as a batch, repeated from the start where the data set is shorter."""
-        return self.collate([self.data[i % len(self.data)] for i in range(samples)])
+        return self.batch_of(range(samples))
+
+    def batch_of(self, samples: Iterable[int]) -> Any:
+        """A batch of some samples, by their numbers; numbers beyond the data set begin again."""
+        return opened(self.collate([self.data[i % len(self.data)] for i in samples]))

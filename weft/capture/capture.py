@@ -35,10 +35,14 @@ from weft.capture.recording import Cost, RecordedCall, Recording, SavedStorage
 from weft.capture.tape import flat_tensors, written_arguments
 from weft.capture.tensor import groups_at_both
 from weft.capture.units import find_units
+from weft.capture.watch import Watch, plain_synchronised
 from weft.errors import BatchError, InputError, ModelError
 from weft.plan import RECOMPUTE
 from weft.precision import in_precision
 from weft.workload import Parameters, Workload
+
+SMALL, FEW = 32, 2
+"""The optimizer is tried on parameters of at most this many elements a dimension, and steps this many of a group."""
 
 
 def capture(workload: Workload, precision: str = "float32") -> Profile:
@@ -55,11 +59,14 @@ def capture(workload: Workload, precision: str = "float32") -> Profile:
     """
     start = time.perf_counter()
     fake = build_fake(workload.model, workload.seed)
+    plain_synchronised(fake.model)
     units = find_units(fake.model, workload.units)
     batches = [sample_batch(workload, samples) for samples in SAMPLES]
-    small, large = plain = _record(fake, units, workload, batches)
+    watch = Watch()
+    watched = replace(workload, loss=watch.of(workload.loss))
+    small, large = plain = _record(fake, units, watched, batches)
     if precision != "float32":
-        small, large = _record(fake, units, in_precision(workload, precision), batches)
+        small, large = _record(fake, units, in_precision(watched, precision), batches)
     if [c.name for c in small.calls] != [c.name for c in large.calls]:
         raise ModelError(
             f"the model calls its units in another order for {SAMPLES[0]} samples than for {SAMPLES[1]}; "
@@ -71,7 +78,7 @@ def capture(workload: Workload, precision: str = "float32") -> Profile:
     for index, (group, _) in enumerate(merge.groups):
         for name, dim in group.dims.items():
             parameters[name] = replace(parameters[name], tensor_dim=dim, group=index)
-    state, passes = _optimizer_cost(workload)
+    state, passes = _optimizer_cost(workload, fake)
     return Profile(
         calls=calls,
         parameters=parameters,
@@ -93,6 +100,7 @@ def capture(workload: Workload, precision: str = "float32") -> Profile:
         sample_bytes=sum(t.nbytes for t in tree_leaves(batches[1]) if isinstance(t, Tensor)) // SAMPLES[1],
         capture_s=time.perf_counter() - start,
         precision=precision,
+        batch_statistics=watch.batch_statistics,
     )
 
 
@@ -282,23 +290,29 @@ class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's cl
         return out
 
 
-def _optimizer_cost(workload: Workload) -> tuple[float, float]:
-    """Bytes of state, and bytes read and written by a step, per byte of parameter: of the user's optimizer on a small
-    one."""
-    parameter = nn.Parameter(torch.zeros(32, 32))
+def _optimizer_cost(workload: Workload, fake: FakeModel) -> tuple[float, float]:
+    """Bytes of state, and bytes read and written by a step, per byte of trainable parameter: of the user's optimizer
+    on small parameters that have the names of the model's, a few in every group of it."""
+    small = [
+        (name, nn.Parameter(torch.zeros([min(n, SMALL) for n in p.shape]), requires_grad=p.requires_grad))
+        for name, p in fake.model.named_parameters()
+    ]
     try:
-        optimizer = workload.optimizer(Parameters([("weight", parameter)]))
+        optimizer = workload.optimizer(Parameters(small))
+        chosen = [p for group in optimizer.param_groups for p in group["params"][:FEW] if p.requires_grad]
         traffic = _Traffic()  # type: ignore[no-untyped-call] # untyped in torch
         for _ in range(2):  # the first step makes the state
-            parameter.grad = torch.zeros_like(parameter)
+            for parameter in chosen:
+                parameter.grad = torch.zeros_like(parameter)
             traffic.bytes = 0
             with traffic:
                 optimizer.step()
     except Exception as error:  # the user's code: whatever it raises is told once
         raise InputError(
-            f"Workload.optimizer raised {type(error).__name__} on a single parameter: {first_line(error)}; it must be "
-            "a function of any iterable of parameters that returns a torch optimizer"
+            f"Workload.optimizer raised {type(error).__name__}: {first_line(error)}; it must be a function of the "
+            "model's parameters that returns a torch optimizer"
         ) from error
-    size = parameter.numel() * parameter.itemsize
-    state = sum(t.nbytes for t in tree_leaves(optimizer.state[parameter]) if isinstance(t, Tensor) and t.dim())
+    states = [optimizer.state[parameter] for parameter in chosen]
+    state = sum(t.nbytes for t in tree_leaves(states) if isinstance(t, Tensor) and t.dim())
+    size = max(1, sum(parameter.nbytes for parameter in chosen))
     return state / size, traffic.bytes / size

@@ -180,6 +180,7 @@ class Profile:
         sample_bytes: bytes of one sample of the batch.
         capture_s: seconds the capture took.
         precision: the operations', one of ``plan.PRECISIONS``.
+        batch_statistics: a normalisation takes its statistics from the microbatch.
     """
 
     calls: tuple[Call, ...]
@@ -192,3 +193,4 @@ class Profile:
     sample_bytes: int
     capture_s: float
     precision: str = "float32"
+    batch_statistics: bool = False

@@ -1,20 +1,27 @@
 """Reference: the single device, in plain PyTorch. What every plan is held against.
 
-Where the model draws nothing, a step is what the user would write: the loss of the whole batch, ``backward``, clip,
-``step``. Where it draws (dropout), one batch in one piece would draw other masks than microbatches do, so the batch is
-cut as the plan cuts it and every piece draws from the plan's streams.
+A step is what the user would write: the loss of the whole batch, ``backward``, clip, ``step``. There are two reasons
+to cut the batch as the plan does, since one piece would then be another computation:
+
+    the forward takes statistics over the batch, or changes buffers: one piece for each microbatch, of the samples that
+    all replicas have in it
+    the model or the loss draws random numbers: a piece for each microbatch of each replica, which draws from the
+    plan's streams; where there are statistics over the batch too, the replicas run in ``lockstep``
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -22,15 +29,18 @@ from weft.adapters import adapt, making, running
 from weft.capture.initial import build_fake, seeded
 from weft.capture.recorder import Recording
 from weft.capture.units import find_units
+from weft.capture.watch import Watch, plain_synchronised
+from weft.jobs.lockstep import run_together
 from weft.plan import Plan
 from weft.precision import in_precision
-from weft.runtime.batches import Sampler, count_samples, cut, layout
+from weft.runtime.batches import Sampler, layout
+from weft.runtime.optimizer import make_optimizer, make_scheduler
 from weft.runtime.placement import Placement, Run, split_loss
 from weft.runtime.randomness import Seeds
 from weft.runtime.recordings import Recordings
 from weft.runtime.routes import Routes
 from weft.runtime.scaling import LossScale
-from weft.workload import Loss, Parameters, Workload
+from weft.workload import Loss, Workload
 
 FLOOR = {"float64": 1e-6, "float32": 6e-3}
 """A tensor's norm counts as at least this share of the norm of all of them together: some gradients are zero but for
@@ -68,18 +78,29 @@ class SingleDevice:
         self.loss_scale = LossScale() if plan.precision == "fp16" else None
         with seeded(workload.seed), making():
             self.model = adapt(workload.model()).to(device)
-        self.optimizer = workload.optimizer(Parameters(self.model.named_parameters()))
+        plain_synchronised(self.model)
+        self.optimizer = make_optimizer(workload, self.model.named_parameters())
+        self.scheduler = make_scheduler(workload, self.optimizer)
         self.sampler = Sampler(workload)
         self._fake = build_fake(workload.model, workload.seed)
+        plain_synchronised(self._fake.model)
         self._units = find_units(self._fake.model, workload.units)
-        self._recordings = Recordings(workload, self._fake, self._units)
+        self._watch = Watch()
+        self._recordings = Recordings(replace(workload, loss=self._watch.of(workload.loss)), self._fake, self._units)
         longest = self._recordings.longest(workload.sample_batch(plan.samples_per_microbatch))
         routes = self._routes(longest)
         in_python = longest.python_draws or any(call.python_draws for call in longest.calls)
         self._random = routes.glue_random or bool(routes.random) or in_python
-        self._placement = (
-            Placement(self.model, self._units, stage=0, mode=self._fake.mode, device=device) if self._random else None
-        )
+        self._changed = self._watch.changed_in(longest)
+        self._replicas = [self.model]
+        if self._random and self._changed:  # each replica changes buffers of its own
+            shared = {id(p): p for p in self.model.parameters()}
+            self._replicas += [copy.deepcopy(self.model, dict(shared)) for _ in range(plan.replicas - 1)]
+        self._placements = [
+            Placement(model, self._units, stage=0, mode=self._fake.mode, device=device)
+            for model in self._replicas
+            if self._random
+        ]
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and buffers."""
@@ -88,30 +109,91 @@ class SingleDevice:
     def steps(self, count: int | None = None) -> Iterator[ReferenceStep]:
         """Train, for ever if there is no count; yields after every step."""
         for step in itertools.count() if count is None else range(count):
-            batch = tree_map(
-                lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, self.sampler.global_batch(step)
-            )
             self.optimizer.zero_grad()
-            loss = self._pieces(batch, step) if self._random else self._whole(batch)
+            loss = self._separate(step) if self._random else self._joined(step)
             self._unscale()
             if self.workload.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.workload.max_grad_norm)
             taken = self.loss_scale is None or self.loss_scale.finite
             if taken:
                 self.optimizer.step()
+                if self.scheduler is not None:
+                    self.scheduler.step()
             gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
             yield ReferenceStep(loss, gradients, taken)
 
-    def _whole(self, batch: Any) -> float:
-        with running(self.device):
-            value, count = split_loss(self.workload.loss(self.model, batch))
-        mean = value if count is None else value / count
-        self._backward(mean)
-        return float(mean.detach())
+    def _joined(self, step: int) -> float:
+        """One piece, or one for each microbatch."""
+        samples = self.sampler.samples_of(step)
+        parts: list[Sequence[int]] = [range(len(samples))]
+        if self._watch.batch_statistics or self._changed:
+            every = layout(len(samples), self.plan.replicas, self.plan.microbatches)
+            parts = [[i for piece in m for i in piece] for m in zip(*every, strict=True)]
+        total = Total(self.model, len(samples), self._scale)
+        for part in parts:
+            if part:
+                batch = self._to_device(self.sampler.collate([samples[i] for i in part]))
+                with running(self.device):
+                    result = self.workload.loss(self.model, batch)
+                total.add(*split_loss(result), len(part))
+                total.backward()
+        return total.mean()
 
-    def _backward(self, mean: Tensor) -> None:
-        scaled = mean if self.loss_scale is None else mean * self.loss_scale.value
-        scaled.backward()  # type: ignore[no-untyped-call]  # torch's
+    def _separate(self, step: int) -> float:
+        """A piece for each microbatch of each replica."""
+        replicas, microbatches = self.plan.replicas, self.plan.microbatches
+        batches = [self.sampler.load(step, r, replicas, microbatches) for r in range(replicas)]
+        total = Total(self.model, batches[0].total, self._scale)
+        for m in range(microbatches):
+            present = [r for r in range(replicas) if batches[r].samples[m]]
+            jobs = [self._forward(self._to_device(batches[r].microbatches[m]), step, m, r) for r in present]
+            together = self._watch.batch_statistics and len(jobs) > 1
+            for r, result in zip(present, run_together(jobs) if together else (job() for job in jobs), strict=True):
+                total.add(*split_loss(result), batches[r].samples[m])
+                if not together:
+                    total.backward()
+            total.backward()
+            if together:  # the last one's normalisations have updated the running statistics
+                self._take_statistics(present[-1])
+            if present:
+                self._join_buffers([batch.samples[m] / batch.together[m] for batch in batches])
+        return total.mean()
+
+    def _forward(self, microbatch: Any, step: int, m: int, replica: int) -> Callable[[], Loss | None]:
+        seeds = Seeds(self.workload.seed, step, m, replica)
+        recording = self._recordings.of(microbatch, seeds)
+        placement = self._placements[replica % len(self._placements)]
+        return partial(placement.forward, self.workload, microbatch, Run(recording, self._routes(recording), {}, seeds))
+
+    def _take_statistics(self, source: int) -> None:
+        """Give all replicas the running statistics of one."""
+        norms = [[m for m in model.modules() if isinstance(m, _BatchNorm)] for model in self._replicas]
+        for theirs in zip(*norms, strict=True):
+            for buffers in zip(*(module.buffers() for module in theirs), strict=True):
+                for buffer in buffers:
+                    buffer.copy_(buffers[source])
+
+    def _join_buffers(self, shares: list[float]) -> None:
+        """Other buffers: floating-point ones become the mean over the replicas, others the first one's."""
+        if len(self._replicas) == 1:
+            return
+        running = {f"{n}." for n, m in self.model.named_modules() if isinstance(m, _BatchNorm)}
+        for name in self._changed:
+            if name.startswith(tuple(running)):
+                continue
+            buffers = [model.get_buffer(name) for model in self._replicas]
+            value = buffers[0].clone()
+            if value.is_floating_point() or value.is_complex():
+                value = torch.stack([b * share for b, share in zip(buffers, shares, strict=True)]).sum(0)
+            for buffer in buffers:
+                buffer.detach().copy_(value)
+
+    def _to_device(self, batch: Any) -> Any:
+        return tree_map(lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, batch)
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self.loss_scale is None else self.loss_scale.value
 
     def _unscale(self) -> None:
         if self.loss_scale is not None:
@@ -120,31 +202,41 @@ class SingleDevice:
                 gradient.div_(self.loss_scale.value)
             self.loss_scale.settle(LossScale.count_unfinite(gradients, self.device))
 
-    def _pieces(self, batch: Any, step: int) -> float:
-        assert self._placement is not None
-        total = count_samples(batch)
-        pieces = [
-            (r, m, piece)
-            for r, part in enumerate(layout(total, self.plan.replicas, self.plan.microbatches))
-            for m, piece in enumerate(part)
-            if len(piece)
-        ]
-        sums, counts = [], []
-        for replica, m, piece in pieces:
-            microbatch = cut(batch, piece)
-            seeds = Seeds(self.workload.seed, step, m, replica)
-            recording = self._recordings.of(microbatch, seeds)
-            run = Run(recording, self._routes(recording), {}, seeds)
-            value, count = split_loss(self._placement.forward(self.workload, microbatch, run))
-            sums.append(value if count is not None else value * len(piece))
-            counts.append(float(count) if count is not None else float(len(piece)))
-        mean = torch.stack(sums).sum() / sum(counts)
-        self._backward(mean)
-        return float(mean.detach())
-
     def _routes(self, recording: Recording) -> Routes:
         names = tuple(call.name for call in recording.calls[:-1])
         return Routes.find(recording, Plan(stages=(names,), batch_size=self.plan.batch_size))
+
+
+class Total:
+    """The loss of a batch, piece by piece, and its gradient."""
+
+    def __init__(self, model: nn.Module, samples: int, scale: float) -> None:
+        self.model, self.samples, self.scale = model, samples, scale
+        self.sum, self.count, self.counted = 0.0, 0.0, False
+        self._pending: list[Tensor] = []
+
+    def add(self, value: Tensor, count: Tensor | float | None, samples: int) -> None:
+        """Add the loss of a piece: a mean over its samples, or ``(sum, count)``."""
+        self.counted = count is not None
+        self.count += samples if count is None else float(count)
+        part = value * (samples / self.samples) if count is None else value
+        self.sum += float(part.detach())
+        self._pending.append(part)
+
+    def backward(self) -> None:
+        """Add the gradient of what was added last."""
+        if self._pending:
+            (torch.stack(self._pending).sum() * self.scale).backward()  # type: ignore[no-untyped-call]  # torch's
+        self._pending = []
+
+    def mean(self) -> float:
+        """The mean; gradients become its."""
+        if not self.counted:
+            return self.sum
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= self.count
+        return self.sum / self.count
 
 
 def relative_error(

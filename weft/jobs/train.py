@@ -30,7 +30,8 @@ SETTLE_STEPS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """What is logged once per interval. Rates are over the interval; memory is the peak so far, per rank, in bytes."""
+    """What is logged once per interval. Rates are over the interval; memory is the peak so far, per rank, in bytes.
+    ``learning_rates``: of the next step, those that differ; empty where no scheduler moves them."""
 
     step: int
     steps: int
@@ -40,6 +41,7 @@ class Line:
     samples_per_s_per_device: float
     memory_bytes: list[int]
     left_s: float
+    learning_rates: tuple[float, ...] = ()
 
 
 class Watcher(Protocol):
@@ -252,7 +254,15 @@ def log_line(engine: Engine, meter: Meter, loss: Any, step: int, steps: int, don
         samples_per_s_per_device=rate / engine.plan.devices,
         memory_bytes=everyones_peak(meter.memory),
         left_s=(steps - step) * elapsed_s / done,
+        learning_rates=learning_rates(engine),
     )
+
+
+def learning_rates(engine: Engine) -> tuple[float, ...]:
+    """The learning rates of the parameter groups, where a scheduler moves them."""
+    if engine.scheduler is None:
+        return ()
+    return tuple(dict.fromkeys(float(rate) for rate in engine.scheduler.get_last_lr()))
 
 
 def everyones_peak(used: memory.Memory) -> list[int]:

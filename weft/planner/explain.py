@@ -40,6 +40,7 @@ def explain(
     alternatives: Sequence[tuple[str, Estimate]],
     refused: Sequence[Refused],
     without_recompute: float | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """The text of ``Plan.explain()``.
 
@@ -54,6 +55,7 @@ def explain(
         refused: what was left out.
         without_recompute: bytes the fullest device would need if nothing were recomputed; None where the planner did
             not choose to.
+        notes: what the user should know of it besides.
     """
     step, peak = estimate.step_time_s, max(estimate.peak_memory_bytes)
     lines = [
@@ -64,6 +66,7 @@ def explain(
         f"The fullest device holds {format_bytes(peak)} of {format_bytes(memory_bytes)}.",
         why(estimate, alternatives, refused),
         *([] if without_recompute is None else [_because(without_recompute, memory_bytes)]),
+        *notes,
         "",
         "Time of the slowest device's step:",
         *_terms({TIME_NAMES[k]: v for k, v in estimate.time.items()}, step, format_seconds),

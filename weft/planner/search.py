@@ -123,6 +123,7 @@ def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> 
             _cost(evaluator, candidate, free=free) for candidate in space.candidates(profile, degrees, constraints)
         ]
         fitting = [c for c in costed if c.peak <= cluster.memory_bytes]
+        fitting = _whole_batches(profile, fitting)
         least = min(costed, key=lambda c: c.peak)
         smallest.append(least)
         if fitting:
@@ -151,6 +152,7 @@ def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> 
         without_recompute=max(evaluator.stages.peaks(without, chosen.ends))
         if free and chosen.candidate.recompute
         else None,
+        notes=_notes(profile, chosen.candidate),
     )
 
     def made(costed: _Costed) -> Plan:
@@ -242,6 +244,26 @@ def _cost(evaluator: Evaluator, candidate: Candidate, *, free: bool) -> _Costed:
         options.append(costed(recomputing(stages, candidate, cut), cut))
     fitting = [option for option in options if option.peak <= memory]
     return min(fitting, key=lambda c: c.order) if fitting else min(options, key=lambda c: c.peak)
+
+
+def _whole_batches(profile: Profile, fitting: list[_Costed]) -> list[_Costed]:
+    """Plans that do not cut the batch, where cutting would change the statistics taken over it and no pipeline asks
+    for it; all of them if there is none."""
+    whole = [c for c in fitting if c.candidate.microbatches == 1 and c.candidate.degrees.pp == 1]
+    return whole if profile.batch_statistics and whole else fitting
+
+
+def _notes(profile: Profile, candidate: Candidate) -> list[str]:
+    """What the user should know of a plan besides its cost."""
+    count = candidate.microbatches
+    if not profile.batch_statistics or count == 1:
+        return []
+    samples = profile.batch_size / count
+    return [
+        f"The model normalises over the batch: with {count} microbatches it takes its statistics from about "
+        f"{samples:.0f} samples at a time, those of one microbatch on all replicas, not from all {profile.batch_size}; "
+        "--microbatches 1 takes them from all."
+    ]
 
 
 def _prune(evaluator: Evaluator, costed: _Costed) -> _Costed:

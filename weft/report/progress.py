@@ -98,9 +98,10 @@ def log_line(line: Line) -> str:
     """An interval of training in one line."""
     step = f"{line.step:>{len(str(line.steps))}}/{line.steps}"
     least, most = min(line.memory_bytes), max(line.memory_bytes)
+    rates = f"learning rate {', '.join(f'{rate:.3g}' for rate in line.learning_rates)}  " if line.learning_rates else ""
     spread = format_bytes(most) if most - least < 0.1 * most else f"{format_bytes(least)} to {format_bytes(most)}"
     return (
-        f"step {step}  loss {line.loss:.4f}  gradient norm {line.gradient_norm:.3g}  "
+        f"step {step}  loss {line.loss:.4f}  gradient norm {line.gradient_norm:.3g}  {rates}"
         f"{line.samples_per_s:.1f} samples/s ({line.samples_per_s_per_device:.1f} per device)  "
         f"memory {spread} per device  {format_seconds(line.left_s)} left"
     )

@@ -8,14 +8,15 @@ collective.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import keystr as path_name
-from torch.utils._pytree import tree_flatten_with_path, tree_map
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
 from weft.errors import BatchError
 from weft.workload import Workload
@@ -29,11 +30,13 @@ class Batch:
         microbatches: pytrees, one per microbatch.
         samples: samples in each microbatch that count; 0 for a stand-in sample.
         total: samples in the global batch.
+        together: samples that count in each microbatch on all replicas.
     """
 
     microbatches: tuple[Any, ...]
     samples: tuple[int, ...]
     total: int
+    together: tuple[int, ...]
 
 
 def pieces(samples: int, parts: int) -> list[range]:
@@ -51,6 +54,11 @@ def layout(total: int, replicas: int, microbatches: int) -> list[list[range]]:
     ]
 
 
+def together(every: list[list[range]]) -> tuple[int, ...]:
+    """The samples in each microbatch of a layout on all replicas."""
+    return tuple(sum(map(len, pieces)) for pieces in zip(*every, strict=True))
+
+
 def count_samples(batch: Any) -> int:
     """The number of samples of a batch: the length of dimension 0, which all its tensors share.
 
@@ -58,7 +66,9 @@ def count_samples(batch: Any) -> int:
         BatchError: there is no tensor, or two tensors disagree.
     """
     leaves, _ = tree_flatten_with_path(batch)
-    lengths = [(path_name(path), len(leaf)) for path, leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    lengths = [
+        (path_name(path), len(leaf)) for path, leaf in leaves if isinstance(leaf, Tensor | np.ndarray) and leaf.ndim > 0
+    ]
     if not lengths:
         raise BatchError("the batch holds no tensor with samples in dimension 0; give it at least one")
     first_name, samples = lengths[0]
@@ -72,9 +82,24 @@ def count_samples(batch: Any) -> int:
 
 
 def cut(batch: Any, samples: range) -> Any:
-    """The part of a batch that holds some samples; an empty range gives the first sample, to be weighted 0."""
-    start, stop = (samples.start, samples.stop) if len(samples) else (0, 1)
-    return tree_map(lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) and leaf.dim() > 0 else leaf, batch)
+    """The part of a batch that holds some samples; an empty range gives the first sample, to be weighted 0.
+
+    Arrays of numpy are cut as tensors are, and so are lists with one value that is no tensor for each sample, which is
+    how strings are put together. Other values go to every part.
+    """
+    part = slice(samples.start, samples.stop) if len(samples) else slice(0, 1)
+    total = count_samples(batch)
+
+    def per_sample(node: Any) -> bool:
+        return (
+            isinstance(node, list) and len(node) == total and not any(isinstance(x, Tensor) for x in tree_leaves(node))
+        )
+
+    def take(leaf: Any) -> Any:
+        divided = per_sample(leaf) or (isinstance(leaf, Tensor | np.ndarray) and leaf.ndim > 0)
+        return leaf[part] if divided else leaf
+
+    return tree_map(take, batch, is_leaf=per_sample)
 
 
 def divide(batch: Any, *, replica: int, replicas: int, microbatches: int) -> Batch:
@@ -84,8 +109,10 @@ def divide(batch: Any, *, replica: int, replicas: int, microbatches: int) -> Bat
         BatchError: the batch has no common dimension of samples.
     """
     total = count_samples(batch)
-    ranges = layout(total, replicas, microbatches)[replica]
-    return Batch(tuple(cut(batch, r) for r in ranges), tuple(len(r) for r in ranges), total)
+    every = layout(total, replicas, microbatches)
+    return Batch(
+        tuple(cut(batch, r) for r in every[replica]), tuple(len(r) for r in every[replica]), total, together(every)
+    )
 
 
 class Sampler:
@@ -109,16 +136,25 @@ class Sampler:
         order: list[int] = torch.randperm(self.samples, generator=generator).tolist()
         return order
 
+    def samples_of(self, step: int) -> list[int]:
+        """The samples of the global batch of a step, by their numbers in the data set."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        size = self.workload.batch_size
+        return self._order(epoch)[place * size : (place + 1) * size]
+
+    def collate(self, samples: Sequence[int]) -> Any:
+        """A batch of some samples."""
+        return self.workload.batch_of(samples)
+
     def load(self, step: int, replica: int, replicas: int, microbatches: int) -> Batch:
         """One replica's part of the global batch of a step counted from the start of training. Only its samples are
         read."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        size = self.workload.batch_size
-        chosen = self._order(epoch)[place * size : (place + 1) * size]
-        ranges = layout(len(chosen), replicas, microbatches)[replica]
+        chosen = self.samples_of(step)
+        every = layout(len(chosen), replicas, microbatches)
+        ranges = every[replica]
         read = [chosen[r.start : r.stop] if len(r) else chosen[:1] for r in ranges]
-        parts = tuple(self.workload.collate([self.workload.data[i] for i in samples]) for samples in read)
-        return Batch(parts, tuple(len(r) for r in ranges), len(chosen))
+        parts = tuple(map(self.collate, read))
+        return Batch(parts, tuple(len(r) for r in ranges), len(chosen), together(every))
 
     def global_batch(self, step: int) -> Any:
         """The whole batch of a step, as one device sees it."""

@@ -2,7 +2,7 @@
 
     DIR/step-00000040/        one checkpoint; complete once training.json is there
         *.distcp, .metadata   torch.distributed.checkpoint: "model.<name>", "optimizer.<name>.<key>"
-        training.json         step, the plan, the plain settings of the optimizer's parameter groups, the loss scale
+        training.json         step, the plan, the plain settings of the optimizer's groups and scheduler, the loss scale
 
 Every rank writes its own pieces; what several ranks hold is written once. A name says nothing of the plan.
 """
@@ -22,10 +22,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from weft.errors import CheckpointError
 from weft.plan import Plan
 from weft.runtime.division import Division
+from weft.runtime.optimizer import plain
 from weft.runtime.part import Part
 from weft.runtime.pieces import Pieces
 
@@ -35,11 +37,12 @@ MARK = "training.json"
 @dataclass(frozen=True)
 class Training:
     """The plain part of a checkpoint: the step it was made after, the plan, the optimizer's settings per parameter
-    group, and the loss scale of a float16 plan."""
+    group, the scheduler's state as far as it is plain data, and the loss scale of a float16 plan."""
 
     step: int
     plan: Plan
     groups: list[dict[str, Any]]
+    scheduler: dict[str, Any]
     loss_scale: dict[str, Any] | None = None
 
 
@@ -61,6 +64,7 @@ def save(
     plan: Plan,
     part: Part,
     optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler | None = None,
     *,
     loss_scale: dict[str, Any] | None = None,
 ) -> Path:
@@ -70,8 +74,15 @@ def save(
     dist.barrier()
     if dist.get_rank() == 0:
         groups = [{k: v for k, v in group.items() if is_plain(v) and k != "params"} for group in optimizer.param_groups]
-        values = {"step": step, "plan": plan.to_json(), "groups": groups, "loss_scale": loss_scale}
-        text = json.dumps(values, indent=2)
+        state = plain(scheduler.state_dict()) if scheduler is not None else {}
+        training = {
+            "step": step,
+            "plan": plan.to_json(),
+            "groups": groups,
+            "scheduler": state,
+            "loss_scale": loss_scale,
+        }
+        text = json.dumps(training, indent=2)
         partial = path / f"{MARK}.partial"
         partial.write_text(text + "\n")
         partial.replace(path / MARK)  # in one go: a reader sees a whole checkpoint or none
@@ -176,7 +187,8 @@ def read_training(path: Path) -> Training:
     try:
         data = json.loads((path / MARK).read_text())
         plan = Plan.from_json(data["plan"], source=str(path / MARK))
-        return Training(int(data["step"]), plan, list(data["groups"]), data.get("loss_scale"))
+        scheduler = dict(data["scheduler"])
+        return Training(int(data["step"]), plan, list(data["groups"]), scheduler, data.get("loss_scale"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / MARK}: cannot be read as a checkpoint: {error}") from error
 

@@ -95,12 +95,12 @@ class Sharded:
 
 
 def shard(
-    model: nn.Module, units: Sequence[nn.Module], absent: set[nn.Parameter], grid: Grid, plan: Plan
+    whole: nn.Module, units: Sequence[nn.Module], absent: set[nn.Parameter], grid: Grid, plan: Plan
 ) -> list[FSDPModule]:
-    """Apply fully_shard to units and then to the model, which takes what is left.
+    """Apply fully_shard to units and then to the whole, which takes what is left.
 
     Args:
-        model: the user's model.
+        whole: the user's model, entered by way of the loss.
         units: modules whose parameters are gathered together.
         absent: parameters that live on other stages.
         grid, plan: of the job.
@@ -108,11 +108,11 @@ def shard(
     Returns:
         Every wrapped module, the root last.
     """
-    for module in (*units, model):
+    for module in units:
         module.register_forward_hook(_without_views)  # before fully_shard's own hooks: they see what it gives
     mesh = grid.mesh[("dp_replicate", "dp_shard") if plan.dp_replicate > 1 else ("dp_shard",)]
     wrapped = [fully_shard(unit, mesh=mesh, ignored_params=absent) for unit in units]
-    return [*wrapped, fully_shard(model, mesh=mesh, ignored_params=absent)]
+    return [*wrapped, fully_shard(whole, mesh=mesh, ignored_params=absent)]
 
 
 class _Alias(Function):

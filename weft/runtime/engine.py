@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from weft.capture.initial import build_fake
 from weft.capture.units import find_units
+from weft.capture.watch import Watch, plain_synchronised
+from weft.containers import opened
 from weft.errors import PlanError
 from weft.plan import Plan
 from weft.precision import in_precision
 from weft.runtime import checkpoint, part, totals
 from weft.runtime.batches import Batch, Sampler, divide
+from weft.runtime.buffers import Buffers
 from weft.runtime.gather import gather
 from weft.runtime.grid import Grid
+from weft.runtime.optimizer import make_optimizer, make_scheduler, restored
 from weft.runtime.pipeline import Pipeline
 from weft.runtime.placement import Placement
 from weft.runtime.recordings import Recordings
 from weft.runtime.routes import Routes
 from weft.runtime.scaling import LossScale
 from weft.runtime.worker import describe_stage, join
-from weft.workload import Parameters, Workload
+from weft.workload import Workload
 
 
 class Engine:
@@ -37,6 +42,7 @@ class Engine:
         grid: the ranks, seen from this one.
         model: the user's model; what other ranks hold is absent from it.
         optimizer: the user's optimizer over what this rank holds.
+        scheduler: the user's learning-rate scheduler, or None; it steps with every step.
         step_count: steps done.
         gradient_norm: global L2 norm of the last step's gradients before clipping; None where it was not needed.
         loss_scale: what float16 needs; None in other precisions. A step whose gradients overflow (``loss_scale.finite``
@@ -58,17 +64,25 @@ class Engine:
         self.gradient_norm: Tensor | None = None
         self._shapes = build_fake(workload.model, workload.seed)
         self._units = find_units(self._shapes.model, workload.units)
-        self._recordings = Recordings(workload, self._shapes, self._units)
+        plain_synchronised(self._shapes.model)
+        self._watch = Watch()
+        watched = replace(workload, loss=self._watch.of(workload.loss))
+        self._recordings = Recordings(watched, self._shapes, self._units)
         self._sampler = Sampler(workload)
         self._first = self._recordings.longest(workload.sample_batch(plan.samples_per_microbatch))
         stage_of = Routes.find(self._first, plan).stage_of
         fake = build_fake(workload.model, workload.seed)
+        plain_synchronised(fake.model)
         self.part = part.build(fake, self._units, self._first, stage_of, plan, self.grid)
         self.model = self.part.model
-        self.optimizer = workload.optimizer(Parameters((h.name, h.parameter) for h in self.part.held))
+        self.optimizer = make_optimizer(workload, self._parameters())
+        self.scheduler = make_scheduler(workload, self.optimizer)
         if unknown := sorted(set(plan.recompute) - set(self._units)):
             raise PlanError(f"the plan recomputes {unknown[0]!r}, which is no unit of this model; make the plan again")
         here = {call.unit for call, s in zip(self._first.calls, stage_of, strict=True) if s == self.grid.stage}
+        buffers = Buffers(self.model, self.part.buffer_names, self._watch, self._first, stage_of, plan, self.grid)
+        if self.part.whole is not None:
+            workload = replace(workload, loss=self.part.whole.of(workload.loss))
         placement = Placement(
             self.model,
             self._units,
@@ -84,6 +98,7 @@ class Engine:
             self.grid,
             placement=placement,
             data_parallel=self.part.data_parallel,
+            buffers=buffers,
             record=self._recordings.of,
         )
         self.loss_scale = LossScale(self.part.data_parallel.loss_scale) if plan.precision == "fp16" else None
@@ -117,7 +132,10 @@ class Engine:
         """
         if not isinstance(batch, Batch):
             batch = divide(
-                batch, replica=self.grid.replica, replicas=self.plan.replicas, microbatches=self.plan.microbatches
+                opened(batch),
+                replica=self.grid.replica,
+                replicas=self.plan.replicas,
+                microbatches=self.plan.microbatches,
             )
         self.optimizer.zero_grad(set_to_none=True)
         first = self.step_count == 0
@@ -137,6 +155,8 @@ class Engine:
         )
         if self.loss_scale is None or self.loss_scale.finite:
             self.optimizer.step()
+            if self.scheduler is not None:
+                self.scheduler.step()
         self.step_count += 1
         return loss
 
@@ -166,7 +186,9 @@ class Engine:
     def save(self, directory: str | Path) -> Path:
         """Write a checkpoint into ``directory/step-N``; all ranks call it. Returns its folder."""
         scale = None if self.loss_scale is None else self.loss_scale.state()
-        return checkpoint.save(Path(directory), self.step_count, self.plan, self.part, self.optimizer, loss_scale=scale)
+        return checkpoint.save(
+            Path(directory), self.step_count, self.plan, self.part, self.optimizer, self.scheduler, loss_scale=scale
+        )
 
     def load(self, directory: str | Path) -> None:
         """Continue from the newest checkpoint in ``directory`` (or from the one it is); all ranks call it.
@@ -178,6 +200,14 @@ class Engine:
         self.step_count = training.step
         if self.loss_scale is not None and training.loss_scale is not None:
             self.loss_scale.restore(training.loss_scale)
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(restored(self.scheduler.state_dict(), training.scheduler))
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter of the model: what this rank holds, and fakes of what others do."""
+        held = {h.name: h.parameter for h in self.part.held}
+        for name, fake in self._shapes.model.named_parameters():
+            yield name, held.get(name, fake)
 
     def _warn_unless_finite(self, unfinite: int | None) -> None:
         """Warn if the first step met a value that is not finite, naming the first unit that gave one."""

@@ -23,6 +23,7 @@ from weft.runtime.division import Division
 from weft.runtime.grid import Grid
 from weft.runtime.tensor import Divided, divide
 from weft.runtime.totals import Held, holds_first
+from weft.runtime.whole import Whole
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,25 @@ class Part:
     Attributes:
         model: the user's model; what is absent is fake.
         held: parameters this rank holds, in the model's order.
-        buffers: likewise.
         divisions: of those tensor parallelism divides, by name.
+        buffer_names: buffers this rank holds.
         data_parallel: how its gradients meet those of other replicas.
         mode: of the fake tensors.
+        whole: if parameters are gathered, the root of what is gathered: the loss is entered through it.
     """
 
     model: nn.Module
     held: list[Held]
-    buffers: dict[str, Tensor]
     divisions: Mapping[str, Division]
+    buffer_names: frozenset[str]
     data_parallel: DataParallel
     mode: FakeTensorMode
+    whole: Whole | None
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers this rank holds, in the model's order, as they are now: a forward may put others in their place."""
+        return {name: buffer for name, buffer in self.model.named_buffers() if name in self.buffer_names}
 
 
 def build(
@@ -87,10 +95,11 @@ def build(
     parameters = dict(model.named_parameters())
     absent = {p for name, p in parameters.items() if name not in mine}
     unsharded = {p for p in parameters.values() if p.dim() == 0 or not p.numel()}  # fully_shard takes none
-    fsdp = []
+    fsdp, whole = [], None
     if plan.dp_shard > 1:
         present = [model.get_submodule(unit) for unit in gathered_units(model, units, mine, ownership.outside_units)]
-        fsdp = shard(model, present, absent | unsharded, grid, plan)
+        whole = Whole(model)
+        fsdp = shard(whole, present, absent | unsharded, grid, plan)
     assign(model, draw(fake, model, mine, divided.divisions, grid))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     make_absent_fake(model, mine, mode, grid.device)
@@ -100,8 +109,7 @@ def build(
         data_parallel = Sharded(fsdp)
     elif plan.dp_replicate > 1:
         data_parallel = Replicated([h.parameter for h in held], grid)
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in mine}
-    return Part(model, held, buffers, divided.divisions, data_parallel, mode)
+    return Part(model, held, divided.divisions, mine, data_parallel, mode, whole)
 
 
 def gathered_units(model: nn.Module, units: list[str], mine: frozenset[str], outside: frozenset[str]) -> list[str]:

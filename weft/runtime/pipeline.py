@@ -23,6 +23,7 @@ from weft.capture.recorder import Recording
 from weft.errors import ModelError
 from weft.plan import Plan
 from weft.runtime.batches import Batch
+from weft.runtime.buffers import Buffers
 from weft.runtime.data import DataParallel
 from weft.runtime.grid import Grid
 from weft.runtime.placement import Placement, Run, split_loss
@@ -76,6 +77,7 @@ class Pipeline:
         grid: the ranks.
         placement: this stage's view of the model.
         data_parallel: how replicas come together.
+        buffers: what forwards change.
         record: gives the recording for a microbatch, cached by its shapes.
     """
 
@@ -87,10 +89,12 @@ class Pipeline:
         *,
         placement: Placement,
         data_parallel: DataParallel,
+        buffers: Buffers,
         record: Callable[[Any, Seeds], Recording],
     ) -> None:
         self.workload, self.plan, self.grid = workload, plan, grid
         self.placement, self.data_parallel, self.record = placement, data_parallel, record
+        self.buffers = buffers
         self.stage = grid.stage
         self.scale = 1.0
         """Losses are multiplied by it before the backward (``scaling``)."""
@@ -120,11 +124,13 @@ class Pipeline:
             seeds = Seeds(self.workload.seed, step, m, self.grid.replica)
             recording = self.record(batch.microbatches[m], seeds)
             self._flights[m] = InFlight(Run(recording, self._routes_of(recording), {}, seeds, check=check))
+        self.buffers.begin(batch)
         for action in self._actions_of({edge for f in self._flights.values() for edge in f.run.routes.edges()}):
             self._perform(action)
         for work, _ in self._sends:
             self._wait(work)
         self._sends.clear()
+        self.buffers.finish()
         return self._sums
 
     def _routes_of(self, recording: Recording) -> Routes:
@@ -178,7 +184,8 @@ class Pipeline:
             for arrival in received
             for source, tensor in arrival.items()
         }
-        result = self.placement.forward(self.workload, self._microbatches[m], flight.run)
+        with self.buffers.forward(m):
+            result = self.placement.forward(self.workload, self._microbatches[m], flight.run)
         self._sums.counted = flight.run.recording.counted
         self._sums.unfinite = flight.run.unfinite if self._sums.unfinite is None else self._sums.unfinite
         if self.stage == self.plan.pp - 1:
@@ -209,8 +216,9 @@ class Pipeline:
             roots.append(flight.loss)
             seeds.append(None)
         self.data_parallel.before_backward(last=m == self.plan.microbatches - 1, roots=roots)
-        if roots:
-            torch.autograd.backward(roots, seeds)
+        with self.buffers.backward(m):
+            if roots:
+                torch.autograd.backward(roots, seeds)
         flight.returning = {
             source: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             for source, leaf in run.received.items()
@@ -225,8 +233,8 @@ class Pipeline:
             tensor, leaf = run.produced[source], run.routes.leaves[source]
             if tuple(tensor.shape) != leaf.shape:
                 raise ModelError(
-                    f"{name} returned a tensor of shape {tuple(tensor.shape)} where {leaf.shape} is expected, and it goes "
-                    "to another stage: its shape depends on values. Give it a fixed shape (pad it), or use pp=1"
+                    f"{name} returned a tensor of shape {tuple(tensor.shape)} where {leaf.shape} is expected, and it "
+                    "goes to another stage: its shape depends on values. Give it a fixed shape (pad it), or use pp=1"
                 )
             return tensor
         except KeyError:

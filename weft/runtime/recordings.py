@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
@@ -72,9 +73,18 @@ def decisions_seed(seeds: Seeds) -> int:
 def signature(batch: Any) -> Any:
     """What every recording depends on: the structure of a microbatch, its tensors' shapes and dtypes, its other
     values."""
-    leaves, spec = tree_flatten(batch)
-    described = tuple(
-        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf).__name__, repr(leaf))
-        for leaf in leaves
-    )
-    return spec, described
+    leaves, spec = tree_flatten(batch, is_leaf=is_words)
+    return spec, tuple(map(describe, leaves))
+
+
+def describe(leaf: Any) -> Any:
+    """What a recording depends on in a leaf of a batch. Strings that come one for each sample are data, as the values
+    of tensors are; a string by itself may say what to do."""
+    if isinstance(leaf, Tensor | np.ndarray):
+        return tuple(leaf.shape), leaf.dtype
+    return ("words", len(leaf)) if is_words(leaf) else (type(leaf).__name__, repr(leaf))
+
+
+def is_words(leaf: Any) -> bool:
+    """Whether this is a list of strings."""
+    return isinstance(leaf, list) and len(leaf) > 0 and all(isinstance(x, str) for x in leaf)
