@@ -88,14 +88,14 @@ class ScaledEmbedding(nn.Embedding):
 class Language(nn.Module):
     """An odd vocabulary, a padding token, and an output layer tied to the embedding."""
 
-    vocabulary = 37
-
-    def __init__(self, *, scaled: bool = True, recompute: bool = False) -> None:
+    def __init__(self, *, vocabulary: int = 37, scaled: bool = True, recompute: bool = False) -> None:
         super().__init__()
         kind = ScaledEmbedding if scaled else nn.Embedding
-        self.embed = kind(self.vocabulary, 32, padding_idx=36)
+        self.embed = kind(vocabulary, 32, padding_idx=vocabulary - 1)
         self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.head = nn.Linear(32, self.vocabulary, bias=False)
+        self.unused = nn.Embedding(vocabulary, 32)
+        self.head = nn.Linear(32, vocabulary, bias=False)
+        self.unused.weight = self.embed.weight
         self.head.weight = self.embed.weight
         self.recompute = recompute
 
@@ -108,20 +108,21 @@ class Language(nn.Module):
 
 LANGUAGE = {
     "embed": TensorStyle("embedding_rowwise"),
+    "unused.weight": TensorStyle("shard", dim=0),
     **block_styles("blocks.0"),
     **block_styles("blocks.1"),
     "head": TensorStyle("colwise_gather"),
 }
 
 
-def language(**choices: Any) -> weft.Workload:
+def language(vocabulary: int = 37, **choices: Any) -> weft.Workload:
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(model(batch["input_ids"])[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
 
     return weft.Workload(
-        model=lambda: Language(**choices),
+        model=lambda: Language(vocabulary=vocabulary, **choices),
         loss=loss,
-        data=workloads.Tokens(64, 12, Language.vocabulary),
+        data=workloads.Tokens(64, 12, vocabulary),
         optimizer=workloads.adamw,
         batch_size=8,
         max_grad_norm=1.0,

@@ -77,6 +77,13 @@ def test_low_rank_adapters_beside_frozen_projections(pool: Pool, degrees: dict[s
     assert result.ok, result
 
 
+@pytest.mark.parametrize("degrees", [{"tp": 4}, {"tp": 4, "dp_shard": 2}, {"tp": 4, "dp_replicate": 2}], ids=name_of)
+def test_more_ranks_than_rows_or_channels(pool: Pool, degrees: dict[str, int]) -> None:
+    for build, styles in ((lambda: models.language(vocabulary=5), models.LANGUAGE), (models.picture, models.PICTURE)):
+        result = verified(pool, build, styles, **degrees)
+        assert result.ok, result
+
+
 def test_recomputing_inside_the_model(pool: Pool) -> None:
     result = verified(pool, lambda: models.language(scaled=False, recompute=True), models.LANGUAGE, tp=2)
     assert result.ok, result

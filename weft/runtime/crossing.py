@@ -38,8 +38,9 @@ def all_gather(piece: Tensor, division: Division, group: str) -> Tensor:
     ops, degree = torch.ops._c10d_functional, division.degree
     longest = max(division.length(rank) for rank in range(degree))
     ahead = piece.movedim(division.dim, 0)
-    padded = F.pad(ahead, [0, 0] * (ahead.dim() - 1) + [0, longest - len(ahead)]).contiguous()
-    joined = ops.wait_tensor(ops.all_gather_into_tensor(padded, degree, group))
+    if missing := longest - len(ahead):
+        ahead = F.pad(ahead, [0, 0] * (ahead.dim() - 1) + [0, missing])
+    joined = ops.wait_tensor(ops.all_gather_into_tensor(ahead.contiguous(), degree, group))
     pieces = [joined.narrow(0, rank * longest, division.length(rank)) for rank in range(degree)]
     return division.join([p.movedim(0, division.dim) for p in pieces])
 

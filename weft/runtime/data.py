@@ -13,11 +13,13 @@ sum. The weights that turn the sum into the mean over the global batch are in th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 from weft.plan import Plan
 from weft.runtime.grid import Grid
@@ -119,6 +121,33 @@ def shard(
     Returns:
         Every wrapped module, the root last.
     """
+    for module in (*units, model):
+        module.register_forward_hook(_without_views)  # before fully_shard's own hooks: they see what it gives
     mesh = grid.mesh[("dp_replicate", "dp_shard") if plan.dp_replicate > 1 else ("dp_shard",)]
     wrapped = [fully_shard(unit, mesh=mesh, ignored_params=absent) for unit in units]
     return [*wrapped, fully_shard(model, mesh=mesh, ignored_params=absent)]
+
+
+class _Alias(Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def _without_views(module: nn.Module, args: Any, output: Any) -> Any:
+    """A module's output with no view in it, and nothing copied.
+
+    fully_shard gathers parameters for the backward from a hook on the output; on a view (what ``nn.Linear`` gives for
+    three dimensions) the hook is lost when the user's code writes to it (``x += y``).
+    """
+
+    def alias(value: Any) -> Any:
+        if isinstance(value, Tensor) and value._base is not None and value.requires_grad:
+            return cast(Tensor, _Alias.apply(value))  # type: ignore[no-untyped-call]  # torch's
+        return value
+
+    return tree_map(alias, output)

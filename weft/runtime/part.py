@@ -86,11 +86,11 @@ def build(
     divided = divide(model, plan.tensor, grid.group("tp")) if plan.tp > 1 else Divided()
     parameters = dict(model.named_parameters())
     absent = {p for name, p in parameters.items() if name not in mine}
-    scalars = {p for p in parameters.values() if p.dim() == 0}  # fully_shard takes none
+    unsharded = {p for p in parameters.values() if p.dim() == 0 or not p.numel()}  # fully_shard takes none
     fsdp = []
     if plan.dp_shard > 1:
         present = [model.get_submodule(unit) for unit in gathered_units(model, units, mine, ownership.outside_units)]
-        fsdp = shard(model, present, absent | scalars, grid, plan)
+        fsdp = shard(model, present, absent | unsharded, grid, plan)
     assign(model, draw(fake, model, mine, divided.divisions, grid))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     make_absent_fake(model, mine, mode, grid.device)

@@ -7,7 +7,8 @@ bias after the sum over the ranks, once, so its product is made without.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -67,13 +68,16 @@ def weights_of(module: nn.Module, name: str, style: TensorStyle) -> Weights:
         if transposed and not isinstance(module, TRANSPOSED_CONVOLUTIONS):
             raise PlanError(f"the plan divides {name} as {style.name}, but its weight is [out, in]; plan again")
         return Weights(weight, bias, False, transposed, -1 - len(module.kernel_size))
-    plain = type(module).forward is nn.Linear.forward or _is_product(module, weight, bias, transposed)
+    linear = type(module).forward is nn.Linear.forward and "forward" not in vars(module) and weight == "weight"
+    plain = linear or _is_product(module, weight, bias, transposed)
     return Weights(weight, bias, plain, transposed, -1)
 
 
 def column(module: nn.Module, weights: Weights, gathered: Division | None, crossing: Crossing) -> Forward:
     """The forward of a module divided over its outputs, which are gathered or stay this rank's share."""
     own = _product(module, weights) if weights.product else module.forward
+    if isinstance(module, CONVOLUTIONS) and gathered and not gathered.length():
+        own = _no_channels(module, weights, gathered)
     output = gathered.along(weights.channels) if gathered else None
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -91,22 +95,16 @@ def row(module: nn.Module, weights: Weights, gathered: Division | None, crossing
     product = _product(module, weights._replace(bias="")) if weights.product else None
     shape = [-1, *[1] * (-1 - weights.channels)]
 
-    def without_bias(bias: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # Convolutions take None for a bias; other code is given zeros.
-        slots[key] = None if isinstance(module, CONVOLUTIONS) else torch.zeros_like(bias)  # type: ignore[assignment]  # for a moment
-        try:
-            return own(*args, **kwargs)
-        finally:
-            slots[key] = bias  # type: ignore[assignment]  # the Parameter it was
-
     def forward(*args: Any, **kwargs: Any) -> Any:
         bias = slots[key] if key else None
         if product is not None:
             partial = product(*args, **kwargs)
         elif bias is None:
             partial = own(*args, **kwargs)
-        else:
-            partial = without_bias(bias, args, kwargs)
+        else:  # convolutions take None for a bias; other code is given zeros
+            nothing = None if isinstance(module, CONVOLUTIONS) else torch.zeros_like(bias)
+            with _instead(module, {key: nothing}):
+                partial = own(*args, **kwargs)
         result = crossing.leave(partial)
         return result if bias is None else result + bias.to(result.dtype).view(shape)
 
@@ -164,6 +162,37 @@ def reduced(own: Forward, crossing: Crossing) -> Forward:
     return forward
 
 
+@contextmanager
+def _instead(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> Iterator[None]:
+    """Other tensors in the place of a module's parameters, for a moment."""
+    slots: dict[str, Any] = module._parameters
+    before = {key: slots[key] for key in tensors}
+    slots.update(tensors)
+    try:
+        yield
+    finally:
+        slots.update(before)
+
+
+def _no_channels(module: nn.Module, weights: Weights, division: Division) -> Forward:
+    """A convolution where there are more ranks than outputs: none have fallen to this rank, and kernels refuse that."""
+    own, slots = module.forward, module._parameters
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        mine = {key: p for key in (weights.weight, weights.bias) if key and (p := slots[key]) is not None}
+        shapes = {key: list(p.shape) for key, p in mine.items()}
+        shapes[weights.weight][division.dim] = 1
+        if weights.bias:
+            shapes[weights.bias][0] = 1
+        with _instead(module, {key: p.new_zeros(shapes[key]) for key, p in mine.items()}):
+            result: Tensor = own(*args, **kwargs).narrow(weights.channels, 0, 0)
+        for p in mine.values():  # every rank has the gradients, if only of nothing
+            result = result + p.sum()
+        return result
+
+    return forward
+
+
 def _entered(crossing: Crossing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     def enter(value: Any) -> Any:
         return crossing.enter(value) if isinstance(value, Tensor) else value
@@ -206,6 +235,8 @@ def _is_product(module: nn.Module, weight: str, bias: str, transposed: bool) -> 
         return False
     if not isinstance(result, Tensor):
         return False
+    if not any(arg is matrix for _, args, _ in seen for arg in args):
+        return False  # it multiplies by something made of its weight
     work = [(name, args, kwargs) for name, args, kwargs in seen if name not in VIEWS]
     addend = module._parameters[bias] if bias else None
     match [name for name, _, _ in work]:

@@ -39,6 +39,8 @@ class Claim(NamedTuple):
     key: str
     name: str
     division: Division
+    uneven: bool | None
+    """Whether pieces may differ in length; None: where another claim to the tensor says so."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Divider:
         self.claims: list[Claim] = []
         self.partial: dict[str, Tensor] = {}
         self.shared: set[tuple[nn.Module, str]] = set()
+        self.wrapped: dict[nn.Module, tuple[str, TensorStyle]] = {}
 
     def apply(self, name: str, style: TensorStyle) -> None:
         """Take one style of the plan."""
@@ -82,19 +85,14 @@ class Divider:
             case "shard":
                 module, key = self._tensor(name, style)
                 assert style.dim is not None
-                self._claim(module, key, name, style, style.dim)
+                self._claim(module, key, name, style, style.dim, uneven=None)
             case "sum_gradient":
                 module, key = self._tensor(name, style)
                 self.partial[name] = getattr(module, key)
             case "share":
                 self._share(name, style)
-            case "reduce":
-                module = self._module(name)
-                module.forward = reduced(module.forward, self.crossing)
-            case "embedding_rowwise":
-                self._embedding(name, style)
             case _:
-                self._projection(name, style)
+                self._wrap(self._module(name), name, style)
 
     def finish(self) -> Divided:
         """Put this rank's pieces in the place of the whole tensors.
@@ -123,6 +121,12 @@ class Divider:
                 )
             if partial := next((name for name, tensor in self.partial.items() if tensor is whole), None):
                 raise PlanError(f"the plan divides {first.name} and sums the gradient of {partial}, the same tensor")
+            allowed = [claim.uneven for claim in claims]
+            odd = next((part for part in first.division.parts if part % self.degree), None)
+            if odd and (False in allowed or True not in allowed):
+                raise PlanError(
+                    f"the plan divides {first.name}, but {odd} is not divisible by tp={self.degree}; use another tp"
+                )
             shape = list(whole.shape)
             shape[first.division.dim] = first.division.length()
             piece = torch.empty(shape, dtype=whole.dtype, device=whole.device)
@@ -139,14 +143,31 @@ class Divider:
             frozenset(name for name, tensor in named if tensor in partial_tensors),
         )
 
-    def _projection(self, name: str, style: TensorStyle) -> None:
-        module = self._module(name)
+    def _wrap(self, module: nn.Module, name: str, style: TensorStyle) -> None:
+        """Give a module its style, once: a module may have several names."""
+        before = self.wrapped.setdefault(module, (name, style))
+        if before != (name, style):
+            if before[1] != style:
+                raise PlanError(
+                    f"the plan divides {before[0]} as {before[1]} and {name} as {style}, but they are the same module; "
+                    "give both the same style"
+                )
+        elif style.name == "reduce":
+            module.forward = reduced(module.forward, self.crossing)
+        elif style.name == "embedding_rowwise":
+            self._embedding(module, name, style)
+        else:
+            self._projection(module, name, style)
+
+    def _projection(self, module: nn.Module, name: str, style: TensorStyle) -> None:
         transposed = style.name.endswith("_transposed")
         weights = weights_of(module, name, style)
         is_column = style.name.startswith("colwise")
         outputs = int(transposed or isinstance(module, TRANSPOSED_CONVOLUTIONS))
         if isinstance(module, CONVOLUTIONS) and module.groups != 1:
             raise PlanError(f"the plan divides {name} as {style.name}, but it is a convolution in groups; leave it out")
+        if getattr(module, "max_norm", None):
+            raise PlanError(f"the plan divides {name} as {style.name}, which max_norm rules out; leave it out")
         gathers = style.name.startswith("colwise_gather")
         division = self._claim(
             module, weights.weight, name, style, outputs if is_column else 1 - outputs, uneven=gathers
@@ -156,8 +177,7 @@ class Divider:
         wrap = column if is_column else row
         module.forward = wrap(module, weights, division if gathers else None, self.crossing)
 
-    def _embedding(self, name: str, style: TensorStyle) -> None:
-        module = self._module(name)
+    def _embedding(self, module: nn.Module, name: str, style: TensorStyle) -> None:
         if not isinstance(module, nn.Embedding):
             raise PlanError(f"the plan divides {name} as {style.name}, but it is a {type(module).__name__}")
         for setting in ("max_norm", "scale_grad_by_freq", "sparse"):
@@ -182,7 +202,7 @@ class Divider:
         setattr(module, attribute, value // self.degree)
 
     def _claim(
-        self, module: nn.Module, key: str, name: str, style: TensorStyle, dim: int, *, uneven: bool = False
+        self, module: nn.Module, key: str, name: str, style: TensorStyle, dim: int, *, uneven: bool | None = False
     ) -> Division:
         whole: Tensor = getattr(module, key)
         name = name if style.name == "shard" else f"{name}.{key}"
@@ -195,10 +215,8 @@ class Divider:
                 f"the plan divides {name} in parts of {', '.join(map(str, parts))}, which add to {sum(parts)}, "
                 f"but its dimension {dim} has {size}; make the plan again"
             )
-        if not uneven and (odd := next((part for part in parts if part % self.degree), None)):
-            raise PlanError(f"the plan divides {name}, but {odd} is not divisible by tp={self.degree}; use another tp")
         division = Division(dim, parts, self.index, self.degree)
-        self.claims.append(Claim(module, key, name, division))
+        self.claims.append(Claim(module, key, name, division, uneven))
         return division
 
     def _module(self, name: str, what: str | None = None) -> nn.Module:
