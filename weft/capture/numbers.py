@@ -7,6 +7,7 @@ its operations as the whole unit does them, until it does all.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping
 
 from torch import nn
@@ -14,12 +15,24 @@ from torch import nn
 from weft.capture.rehearsal import join
 from weft.plan import TensorStyle
 
-TRIALS = 40
-"""Runs of a unit for one group, at most."""
+FEW = 5
+"""Of so many numbers every choice is tried, the smallest first."""
+TRIALS = 32
+"""Of more, as many are tried one after the other as go into so many runs of the unit."""
 
 
-def candidates(model: nn.Module, unit: str, styles: Collection[str], values: Collection[int], degree: int) -> list[str]:
-    """Whole numbers on the modules around what is divided: those that are one of ``values`` and can be divided."""
+def candidates(
+    model: nn.Module, unit: str, styles: Collection[str], plain: Collection[str], values: Collection[int], degree: int
+) -> list[str]:
+    """Whole numbers on the modules around what is divided: those that are one of ``values`` and can be divided.
+
+    Args:
+        model, unit: where they are.
+        styles: names of what is divided.
+        plain: modules whose own code is not run.
+        values: sizes of what is divided.
+        degree: into how many shares.
+    """
     modules: dict[str, None] = {}
     for name in styles:
         parts = name.split(".")
@@ -27,7 +40,8 @@ def candidates(model: nn.Module, unit: str, styles: Collection[str], values: Col
             path = ".".join(parts[:end])
             if path != unit and not path.startswith(f"{unit}."):
                 break
-            modules[path] = None
+            if path not in plain:
+                modules[path] = None
     found = []
     for path in modules:
         try:
@@ -49,31 +63,32 @@ def shared_numbers(
         names: of the candidates.
         tried: rehearses the unit with more styles; how many operations are as they should be, and why not all.
     """
+    share = TensorStyle("share")
     chosen: dict[str, TensorStyle] = {}
     best, reason = tried(chosen)
-    trials = 0
-    while reason:
+    if not reason:
+        return chosen, ""
+    if len(names) <= FEW:
+        for size in range(1, len(names) + 1):
+            for some in itertools.combinations(names, size):
+                if not tried(dict.fromkeys(some, share))[1]:
+                    return dict.fromkeys(some, share), ""
+        return {}, reason
+    for _ in range(TRIALS // len(names)):
         results = []
         for name in names:
-            if name not in chosen and trials < TRIALS:
-                trials += 1
-                more = {**chosen, name: TensorStyle("share")}
+            if name not in chosen:
+                more = {**chosen, name: share}
                 count, why = tried(more)
-                results.append((count, why, more))
                 if not why:
-                    break
-        done = [more for _, why, more in results if not why]
-        if done:
-            return done[0], ""
-        furthest = max(results, key=lambda r: r[0], default=(best, reason, chosen))
-        if furthest[0] <= best:
+                    return more, ""
+                results.append((count, more))
+        count, more = max(results, key=lambda result: result[0], default=(best, chosen))
+        if count <= best:
             break
-        best, _, chosen = furthest
-    if reason and len(names) > 1:
-        together = {name: TensorStyle("share") for name in names}
-        if not tried(together)[1]:
-            return _needed(together, tried), ""
-    return chosen if not reason else {}, reason
+        best, chosen = count, more
+    together = dict.fromkeys(names, share)
+    return (_needed(together, tried), "") if not tried(together)[1] else ({}, reason)
 
 
 def _needed(

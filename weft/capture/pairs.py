@@ -110,14 +110,14 @@ class PairSearch:
             return None, ", ".join(f"{n} {what}" for what, n in sizes) + " have no common divisor"
         degree = degree_for(sizes)
         values = {v for s in states.values() if isinstance(s, Divided) for v in (sum(s.stretches), *s.stretches)}
-        names = candidates(unit.model, unit.name, styles, values, degree)
+        names = candidates(unit.model, unit.name, styles, unit.plain, values, degree)
         shares, reason = shared_numbers(names, lambda more: unit.try_on_shares({**styles, **more}, states, degree))
         if reason:
             return None, reason
-        places = frozenset(place for place, t in passing.touched.items() if t & tags) | {*columns}
+        divided = frozenset(place for place, t in passing.touched.items() if t & tags) | {*columns}
         sent = [passing.projections[r].output for r in rows]
         back = [passing.projections[c].input for c in columns]  # projections of one tensor share its gradient
-        work = unit.work(places, {ref.storage for ref in states}, sent, back)
+        work = unit.work(divided, {ref.storage for ref in states}, sent, back)
         return Group(unit.name, {**styles, **shares}, sizes, dims, {unit.kind: work}), ""
 
 

@@ -75,8 +75,7 @@ def _matrices(op: RawOp, a: Ref, b: Ref, left: State | None, right: State | None
     if right is not None and len(b.size) > 1 and right.dim == inner_b + 1:
         return Divided(rank - 1, right.stretches, tags)
     state, other = (left, b) if left is not None else (right, a)
-    assert state is not None
-    if batched:
+    if batched and state is not None:
         raise WantedError(f"{op.name} multiplies divided values with whole ones", other, 0, state.stretches)
     raise RefusedError(f"{op.name} multiplies divided values along the divided dimension")
 

@@ -209,6 +209,11 @@ class Shares:
         features = weight.shape[output_dim(module, style)]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if style.name == "embedding_rowwise":  # the look-up itself is the runtime's affair
+                local, module._parameters["weight"] = module._parameters["weight"], weight
+                result = own(*args, **kwargs)
+                module._parameters["weight"] = local
+                return result
             result = own(*args, **kwargs)
             if style.name.startswith("colwise_gather"):
                 self.stage.hidden += 1

@@ -101,7 +101,9 @@ class ScopeSearch:
             return None, f"{', '.join(map(str, sorted(lengths)))} features have no common divisor"
         values = {v for s in scope.states.values() if isinstance(s, Divided) for v in (sum(s.stretches), *s.stretches)}
         names = [
-            n for n in candidates(unit.model, unit.name, styles, values, degree) if n.startswith(f"{visit.module}.")
+            n
+            for n in candidates(unit.model, unit.name, styles, unit.plain, values, degree)
+            if n.startswith(f"{visit.module}.")
         ]
         shares, reason = shared_numbers(names, lambda m: unit.try_on_shares({**styles, **m}, scope.states, degree))
         if reason:

@@ -117,7 +117,7 @@ class SingleSearch:
     def _tried(self, single: Single) -> tuple[dict[str, TensorStyle], str]:
         unit, module = self.unit, single.leaf.module
         degree = degree_for([("outputs", single.size)])
-        names = candidates(unit.model, module, [module], {single.size}, degree) if degree else []
+        names = candidates(unit.model, module, [module], unit.plain, {single.size}, degree) if degree else []
         styles = {module: single.style}
         return shared_numbers(names, lambda more: unit.try_on_shares({**styles, **more}, {}, degree or 2))
 
