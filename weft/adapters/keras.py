@@ -20,7 +20,7 @@ import functools
 import gc
 import sys
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -124,15 +124,13 @@ def _house(layer: Any, registry: str, variable: Any, homes: Mapping[int, tuple[n
         vars(module)[registry][key] = tensor if registry == "_parameters" else tensor.detach()
     if "_home" not in vars(variable):  # a variable that two layers hold reads the first one's slot: they are tied
         del variable._value
-        kind: Hashable = type(variable)
-        variable.__class__ = _housed(kind)
+        variable.__class__ = _housed(type(variable))  # type: ignore[arg-type]  # to mypy a type[Any] has no hash
         variable._home = (module, registry, key)
 
 
 @functools.cache
-def _housed(kind: Hashable) -> type:
+def _housed(kind: type) -> type:
     """The class of variables of a kind that keep their value in a module's slot."""
-    assert isinstance(kind, type)
 
     def get(self: Any) -> Tensor:
         module, registry, key = self._home
