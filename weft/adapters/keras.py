@@ -57,20 +57,14 @@ def adapt(model: Any) -> Any:
             "os.environ['KERAS_BACKEND'] = 'torch' in the file that makes it, before keras is imported"
         )
     layers = [module for module in model.modules() if isinstance(module, kind)]
-    homes = {
-        id(tensor): (module, key)
-        for module in model.modules()
-        if not isinstance(module, (kind, nn.ParameterDict))
-        for key, tensor in module._parameters.items()
-    }
     for layer in layers:
-        _adapt(layer, kind, homes)
+        _adapt(layer, kind)
     if layers:
         gc.collect()  # calls on samples leave graphs in cycles, and torch casts no fake tensor that is in a graph
     return model
 
 
-def _adapt(layer: Any, kind: type, homes: Mapping[int, tuple[nn.Module, str]]) -> None:
+def _adapt(layer: Any, kind: type) -> None:
     if "_torch_params" in vars(layer):  # done before
         return
     if not layer.built:
@@ -89,7 +83,9 @@ def _adapt(layer: Any, kind: type, homes: Mapping[int, tuple[nn.Module, str]]) -
             listed.add_module(_free(child.name, listed), child)
     for child in [*layer._modules.values(), *listed.children()]:
         if isinstance(child, kind):
-            _adapt(child, kind, homes)
+            _adapt(child, kind)
+    wrapped = [m for child in layer._modules.values() if not isinstance(child, kind) for m in child.modules()]
+    homes = {id(tensor): (m, key) for m in wrapped for key, tensor in m._parameters.items()}
     if len(listed):
         layer._modules[_free(LIST, layer)] = listed
     for registry, variables in (
@@ -128,13 +124,13 @@ def _house(layer: Any, registry: str, variable: Any, homes: Mapping[int, tuple[n
         vars(module)[registry][key] = tensor if registry == "_parameters" else tensor.detach()
     if "_home" not in vars(variable):  # a variable that two layers hold reads the first one's slot: they are tied
         del variable._value
-        variable.__class__ = _housed(type(variable))
+        variable.__class__ = _housed(type(variable))  # type: ignore[arg-type]  # to mypy a type[Any] has no hash
         variable._home = (module, registry, key)
 
 
 @functools.cache
 def _housed(kind: type) -> type:
-    """The class of variables that keep their value in a module's slot."""
+    """The class of variables of a kind that keep their value in a module's slot."""
 
     def get(self: Any) -> Tensor:
         module, registry, key = self._home
