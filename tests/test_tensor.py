@@ -20,7 +20,7 @@ import weft
 from weft.capture.initial import build_fake
 from weft.capture.recorder import record
 from weft.capture.units import find_units
-from weft.errors import PlanError
+from weft.errors import CheckpointError, PlanError
 from weft.jobs.verify import Verification, verify_here
 from weft.plan import Plan, TensorStyle
 from weft.runtime.division import Division
@@ -168,6 +168,23 @@ def test_a_checkpoint_goes_from_any_plan_to_any_plan(pool: Pool, tmp_path: Path,
     assert there + back == pytest.approx(expected[2:], rel=1e-5)
     for name, tensor_ in state.items():
         torch.testing.assert_close(ours[name], tensor_, rtol=1e-3, atol=1e-5)
+
+
+def test_optimizer_state_of_another_shape_is_refused(pool: Pool, tmp_path: Path) -> None:
+    def factored() -> weft.Workload:
+        return dataclasses.replace(
+            models.picture(), optimizer=lambda parameters: torch.optim.Adafactor(parameters, lr=1e-2)
+        )
+
+    plan = plan_of(factored(), models.PICTURE, tp=2)
+
+    def job() -> None:
+        engine = weft.parallelize(factored(), plan)
+        engine.step(next(engine.batches()))
+        engine.save(tmp_path)
+
+    with pytest.raises(CheckpointError, match=r"keeps 'row_var' of shape .*; use an optimizer whose state"):
+        pool.run(job, ranks=2)
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])

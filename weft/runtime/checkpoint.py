@@ -109,10 +109,12 @@ def load(directory: Path, plan: Plan, part: Part, optimizer: torch.optim.Optimiz
             raise CheckpointError(f"{path}: {name} has shape {tuple(entry.size)}, the model's is {tuple(tensor.shape)}")
     moments = blank_optimizer_state(part, stored)
     read_tensors({**model, **_in_pieces(part, moments)}, storage_reader=reader)
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, value in moments.items():
+        owner, _, key = name.rpartition(".")
+        states.setdefault(owner, {})[key] = value
     for held in part.held:
-        prefix = f"optimizer.{held.name}."
-        state = {name.removeprefix(prefix): value for name, value in moments.items() if name.startswith(prefix)}
-        if state:
+        if state := states.get(f"optimizer.{held.name}"):
             optimizer.state[held.parameter] = state
     if len(training.groups) != len(optimizer.param_groups):
         raise CheckpointError(
@@ -140,16 +142,26 @@ def optimizer_state(part: Part, optimizer: torch.optim.Optimizer) -> dict[str, T
 
 
 def _in_pieces(part: Part, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Optimizer state for the checkpoint: what is shaped as its parameter is divided as it is."""
-    result = dict(state)
-    for held in part.held:
-        prefix = f"optimizer.{held.name}."
-        for name, value in state.items():
-            if name.startswith(prefix) and "." not in name.removeprefix(prefix):
-                alike = value.shape == held.parameter.shape and isinstance(value, DTensor) == isinstance(
-                    held.parameter, DTensor
-                )
-                result[name] = _pieces(value, part.divisions.get(held.name)) if alike else value
+    """Optimizer state for the checkpoint: what is shaped as its parameter is divided as it is.
+
+    Raises:
+        CheckpointError: state of another shape, of a parameter this rank has a piece of: nothing says what it is of.
+    """
+    held = {f"optimizer.{entry.name}": entry for entry in part.held}
+    result = {}
+    for name, value in state.items():
+        owner, _, key = name.rpartition(".")
+        parameter, division = held[owner].parameter, part.divisions.get(held[owner].name)
+        sharded = isinstance(parameter, DTensor)
+        if value.shape == parameter.shape and isinstance(value, DTensor) == sharded:
+            result[name] = _pieces(value, division)
+        elif value.numel() > 1 and (sharded or division):
+            raise CheckpointError(
+                f"the optimizer keeps {key!r} of shape {tuple(value.shape)} for {held[owner].name}, of which every "
+                "rank has a piece; use an optimizer whose state has its parameters' shapes, or tp=1 and dp_shard=1"
+            )
+        else:
+            result[name] = value
     return result
 
 
@@ -161,20 +173,17 @@ def blank_optimizer_state(part: Part, stored: dict[str, Any]) -> dict[str, Tenso
     """Room for the stored optimizer state of what this rank holds: shaped as the parameter is held, or a whole small
     tensor."""
     blank: dict[str, Tensor] = {}
-    for held in part.held:
-        prefix = f"optimizer.{held.name}."
-        for name, entry in stored.items():
-            if (
-                name.startswith(prefix)
-                and "." not in name.removeprefix(prefix)
-                and isinstance(entry, TensorStorageMetadata)
-            ):
-                dtype = entry.properties.dtype
-                division = part.divisions.get(held.name)
-                if entry.size == (division.whole(held.parameter.shape) if division else held.parameter.shape):
-                    blank[name] = torch.zeros_like(held.parameter, dtype=dtype).detach()
-                else:
-                    blank[name] = torch.zeros(entry.size, dtype=dtype)
+    held = {f"optimizer.{entry.name}": entry for entry in part.held}
+    for name, entry in stored.items():
+        owner = held.get(name.rpartition(".")[0])
+        if owner is None or not isinstance(entry, TensorStorageMetadata):
+            continue
+        dtype, division = entry.properties.dtype, part.divisions.get(owner.name)
+        whole = division.whole(owner.parameter.shape) if division else owner.parameter.shape
+        if entry.size == whole:
+            blank[name] = torch.zeros_like(owner.parameter, dtype=dtype).detach()
+        else:
+            blank[name] = torch.zeros(entry.size, dtype=dtype)
     return blank
 
 
