@@ -173,3 +173,9 @@ class Profile:
     batch_size: int
     sample_bytes: int
     capture_s: float
+
+    def divided_share(self, tp: int) -> float:
+        """Share of the parameters' bytes that tensor parallelism of this degree divides."""
+        parameters = [p for p in self.parameters.values() if p.bytes]
+        divided = [p for p in parameters if p.group != NO_GROUP and self.tensor_groups[p.group].divisible_by(tp)]
+        return sum(p.bytes for p in divided) / max(sum(p.bytes for p in parameters), 1)
