@@ -194,3 +194,9 @@ class Profile:
     capture_s: float
     precision: str = "float32"
     batch_statistics: bool = False
+
+    def divided_share(self, tp: int) -> float:
+        """Share of the parameters' bytes that tensor parallelism of this degree divides."""
+        parameters = [p for p in self.parameters.values() if p.bytes]
+        divided = [p for p in parameters if p.group != NO_GROUP and self.tensor_groups[p.group].divisible_by(tp)]
+        return sum(p.bytes for p in divided) / max(sum(p.bytes for p in parameters), 1)
