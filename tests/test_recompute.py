@@ -198,7 +198,7 @@ def test_the_peak_is_the_predicted_one_in_every_mode() -> None:
     profile = capture(activations())
     plans = [make_plan(profile, cluster, recompute=mode) for mode in ("none", *MODES)]
     predicted = [max(estimate(profile, cluster, plan).peak_memory_bytes) for plan in plans]
-    assert predicted[0] > 1.3 * predicted[1] > 1.3 * 1.3 * predicted[2]
+    assert predicted[0] > 1.2 * predicted[1] > 1.2 * 1.2 * predicted[2]
 
     def job(plan: Plan) -> int:
         used = memory.of(torch.device("cpu"))
@@ -207,8 +207,11 @@ def test_the_peak_is_the_predicted_one_in_every_mode() -> None:
         return used.peak()
 
     with Pool(1, device="cpu", memory="900MiB", timeout_s=120) as limited:
-        for plan, expected in zip(plans, predicted, strict=True):
-            assert limited.run(job, plan)[0] == pytest.approx(expected, rel=0.12)
+        measured = [limited.run(job, plan)[0] for plan in plans]
+    for expected, peak in zip(predicted, measured, strict=True):
+        assert 0.75 * expected <= peak <= 1.05 * expected
+    for mode in (1, 2):  # what a mode frees
+        assert measured[0] - measured[mode] == pytest.approx(predicted[0] - predicted[mode], rel=0.12)
 
 
 def activations() -> weft.Workload:

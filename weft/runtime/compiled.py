@@ -10,6 +10,7 @@ What does not compile runs as it is, after one warning for all units of the clas
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,14 +20,22 @@ from torch import nn
 
 Call = Callable[..., Any]
 
+COMPILER = ("torch._dynamo", "torch._inductor.compile_fx", "torch.utils.mkldnn")
+"""Modules that compiling imports."""
+
 
 class Shared:
     """A function that units share, compiled when it is first called with inputs of some form; ``compiled`` is None
     once that has failed."""
 
     def __init__(self, function: Call) -> None:
+        with warnings.catch_warnings():  # the compiler's modules use what torch itself deprecates
+            warnings.simplefilter("ignore", DeprecationWarning)
+            for module in COMPILER:
+                importlib.import_module(module)
         # dynamic=False: microbatches come in few sizes, and each is better served by code of its own.
-        self.compiled: Call | None = torch.compile(function, dynamic=False)
+        # fallback_random: numbers are drawn from the generator that the random stream has set, as eager code does.
+        self.compiled: Call | None = torch.compile(function, dynamic=False, options={"fallback_random": True})
 
 
 class Compiled:

@@ -30,6 +30,8 @@ from weft.capture.recomputation import is_costly, keeps_selected
 from weft.capture.recording import Cost
 
 Call = Callable[..., Any]
+Buffers = dict[tuple[nn.Module, str], Tensor]
+"""Buffers by the module that has them and their name in it."""
 
 _again: ContextVar[bool] = ContextVar("recomputing", default=False)
 
@@ -67,11 +69,11 @@ class Recompute:
             if not recomputing():
                 return forward(*args, **kwargs)
             again_args, again_kwargs = tree_unflatten(entered, spec)
-            with _inside(modes), self._buffers_as(before):
+            with _inside(modes):
                 return forward(*again_args, **again_kwargs)
 
         output = checkpoint(
-            run, use_reentrant=False, preserve_rng_state=False, context_fn=partial(self._contexts, cost)
+            run, use_reentrant=False, preserve_rng_state=False, context_fn=partial(self._contexts, cost, before)
         )
         self._changing = (self._changing or set()) | {
             place for place, now in self._buffers() if now is not bound.get(place) or now._version != versions[place]
@@ -80,11 +82,12 @@ class Recompute:
         torch.clear_autocast_cache()
         return output
 
-    def _contexts(self, cost: Cost) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        if self.mode == "full" or not self._keeps(cost):
-            return nullcontext(), _Again(nullcontext())
-        first, second = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]  # torch's
-        return first, _Again(second)
+    def _contexts(self, cost: Cost, before: Buffers) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        first: AbstractContextManager[Any] = nullcontext()
+        second: AbstractContextManager[Any] = nullcontext()
+        if self.mode == "selective" and self._keeps(cost):
+            first, second = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]  # torch's
+        return first, _Again(partial(self._buffers_as, before), second)
 
     def _keeps(self, cost: Cost) -> bool:
         """Whether the results that would be kept stay as they are: the unit may write to them."""
@@ -102,7 +105,7 @@ class Recompute:
         return self._changing is None or place in self._changing
 
     @contextmanager
-    def _buffers_as(self, before: dict[tuple[nn.Module, str], Tensor]) -> Iterator[None]:
+    def _buffers_as(self, before: Buffers) -> Iterator[None]:
         """Let the unit work on copies of its buffers.
 
         All are copied: some operations (batch normalisation's) write to buffers without a sign of it. Those do not
@@ -138,17 +141,22 @@ def _policy(context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPol
 
 
 class _Again(AbstractContextManager[None]):
-    """The second run: another context, and ``recomputing()`` says so."""
+    """The second run: ``recomputing()`` says so, buffers are copies, and then another context.
 
-    def __init__(self, context: AbstractContextManager[Any]) -> None:
-        self._context = context
+    In this order: selective recomputation counts operations, and the copies are none of the unit's.
+    """
+
+    def __init__(
+        self, buffers: Callable[[], AbstractContextManager[None]], context: AbstractContextManager[Any]
+    ) -> None:
+        self._buffers, self._context = buffers, context
 
     def __enter__(self) -> None:
-        self._token = _again.set(True)
-        self._context.__enter__()
+        with ExitStack() as stack:
+            stack.callback(_again.reset, _again.set(True))
+            stack.enter_context(self._buffers())
+            stack.enter_context(self._context)
+            self._stack = stack.pop_all()
 
     def __exit__(self, *error: Any) -> bool | None:
-        try:
-            return self._context.__exit__(*error)
-        finally:
-            _again.reset(self._token)
+        return self._stack.__exit__(*error)
