@@ -18,6 +18,7 @@ from weft.capture.initial import assign, build_fake, materialize
 from weft.capture.units import find_units
 from weft.cluster import Cluster
 from weft.errors import InputError, ModelError
+from weft.jobs.reference import InsteadOfFloat32
 from weft.jobs.verify import verify_here
 from weft.planner import make_plan
 from weft.runtime.pool import Pool
@@ -108,6 +109,24 @@ def test_moving_averages_are_buffers_and_frozen_layers_parameters():
         f"layer.{frozen.blocks[1].name}.up.torch_kernel",
         f"layer.{frozen.blocks[1].name}.up.torch_bias",
     ]
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((4,), -1), ((3, 5, 2), -1), ((3, 5, 2), 1)])
+def test_batch_normalization_is_keras_own(shape: tuple[int, ...], axis: int):
+    x = torch.randn(8, *shape, dtype=torch.float64)
+    norms = [keras.layers.BatchNormalization(axis, momentum=0.9, dtype="float64") for _ in range(2)]
+    for norm in norms:
+        norm.build(x.shape)
+    adapt(norms[1])
+    results = []
+    for norm in norms:
+        given = x.clone().requires_grad_()
+        with InsteadOfFloat32(torch.float64):  # Keras computes in float32 here, whatever it is asked for
+            out = norm(given, training=True)
+        out.square().mul(x).sum().backward()
+        results.append([out, given.grad, *(v.value for v in norm.weights)])
+    for theirs, mine in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_keras_layers_inside_a_torch_module_and_torch_modules_inside_keras():

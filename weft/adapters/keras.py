@@ -9,7 +9,8 @@ a model lists those of all its layers in one dictionary; layers a model holds in
   ``torch_`` and the variable's name. The variable reads and writes that slot, so that whoever puts another tensor
   there (a shard, a fake tensor) changes what the layer computes with;
 - generators of random numbers draw their seeds from torch's stream, since theirs is a counter, which would go on
-  differently on every device.
+  differently on every device;
+- batch normalisation goes through torch's.
 
 Keras itself is never imported here, only found where the user's code has imported it.
 """
@@ -22,9 +23,10 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -99,6 +101,32 @@ def _adapt(layer: Any, kind: type) -> None:
     names = layer.call_signature_parameters
     if any(f"{name}_mask" in names for name in names):
         layer.__dict__["forward"] = functools.partial(_masked, layer)
+    if type(layer).call is sys.modules["keras"].layers.BatchNormalization.call:
+        layer.__dict__["call"] = functools.partial(_normalized, layer)
+
+
+def _normalized(layer: Any, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None) -> Tensor:
+    """Run a BatchNormalization through torch's own, which is met by whoever takes its statistics from more than this
+    process' samples; Keras' own takes them with operations like any others."""
+    if not (training and layer.trainable) or mask is not None or layer.renorm:
+        return cast(Tensor, type(layer).call(layer, inputs, training=training, mask=mask))
+    x = inputs.movedim(layer.axis, 1)
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.to(torch.float32)
+    gamma, beta = (None if v is None else v.value.to(x.dtype) for v in (layer.gamma, layer.beta))
+    mean, variance = x.new_zeros(2, x.shape[1])
+    out = F.batch_norm(x, mean, variance, gamma, beta, training=True, momentum=1.0, eps=layer.epsilon)
+    with torch.no_grad():
+        # The variance is over n - 1 rows, Keras keeps the one over n. How many rows there are in all tells a channel of
+        # known variance: a share m of ones among zeros, m (1 - m) over n.
+        known = x.new_zeros(x.numel() // x.shape[1], 1)
+        known[0] = 1
+        m, unbiased = x.new_zeros(2, 1)
+        F.batch_norm(known, m, unbiased, training=True, momentum=1.0)
+        variance = variance * (m * (1 - m) / unbiased)
+        for average, now in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
+            average.assign(average.value * layer.momentum + now.to(average.value.dtype) * (1 - layer.momentum))
+    return out.movedim(1, layer.axis).to(inputs.dtype)
 
 
 def _masked(layer: Any, *args: Any, **kwargs: Any) -> Any:
