@@ -6,9 +6,9 @@
     python benchmarks/zoo.py --resume --again                 and run what failed there once more
 
 Every architecture is built small (``zoo_models``) and trained one step on one process and under every kind of plan,
-with real processes over Gloo, in float32. It counts for a kind where the loss and every gradient are one device's (1e-4 of
-the norm) and the plan really divided something: a stage holds only what its own calls read, and no process holds more
-than 0.65 of the bytes that two should halve. What does not run on one process is listed, and not counted.
+with real processes over Gloo, in float32. It counts for a kind where the loss and every gradient are one device's (1e-4
+of the norm) and the plan really divided something: a stage holds only what its own calls read, and no process holds
+more than 0.65 of the bytes that two should halve. What does not run on one process is listed, and not counted.
 """
 
 from __future__ import annotations

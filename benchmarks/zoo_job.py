@@ -88,7 +88,7 @@ def prepare(case: Case, kinds: dict[str, dict[str, int]], seconds: int) -> Prepa
     try:
         workload, recipe = case.build()
     except Exception as error:  # a model of any kind: whatever it raises is why it does not run on one process
-        return zoo_models.first_line(error)
+        return zoo_models.message(error)
     try:
         profile = capture(workload)
     except Exception as error:  # what is measured here: a failure of ours is a result

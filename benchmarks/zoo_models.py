@@ -37,6 +37,8 @@ KINDS = {
 FIRST_TOKEN = 10
 """Tokens below are special in some vocabularies."""
 CLASSES = 8
+SMALLEST = 2
+"""Samples in the smallest microbatch that a plan of the zoo makes."""
 LARGEST = 30_000_000
 """Parameters of a model that counts as small."""
 
@@ -91,7 +93,7 @@ class Architecture:
                     try_once(workload)
                 return workload, index
             except Exception as error:  # whatever a model raises is the reason it does not run
-                reasons.append(f"{type(error).__name__}: {first_line(error)}")
+                reasons.append(f"{type(error).__name__}: {message(error)}")
                 if isinstance(error, ImportError):
                     break
         raise DoesNotRunError(reasons[0])
@@ -118,9 +120,9 @@ class Architecture:
         )
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of a message that says something."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
+def message(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split())[:300]
 
 
 def quiet() -> None:
@@ -138,7 +140,10 @@ def tokens(config: PretrainedConfig, recipe: Recipe, *, seed: int = 7) -> Tensor
 
 def causal_data(config: PretrainedConfig, recipe: Recipe, forward: Any) -> Rows:
     """Tokens; the labels are the tokens that follow."""
-    return Rows(input_ids=tokens(config, recipe))
+    if not recipe.codebooks:
+        return Rows(input_ids=tokens(config, recipe))
+    books = [tokens(config, recipe, seed=seed) for seed in range(config.num_codebooks)]
+    return Rows(input_ids=torch.stack(books, 1))
 
 
 def seq2seq_data(config: PretrainedConfig, recipe: Recipe, forward: Any) -> Rows:
@@ -188,8 +193,9 @@ def image_data(config: PretrainedConfig, recipe: Recipe, forward: Any) -> Rows:
 
 def causal_loss(model: nn.Module, batch: dict[str, Tensor], *, extra: dict[str, Any]) -> Tensor:
     """Cross entropy of the next token."""
-    logits = model(input_ids=batch["input_ids"], **extra).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["input_ids"][:, 1:].flatten())
+    ids = batch["input_ids"].flatten(0, -2)  # codebooks, where there are some, stand with the samples
+    logits = model(input_ids=ids, **extra).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def seq2seq_loss(model: nn.Module, batch: dict[str, Tensor], *, extra: dict[str, Any]) -> Tensor:
@@ -239,7 +245,7 @@ def try_once(workload: weft.Workload) -> None:
     """
     torch.manual_seed(workload.seed)
     model = workload.model()
-    value = workload.loss(model, workload.sample_batch(workload.batch_size // 2))
+    value = workload.loss(model, workload.sample_batch(SMALLEST))
     total = value[0] if isinstance(value, tuple) else value
     total.backward()
     if not bool(torch.isfinite(total)):

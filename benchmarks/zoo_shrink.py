@@ -28,6 +28,7 @@ class Recipe:
         skip: names of rules.
         most: other values of rules.
         fill: give fields that are None a value (``FILLED``).
+        codebooks: a sample is a sequence of tokens per codebook.
         audio: the model wants a spectrogram beside every token.
         length: of a sequence of tokens.
         image: edge of an image, in pixels.
@@ -39,6 +40,7 @@ class Recipe:
     most: Mapping[str, int] = field(default_factory=dict)
     fill: bool = False
     audio: bool = False
+    codebooks: bool = False
 
 
 RECIPES = (
@@ -53,6 +55,7 @@ RECIPES = (
     Recipe(most={"heads": 1}),
     Recipe(frozenset({"patch", "image"}), image=224),
     Recipe(audio=True),
+    Recipe(codebooks=True),
 )
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -147,6 +150,7 @@ RULES: tuple[tuple[str, str, int], ...] = (
     ("groups", r"(n|num)_?groups$|o_groups", 2),
     ("widths", r"^embed_dim$", HIDDEN // 2),
     ("widths", r"stem.*channels|neck_hidden", 16),
+    ("filters", r"num_filters$", 4),
     (
         "hidden",
         r"hidden|d_model|n_embd|embed|emb_dim|emb_size|^dim$|_dim$|width$|latents|input_size|output_size|channels?$",
