@@ -78,9 +78,7 @@ class Routes:
 
     def edges(self) -> list[Edge]:
         """Which stages send to which, for the schedule."""
-        return [
-            Edge(source, target, bool(self.with_gradient(source, target))) for source, target in self.tensors
-        ]
+        return [Edge(source, target, bool(self.with_gradient(source, target))) for source, target in self.tensors]
 
     def received_by(self, stage: int) -> dict[int, tuple[Source, ...]]:
         """What a stage receives, by the stage it comes from."""
