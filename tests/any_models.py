@@ -225,6 +225,4 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
 
 def workload(name: str) -> weft.Workload:
     model, loss = MODELS[name]
-    return weft.Workload(
-        model=model, loss=loss, data=workloads.Points(64, 12), optimizer=workloads.adamw, batch_size=8
-    )
+    return weft.Workload(model=model, loss=loss, data=workloads.Points(64, 12), optimizer=workloads.adamw, batch_size=8)

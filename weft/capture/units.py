@@ -4,7 +4,9 @@ The search goes down from the root. A container (ModuleList, Sequential, ModuleD
 that holds, somewhere below it, a container with two or more children of one class. Such *repeated blocks* are units,
 whatever they contain, with one exception: where siblings of one class hold repeated blocks themselves and no two of
 that class are built alike (the stages of a convolutional network, each wider than the last), the stages are opened
-and their blocks are the units. Every other module with parameters is a unit too. What has no parameters (dropout,
+and their blocks are the units. Every other module with parameters is a unit too, unless it holds more than a third of
+all parameters: it is opened down to the members of its containers, so that there is something to divide (one block
+that is called again and again makes a unit with many calls). What has no parameters (dropout,
 activations, rotary tables) stays glue, and so do parameters that an opened module holds itself.
 """
 
@@ -19,6 +21,9 @@ from torch import nn
 from weft.errors import ModelError
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+LISTS = (nn.ModuleList, nn.ModuleDict)
+LARGEST_SHARE = 1 / 3
+"""A unit of more than this share of the parameters is opened, if that is possible."""
 PARAMETER_LISTS = (nn.ParameterList, nn.ParameterDict)
 
 
@@ -38,12 +43,27 @@ def find_units(model: nn.Module, wanted: Sequence[str] | None = None) -> list[st
     while True:
         units = [prefix + name for name in _search(root)]
         if len(units) != 1:
-            return units
+            break
         # One unit that owns everything leaves nothing to divide: look inside it.
         inside = model.get_submodule(units[0])
         if not any(True for _ in _search(inside)):
-            return units
+            break
         root, prefix = inside, f"{units[0]}."
+    return list(_opened(model, units))
+
+
+def _opened(model: nn.Module, units: Sequence[str]) -> Iterator[str]:
+    """Units, with those that hold much of the model opened; not blocks, that is members of a container."""
+    total = sum(p.numel() for p in model.parameters())
+    for unit in units:
+        module = model.get_submodule(unit)
+        large = sum(p.numel() for p in module.parameters()) > LARGEST_SHARE * total
+        block = isinstance(model.get_submodule(unit.rpartition(".")[0]), CONTAINERS)
+        holds_lists = any(isinstance(m, LISTS) and _owns(m) for m in module.modules())
+        if large and holds_lists and not block:
+            yield from _opened(model, [f"{unit}.{name}" for name in _search(module)])
+        else:
+            yield unit
 
 
 def _search(root: nn.Module) -> Iterator[str]:
@@ -51,6 +71,8 @@ def _search(root: nn.Module) -> Iterator[str]:
     seen: set[nn.Module] = {root}
 
     def opened(parent: nn.Module, child: nn.Module) -> bool:
+        if isinstance(child, LISTS):
+            return True  # it has no forward: nobody can call it
         if isinstance(child, CONTAINERS):
             return type(child) not in blocks or not _repeated(parent, child)
         if not any(_repeats(m) for m in child.modules()):

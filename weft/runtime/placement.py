@@ -117,12 +117,14 @@ class Placement:
         self.model, self.stage, self.mode, self.device = model, stage, mode, device
         self._run: Run | None = None
         self._empty: dict[TensorLeaf, Tensor] = {}
+        self._entered = False
         shared: dict[Call, Shared] = {}
         for name in units:
             module = model.get_submodule(name)
             original = Compiled(name, module, shared) if name in compiled else module.forward
             again = Recompute(module, recompute[name]) if name in recompute else None
-            module.forward = self._placed(name, original, again)
+            module.forward = self._placed(name, module, original, again)
+            module.register_forward_pre_hook(self._enter)
             # registered last: sees what leaves the unit after PyTorch's own hooks
             module.register_forward_hook(self._note(name))
 
@@ -159,11 +161,16 @@ class Placement:
                 stack.enter_context(run.draws)
             yield
 
-    def _placed(self, unit: str, original: Call, again: Recompute | None) -> Call:
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self._entered = True
+
+    def _placed(self, unit: str, module: nn.Module, original: Call, again: Recompute | None) -> Call:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            run = self._run
+            run, entered, self._entered = self._run, self._entered, False
             if run is None:  # outside a step: the user calls the module by hand
                 return original(*args, **kwargs)
+            if not entered:  # ``module.forward(x)`` would pass by all hooks, ours and those that gather weights
+                return module(*args, **kwargs)
             run.seen[unit] += 1
             number = run.routes.numbers.get((unit, run.seen[unit]))
             if number is None:
