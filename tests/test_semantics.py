@@ -59,7 +59,7 @@ def test_stand_in_samples_enter_no_statistics(pool: Pool, dropout: float) -> Non
 
 @pytest.mark.parametrize("degrees", REPLICAS, ids=name_of)
 def test_every_kind_of_normalisation_over_the_batch(pool: Pool, degrees: dict[str, int]) -> None:
-    holds(pool, lambda: workloads.norms(samples=21), degrees, microbatches=2)
+    holds(pool, lambda: workloads.norms(samples=22), degrees, microbatches=2)
 
 
 def test_statistics_without_a_cut_are_those_of_plain_pytorch(pool: Pool) -> None:
@@ -196,8 +196,8 @@ def test_a_schedule_goes_on_where_it_was(pool: Pool, tmp_path: Path, name: str) 
 
 WRONG = {
     "must be callable": {"scheduler": 3},
-    "got an? ?int|got int": {"scheduler": lambda optimizer: 3},
-    "raised ValueError": {"scheduler": lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 1])},
+    "LRScheduler, got int": {"scheduler": lambda optimizer: 3},
+    "raised TypeError": {"scheduler": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer)},
     "needs a metric": {"scheduler": lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)},
     "optimizer raised ValueError": {"optimizer": lambda p: torch.optim.SGD([{"params": p}, {"params": p}], lr=0.1)},
     "must return a torch.optim.Optimizer, got list": {"optimizer": list},

@@ -8,12 +8,13 @@ assignment to a buffer runs none), so the user's loss is watched from outside wh
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 
 from weft.capture.frames import RawOp
 from weft.capture.recording import Recording
-from weft.capture.tape import Ref
 
 Loss = Callable[[nn.Module, Any], Any]
 
@@ -95,10 +95,11 @@ class _Statistics(TorchFunctionMode):
 
 
 def touched(recording: Recording) -> set[str]:
-    """First names of the parameters and buffers that operations of a forward are given."""
+    """First names of the parameters that a forward computes with, so that they may get a gradient."""
 
     def names(operations: Iterable[RawOp]) -> set[str]:
-        storages = {ref.storage for op in operations for ref in refs((op.args, *op.kwargs.values()))}
+        used = (op for op in operations if op.func is not torch.ops.aten.detach.default)
+        storages = {ref.storage for op in used for ref in op.gradients}
         return {recording.names[storage] for storage in storages if storage in recording.names}
 
     by_kind = [names(cost.forward) for cost in recording.costs]
@@ -109,15 +110,6 @@ def touched(recording: Recording) -> set[str]:
         for name in by_kind[call.kind]:
             found.add(f"{call.unit}.{name.removeprefix(example)}" if name.startswith(example) else name)
     return found
-
-
-def refs(value: Any) -> Iterator[Ref]:
-    """The tensors among an operation's arguments."""
-    if isinstance(value, Ref):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for x in value:
-            yield from refs(x)
 
 
 def plain_synchronised(model: nn.Module) -> None:
