@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from weft.capture.comparison import differs
 from weft.capture.recording import Cost, Example
-from weft.capture.rehearsal import Run, Step, Visit, bytes_of, differs, join, rehearse
+from weft.capture.rehearsal import Run, Step, Visit, join, rehearse
 from weft.capture.sharding import State, tensors_of
 from weft.capture.tape import Ref
 from weft.plan import TensorStyle
@@ -51,12 +52,12 @@ class Group:
     @property
     def forward_bytes(self) -> int:
         """Bytes all-reduced or gathered in a forward of one call."""
-        return bytes_of(next(iter(self.work.values()), Work()).sent)
+        return _bytes(next(iter(self.work.values()), Work()).sent)
 
     @property
     def backward_bytes(self) -> int:
         """Likewise in the backward."""
-        return bytes_of(next(iter(self.work.values()), Work()).back)
+        return _bytes(next(iter(self.work.values()), Work()).back)
 
 
 class Leaf(NamedTuple):
@@ -109,7 +110,7 @@ class Unit:
     def __post_init__(self) -> None:
         for key, parameter in self.model.get_submodule(self.name).named_parameters():
             self.parameters[self.first[join(self.name, key)]] = parameter
-        self.run = rehearse(self.model, self.example, {}, 1, frozenset())
+        self.run = rehearse(self.model, self.example, self.cost.forward, {}, 1, frozenset())
         names = [op.name for op in self.cost.forward]
         if not self.run.error and names != [step.name for step in self.run.steps]:
             self.run.error = "it does not do the same twice"
@@ -171,7 +172,7 @@ class Unit:
         self, styles: Mapping[str, TensorStyle], states: Mapping[Ref, State], degree: int
     ) -> tuple[int, str]:
         """Rehearse the unit with these styles; how far it does as the whole, and why not further."""
-        run = rehearse(self.model, self.example, styles, degree, self.plain)
+        run = rehearse(self.model, self.example, self.cost.forward, styles, degree, self.plain)
         modules = frozenset(n for n, s in styles.items() if s.name not in ("share", "shard", "reduce", "sum_gradient"))
         count, reason = differs(self.steps, run, self.cost.forward, states, modules, degree)
         if not reason and run.shapes != [ref.size for ref in self.cost.returned]:
@@ -200,6 +201,11 @@ def degree_for(sizes: Sequence[tuple[str, int]]) -> int:
     """The smallest degree that divides all sizes; 0 if none does, 2 if there is nothing to divide."""
     common = math.gcd(*(size for _, size in sizes)) if sizes else 2
     return next((n for n in range(2, common + 1) if common % n == 0), 0)
+
+
+def _bytes(refs: Sequence[Ref]) -> int:
+    """Bytes of tensors."""
+    return sum(math.prod(ref.size) * ref.dtype.itemsize for ref in refs)
 
 
 def renamed(group: Group, unit: str, model: nn.Module, first: Mapping[str, str]) -> Group:

@@ -8,15 +8,14 @@ they are whole and of a share's where they are divided.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -27,11 +26,13 @@ from weft.capture.frames import RawOp
 from weft.capture.isolation import restored, snapshot
 from weft.capture.operations import STAND_INS
 from weft.capture.recording import Example, TensorLeaf
-from weft.capture.sharding import OPAQUE, Divided, State, argument
+from weft.capture.shares import Shares
 from weft.capture.tape import Ref, flat_tensors, written_arguments
 from weft.plan import TensorStyle
 
 Storage = int
+DYNAMIC = frozenset({"aten.nonzero", "aten.index", "aten.masked_select"})
+"""Operators whose results' shapes may follow from values."""
 
 
 class Step(NamedTuple):
@@ -74,11 +75,20 @@ class Run:
 
 
 class Stage(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class has an untyped __init_subclass__
-    """Writes down the steps of a unit above a FakeTensorMode. ``hidden``: what runs is none of them."""
+    """Writes down the steps of a unit above a FakeTensorMode. ``hidden``: what runs is none of them.
 
-    def __init__(self) -> None:
+    Args:
+        ops: the unit's operations, as recorded.
+    """
+
+    def __init__(self, ops: Sequence[RawOp]) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # untyped in torch
         self.run, self.hidden = Run(), 0
+        self.recorded: dict[str, list[Ref]] = {}
+        for op in ops:
+            if op.name in DYNAMIC:
+                self.recorded.setdefault(op.name, []).append(op.outputs[0])
+        self.counts: dict[str, int] = {}
         self.inside: list[str] = []
         self.storages: dict[int, Storage] = {}
         self.alive: list[Any] = []
@@ -88,12 +98,21 @@ class Stage(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
     ) -> Any:
         """Run on fake tensors and write down."""
         kwargs = kwargs or {}
-        out = STAND_INS.get(func, func)(*args, **kwargs)
+        name = func._schema.name.replace("::", ".")
+        try:
+            out = STAND_INS.get(func, func)(*args, **kwargs)
+        except DynamicOutputShapeException:
+            # Its shape follows from values; these are the same as when it was recorded.
+            forms = self.recorded.get(name, [])[self.counts.get(name, 0) :][:1]
+            if self.hidden or not forms:
+                raise
+            out = torch.empty(forms[0].size, dtype=forms[0].dtype, device=next(flat_tensors((args, kwargs))).device)
+        self.counts[name] = self.counts.get(name, 0) + (not self.hidden)
         made = list(flat_tensors(out))
         if not self.hidden and (made or list(flat_tensors(written_arguments(func, args, kwargs)))):
             self.run.steps.append(
                 Step(
-                    func._schema.name.replace("::", "."),
+                    name,
                     numbers((args, kwargs)),
                     tuple(tuple(t.shape) for t in made),
                     tuple(self.inside),
@@ -110,6 +129,15 @@ class Stage(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
             self.storages[storage._cdata] = len(self.alive)
             self.alive.append(storage)
         return self.storages[storage._cdata]
+
+    @contextmanager
+    def hiding(self) -> Iterator[None]:
+        """What runs here is no step of the unit's."""
+        self.hidden += 1
+        try:
+            yield
+        finally:
+            self.hidden -= 1
 
     def watch(self, module: nn.Module, name: str) -> None:
         """Note the calls of a module."""
@@ -130,23 +158,28 @@ class Stage(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
 
 
 def rehearse(
-    model: nn.Module, example: Example, styles: Mapping[str, TensorStyle], degree: int, plain: frozenset[str]
+    model: nn.Module,
+    example: Example,
+    ops: Sequence[RawOp],
+    styles: Mapping[str, TensorStyle],
+    degree: int,
+    plain: frozenset[str],
 ) -> Run:
     """Run a unit as one of ``degree`` ranks would.
 
     Args:
         model: the model, fake.
-        example: a call of the unit.
+        example: a call of the unit; ``ops``: its operations, as recorded.
         styles: how it is divided; nothing runs it whole.
         degree: ranks.
         plain: modules that do nothing but multiply by their weight and add their bias.
     """
     unit = model.get_submodule(example.unit)
     mode: FakeTensorMode = next(p for p in unit.parameters()).fake_mode  # type: ignore[attr-defined] # fake
-    stage = Stage()
+    stage = Stage(ops)
     try:
         with mode, restored(unit), torch.enable_grad():
-            shares = Shares(model, unit, styles, degree, stage, plain)
+            shares = Shares(model, unit, styles, degree=degree, plain=plain, hidden=stage.hiding)
             shares.put()
             for name, module in unit.named_modules():
                 stage.watch(module, join(example.unit, name))
@@ -158,193 +191,6 @@ def rehearse(
     except Exception as error:  # the user's code on sizes it may not expect: any failure means it cannot be divided
         stage.run.error = first_line(error) or type(error).__name__
     return stage.run
-
-
-class Shares:
-    """Puts one rank's shares into a fake unit."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        unit: nn.Module,
-        styles: Mapping[str, TensorStyle],
-        degree: int,
-        stage: Stage,
-        plain: frozenset[str],
-    ) -> None:
-        self.model, self.unit, self.styles, self.degree, self.stage, self.plain = (
-            model,
-            unit,
-            styles,
-            degree,
-            stage,
-            plain,
-        )
-        self.new: dict[int, nn.Parameter] = {}
-
-    def put(self) -> None:
-        """Divide what the styles name."""
-        for name, style in self.styles.items():
-            path, _, key = name.rpartition(".")
-            if style.name == "share":
-                module = self.model.get_submodule(path)
-                setattr(module, key, getattr(module, key) // self.degree)
-            elif style.name == "shard":
-                assert style.dim is not None
-                self._cut(self.model.get_parameter(name), style.dim, style.parts)
-            elif style.name not in ("reduce", "sum_gradient"):
-                self._module(name, style)
-        for module in self.unit.modules():
-            for key, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) in self.new:
-                    module._parameters[key] = self.new[id(parameter)]
-
-    def _module(self, name: str, style: TensorStyle) -> None:
-        module = self.model.get_submodule(name)
-        whole = {key: p for key, p in module.named_parameters(recurse=False)}
-        for key, dim in divided_dims(module, style).items():
-            self._cut(whole[key], dim, style.parts)
-        own = self._product(module, style) if name in self.plain else module.forward
-        (weight,) = (p for p in whole.values() if p.dim() > 1)
-        features = weight.shape[output_dim(module, style)]
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if style.name == "embedding_rowwise":  # the look-up itself is the runtime's affair
-                local, module._parameters["weight"] = module._parameters["weight"], weight
-                result = own(*args, **kwargs)
-                module._parameters["weight"] = local
-                return result
-            result = own(*args, **kwargs)
-            if style.name.startswith("colwise_gather"):
-                self.stage.hidden += 1
-                dim = -1 if weight.dim() == 2 else 1 - weight.dim()
-                result = torch.cat([result] * self.degree, dim).narrow(dim, 0, features).contiguous()
-                self.stage.hidden -= 1
-            return result
-
-        module.__dict__["forward"] = forward
-
-    def _product(self, module: nn.Module, style: TensorStyle) -> Callable[[Tensor], Tensor]:
-        (key,) = (key for key, p in module.named_parameters(recurse=False) if p.dim() > 1)
-        others = [k for k, _ in module.named_parameters(recurse=False) if k != key]
-
-        def product(x: Tensor) -> Tensor:
-            weight = module._parameters[key]
-            assert weight is not None
-            transposed = style.name.endswith("_transposed")
-            return F.linear(x, weight.t() if transposed else weight, module._parameters[others[0]] if others else None)
-
-        return product
-
-    def _cut(self, whole: nn.Parameter, dim: int, parts: tuple[int, ...]) -> None:
-        if id(whole) not in self.new:
-            shape = list(whole.shape)
-            shape[dim] = sum(-(-n // self.degree) for n in parts or (shape[dim],))
-            local = torch.empty(shape, dtype=whole.dtype, device=whole.device)
-            self.new[id(whole)] = nn.Parameter(local, requires_grad=whole.requires_grad)
-
-
-def output_dim(module: nn.Module, style: TensorStyle) -> int:
-    """The dimension of a projection's weight that makes its outputs."""
-    return int(style.name.endswith("_transposed") or isinstance(module, nn.modules.conv._ConvTransposeNd))
-
-
-def divided_dims(module: nn.Module, style: TensorStyle) -> dict[str, int]:
-    """The dimension of each parameter of a module that its style divides, by the parameter's own name."""
-    outputs = output_dim(module, style)
-    column = style.name.startswith("colwise")
-    dims = {}
-    for key, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() > 1:
-            dims[key] = 0 if style.name == "embedding_rowwise" else outputs if column else 1 - outputs
-        elif column:
-            dims[key] = 0
-    return dims
-
-
-def differs(
-    whole: Sequence[Step],
-    shares: Run,
-    ops: Sequence[RawOp],
-    states: Mapping[Ref, State],
-    styled: frozenset[str],
-    degree: int,
-) -> tuple[int, str]:
-    """How many operations a run on shares does as the whole unit would, and why the next one does not ("": all do).
-
-    Args:
-        whole: steps of the whole unit, one for each of ``ops``.
-        shares: the run on shares.
-        ops: the unit's operations, as recorded.
-        states: of values that are divided or partial; others are whole.
-        styled: modules whose inside is the runtime's affair.
-        degree: the shares are of so many.
-    """
-    expected = [(step, op) for step, op in zip(whole, ops, strict=True) if _told(step, styled)]
-    seen = [step for step in shares.steps if _told(step, styled)]
-    for count, ((step, op), mine) in enumerate(zip(expected, seen, strict=False)):
-        if mine.name != step.name or mine.inside != step.inside:
-            return count, f"the unit's code does something else on 1/{degree} of the features ({mine.name})"
-        sizes = tuple(_local(ref, states.get(ref), degree) for ref in op.outputs)
-        if any(size is not None and size != had for size, had in zip(sizes, mine.sizes, strict=True)):
-            return count, f"the unit's code does not run on 1/{degree} of the features: {mine.name} gives {mine.sizes}"
-        if not _alike(step, mine, op, states, degree):
-            return count, f"the unit's code computes other numbers on 1/{degree} of the features ({mine.name})"
-    count = min(len(expected), len(seen))
-    if shares.error:
-        return count, f"the unit's code does not run on 1/{degree} of the features: {shares.error}"
-    if len(expected) != len(seen):
-        return count, f"the unit's code does something else on 1/{degree} of the features"
-    return count, ""
-
-
-LAYOUT = frozenset({"aten.view", "aten._unsafe_view", "aten.reshape", "aten.clone", "aten.alias", "aten.detach"})
-"""Operators that a reshape turns into, depending on strides: what follows tells the sizes."""
-
-
-def _told(step: Step, styled: frozenset[str]) -> bool:
-    return step.name not in LAYOUT and styled.isdisjoint(step.inside)
-
-
-def _local(ref: Ref, state: State | None, degree: int) -> tuple[int, ...] | None:
-    if not isinstance(state, Divided):
-        return ref.size
-    if state.stretches == OPAQUE:
-        return None
-    size = list(ref.size)
-    size[state.dim] //= degree
-    return tuple(size)
-
-
-SIZED = frozenset(
-    f"aten.{name}"
-    for name in (  # noqa: SIM905 # a table
-        "view _unsafe_view reshape expand split split_with_sizes chunk slice new_zeros new_ones new_empty empty zeros "
-        "ones narrow"
-    ).split()
-)
-"""Operators whose numbers are sizes and bounds, which the sizes of their results tell."""
-
-
-def _alike(whole: Step, mine: Step, op: RawOp, states: Mapping[Ref, State], degree: int) -> bool:
-    """Whether the numbers are the same, or bounds within a divided dimension are a share's."""
-    if whole.name not in SIZED:
-        return whole.numbers == mine.numbers
-    if whole.name != "aten.slice":
-        return True
-    given = op.args[0]
-    state = states.get(given)
-    dim = int(argument(op, 1, "dim", 0)) % len(given.size)
-    scale = degree if isinstance(state, Divided) and state.dim == dim else 1
-    size = given.size[dim]
-
-    def bounds(step: Step, length: int) -> tuple[int, int, int]:
-        start, end, by = (*step.numbers[1:], *(None,) * 3)[:3]
-        return slice(start, end, by).indices(length)
-
-    first, last, by = bounds(whole, size)
-    a, b, c = bounds(mine, size // scale)
-    return (a * scale, b * scale, c) == (first, last, by) or (by > 1 and a == first and by == c)
 
 
 def numbers(value: Any) -> tuple[Any, ...]:
@@ -372,8 +218,3 @@ def _fake(value: Any) -> Any:
 def join(path: str, name: str) -> str:
     """The name of what is called ``name`` inside ``path``."""
     return f"{path}.{name}" if path and name else path or name
-
-
-def bytes_of(refs: Sequence[Ref]) -> int:
-    """Bytes of tensors."""
-    return sum(math.prod(ref.size) * ref.dtype.itemsize for ref in refs)

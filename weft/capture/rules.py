@@ -82,7 +82,10 @@ def _partial(op: RawOp, name: str, states: States, zeros: Collection[Ref]) -> li
         raise RefusedError(f"{op.name} combines divided values with one whose sum is not made yet")
     first = next(iter(tensors_of(op.args)), None)
     result: list[State | None] = [Partial(tags_of(states)) for _ in op.outputs]
-    if name in _LINEAR and set(states) == {first}:
+    if not all(ref.dtype.is_floating_point or ref.dtype.is_complex for ref in op.outputs):
+        raise RefusedError(f"{op.name} rounds a value whose sum is not made yet")
+    padded = name == "constant_pad_nd" and argument(op, 2, "value", 0)
+    if name in _LINEAR and set(states) == {first} and not padded:
         return result
     if name == "div" and set(states) == {first} and not op.kwargs.get("rounding_mode"):
         return result
@@ -91,6 +94,8 @@ def _partial(op: RawOp, name: str, states: States, zeros: Collection[Ref]) -> li
     addends = {"add": 2, "sub": 2, "cat": None, "stack": None, "index_add": None, "copy": 2, "masked_fill": 1}
     if name in addends:
         summed = tensors_of(op.args[: addends[name]])
+        if name in ("add", "sub") and len(summed) != 2:  # a number is as whole as a tensor
+            summed = []
         if name == "index_add":
             summed = [summed[0], summed[-1]]
         if name == "copy":

@@ -14,9 +14,10 @@ from torch import nn
 
 from weft.capture.groups import Group, Leaf, Unit, degree_for
 from weft.capture.numbers import candidates, shared_numbers
-from weft.capture.rehearsal import join, output_dim
+from weft.capture.rehearsal import join
 from weft.capture.rules import apply
 from weft.capture.sharding import Divided, RefusedError, State, tensors_of
+from weft.capture.shares import output_dim
 from weft.capture.tape import Ref
 from weft.plan import TensorStyle
 

@@ -87,6 +87,8 @@ class _Search:
     def __init__(self, recording: Recording, model: nn.Module, first: Mapping[str, str]) -> None:
         self.recording, self.model, self.first = recording, model, dict(first)
         self.found: dict[int, tuple[Unit, list[Group]]] = {}
+        self.singles: dict[tuple[int, frozenset[str]], list[Group]] = {}
+        self.reasons: dict[int, dict[str, str]] = {}
         self.refused: dict[str, str] = {}
 
     def go(self) -> tuple[list[Group], Refusals]:
@@ -95,20 +97,27 @@ class _Search:
             kinds.setdefault(call.unit, []).append(call.kind)
         groups: list[Group] = []
         for unit, own in kinds.items():
-            per_kind = [
-                [renamed(g, unit, self.model, self.first) for g in self._of_kind(kind)[1]]
-                for kind in dict.fromkeys(own)
-            ]
-            for group in per_kind[0]:
-                # A unit called in several ways is divided only as suits them all.
-                alike = [g for others in per_kind for g in others if g.styles == group.styles]
-                if len(alike) == len(per_kind):
-                    groups.append(replace(group, work={k: w for g in alike for k, w in g.work.items()}))
+            found = list(dict.fromkeys(own))
+            together = self._common(unit, [self._of_kind(kind)[1] for kind in found])
+            taken = {name for group in together for name in group.styles}
+            groups += together
+            groups += self._common(unit, [self._singles(kind, unit, taken) for kind in found])
         groups += unread(self.recording.units, self.model, self.first, set(self._readers()))
-        groups = self._whole_ties(groups)
+        groups = _at_one_degree(self._whole_ties(groups))
         return self._with_aliases(groups), list(self.refused.items())
 
+    def _common(self, unit: str, per_kind: list[list[Group]]) -> list[Group]:
+        """Groups of a unit that is called in several ways: those that suit them all."""
+        ways = [[renamed(g, unit, self.model, self.first) for g in groups] for groups in per_kind]
+        result = []
+        for group in ways[0]:
+            alike = [g for others in ways for g in others if g.styles == group.styles]
+            if len(alike) == len(ways):
+                result.append(replace(group, work={k: w for g in alike for k, w in g.work.items()}))
+        return result
+
     def _of_kind(self, kind: int) -> tuple[Unit, list[Group]]:
+        """A recorded call as the searches see it, and its pairs and scopes."""
         if kind not in self.found:
             recording = self.recording
             example, cost = recording.examples[kind], recording.costs[kind]
@@ -121,15 +130,34 @@ class _Search:
                 groups += pairs.groups()
                 scopes = ScopeSearch(unit, pairs.used)
                 groups += scopes.groups()
-                singles = SingleSearch(unit, pairs.used | scopes.used)
-                groups += singles.groups()
-                done = {name for group in groups for name in group.styles}
-                for reasons in (pairs.refused, scopes.refused, singles.refused):
-                    for module, reason in reasons.items():
-                        if module not in done:
-                            self.refused.setdefault(module, reason)
+                self.reasons[kind] = {**scopes.refused, **pairs.refused}
             self.found[kind] = unit, groups
         return self.found[kind]
+
+    def _singles(self, kind: int, called: str, taken: set[str]) -> list[Group]:
+        """Singles of a kind beside what is divided together in a unit of it."""
+        unit, _ = self._of_kind(kind)
+        if unit.run.error:
+            return []
+        scopes = [name for name in taken if self._is_scope(name)]
+        inside = {m for m in unit.leaves if any(_in(called + m[len(unit.name) :], scope) for scope in scopes)}
+        mine = frozenset(unit.name + name[len(called) :] for name in taken) | inside
+        if (kind, mine) not in self.singles:
+            search = SingleSearch(unit, mine)
+            self.singles[kind, mine] = search.groups()
+            done = {name for group in self.singles[kind, mine] for name in group.styles} | mine
+            for module, reason in {**search.refused, **self.reasons[kind]}.items():
+                if module not in done:
+                    self.refused.setdefault(module, reason)
+        return self.singles[kind, mine]
+
+    def _is_scope(self, name: str) -> bool:
+        return any(
+            group.styles[name].name == "reduce"
+            for _, groups in self.found.values()
+            for group in groups
+            if name in group.styles
+        )
 
     def _readers(self) -> dict[str, set[tuple[str, str]]]:
         """Who reads each parameter: (unit, module), by first name."""
@@ -197,6 +225,30 @@ class _Search:
         for name, one in self.first.items():
             aliases.setdefault(one, []).append(name)
         return aliases
+
+
+def _at_one_degree(groups: list[Group]) -> list[Group]:
+    """Groups that divide one parameter together are divided at the same degrees."""
+    result = list(groups)
+    owners: dict[str, list[int]] = {}
+    for i, group in enumerate(groups):
+        for name in group.dims:
+            owners.setdefault(name, []).append(i)
+    for _ in groups:  # as far as ties reach
+        before = list(result)
+        for tied in owners.values():
+            if len(tied) > 1:
+                sizes = tuple(dict.fromkeys(size for i in tied for size in result[i].sizes))
+                uneven = tuple(dict.fromkeys(n for i in tied for n in result[i].uneven))
+                for i in tied:
+                    result[i] = replace(result[i], sizes=sizes, uneven=uneven)
+        if [(g.sizes, g.uneven) for g in before] == [(g.sizes, g.uneven) for g in result]:
+            break
+    return result
+
+
+def _in(module: str, scope: str) -> bool:
+    return module == scope or module.startswith(f"{scope}.")
 
 
 def _style_of(group: Group, aliases: list[str]) -> TensorStyle:
