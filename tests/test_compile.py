@@ -13,6 +13,7 @@ from test_equality import plan_for
 from torch import Tensor, nn
 
 import weft
+from weft.jobs.noise import REACH, rounding
 from weft.plan import Plan
 from weft.runtime.compiled import Compiled
 from weft.runtime.engine import parallelize
@@ -85,8 +86,13 @@ def compare(plan: Plan) -> Any:
 
 @pytest.mark.parametrize(
     ("degrees", "recompute", "precision"),
-    [({"pp": 2}, "full", "float32"), ({"dp_shard": 2}, None, "float32"), ({"dp_replicate": 2}, "selective", "bf16")],
-    ids=["pp2-full", "dp_shard2", "dp_replicate2-selective-bf16"],
+    [
+        ({"pp": 2}, "full", "float32"),
+        ({"dp_shard": 2}, None, "bf16"),
+        ({"dp_shard": 2}, None, "float32"),
+        ({"dp_replicate": 2}, "selective", "float32"),
+    ],
+    ids=["pp2-full", "dp_shard2-bf16", "dp_shard2", "dp_replicate2-selective"],
 )
 def test_gradients_are_those_of_the_eager_units(
     patient: Pool, degrees: dict[str, int], recompute: str | None, precision: str
@@ -94,7 +100,8 @@ def test_gradients_are_those_of_the_eager_units(
     plan = plan_for(work(), degrees, microbatches=2, recompute=recompute)
     plan = dataclasses.replace(plan, precision=precision)
     for worst, graphs in patient.run(compare, plan):
-        assert worst <= (1e-5 if precision == "float32" else 2**-7)
+        # In bf16 compiled code rounds less often than eager code: that is noise, and counts as it does for plans.
+        assert worst <= (1e-5 if precision == "float32" else 2 * REACH * rounding(precision))
         # Six blocks and a head; the first block's input needs no gradient, which is a graph of its own.
         assert graphs <= 4
 
