@@ -252,7 +252,7 @@ class Norms(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.plain(self.enter(x)))
         x = torch.tanh(self.untracked(self.middle(x)))
-        x = x + self.deep(x.view(-1, 1, 2, 2, 2)).sum(1).flatten(1)
+        x = torch.tanh(x + self.deep(x.view(-1, 1, 2, 2, 2)).sum(1).flatten(1))
         return self.leave(self.bare(torch.tanh(self.frozen(self.synchronised(x)))).relu())
 
 
