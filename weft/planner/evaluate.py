@@ -214,7 +214,7 @@ class Evaluator:
         reduce, reduce_sent = self._reduce(degrees, holding, mesh, backward if hides else 0.0)
         tied = self._tied_bytes(ends, stage, degrees)
         tied_s = 2 * transfer_s(tied, mesh.pipeline) if tied and mesh.pipeline else 0.0
-        dtensors = holding.tensors if degrees.uses_fsdp else holding.divided
+        dtensors = holding.tensors if degrees.uses_fsdp else 0
         step = timeline.Work(
             optimizer_s(
                 device, holding.trainable_shard, holding.tensors, self.profile.optimizer_passes, dtensors=dtensors

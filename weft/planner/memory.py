@@ -87,9 +87,7 @@ def stage_memory(
     sharded = degrees.dp_shard > 1
     replicated = degrees.dp_replicate > 1 and not sharded
     several = alive.later > 0
-    # Gradients that are there from the start: the buckets, where the only backward writes straight into them, and
-    # what fully_shard's way of replicating divided tensors keeps.
-    standing = replicated and (degrees.uses_fsdp or not several)
+    standing = replicated  # the reducer's buckets are there from the start, and gradients are views of them
     # With one microbatch a unit's gradient is sharded as soon as it is whole.
     grown = holding.gradient_shards if sharded and not several else whole
 
@@ -110,9 +108,6 @@ def stage_memory(
     buffers = boundary_bytes
     if sharded:
         buffers += (GATHER_COPIES + REDUCE_COPIES) * max(holding.units.values(), default=0.0)
-    elif replicated and (several or degrees.uses_fsdp):
-        # The buckets beside the gradients, or the copies that divided tensors compute with.
-        buffers += holding.trainable
     terms = {
         "parameters": holding.trainable_shard + holding.frozen_shard,
         "gradients": gradients,
