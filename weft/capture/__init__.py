@@ -15,10 +15,21 @@ isolation   running a model leaves no trace in it
 recording   a run of the loss as data: calls of units, and what each kind of call costs
 kinds       recorded calls that stand for later ones like them
 recorder    makes one: ``record(model, units, loss, batch)``
-sharding    how a divided dimension travels through operations
-groups      the search for groups of projections in a call
-recomputation  what is kept and done again where activations are recomputed
+recomputation
+            what is kept and done again where activations are recomputed
 alignment   tensor groups carried over to a recording in a lower precision
+sharding    divided and partial values, and how they are reshaped
+rules       how they travel through an operation, operator by operator
+products    ... through matrix products, attention, convolutions
+following   one pass over a unit that divides every projection
+shares      one rank's part of a unit
+rehearsal   running a unit on shares
+comparison  whether it then does what the whole unit does
+groups      what is divided together, and a unit as the searches see it
+numbers     head counts in attributes, which code on shares needs divided
+pairs       groups between projections that make features and those that contract them
+scopes      modules with several weights of their own: experts
+singles     modules divided by themselves
 tensor      what tensor parallelism can divide: ``tensor_groups(recording, model)``
 lines       two sizes of the batch, and the straight line through both
 capture     all of it: ``capture(workload)``
