@@ -44,6 +44,8 @@ class Ownership:
         holds: list[set[str]] = [set() for _ in range(pp)]
         for call, stage in zip(recording.calls, stage_of, strict=True):
             holds[stage] |= {*call.reads, *call.glue_reads}
+            for later in holds[stage:]:  # looked at on every stage that gets this far
+                later.update(call.seen_reads)
         inside = tuple(f"{call.unit}." for call in recording.calls if call.unit)
         outside_units = {name for name in fake.names if not name.startswith(inside)} - parameters
         for held in holds:
@@ -101,7 +103,7 @@ def build(
         data_parallel = Sharded(fsdp)
     elif plan.dp_replicate > 1:
         trained = {name for call in recording.calls for name in (*call.reads, *call.glue_reads)}
-        unused = any(h.parameter.requires_grad and h.name not in trained for h in held)
+        unused = recording.varies or any(h.parameter.requires_grad and h.name not in trained for h in held)
         data_parallel = Replicated([h.parameter for h in held], grid, some_unused=unused)
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in mine}
     return Part(model, held, buffers, data_parallel, mode)

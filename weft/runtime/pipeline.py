@@ -224,8 +224,8 @@ class Pipeline:
             tensor, leaf = run.produced[source], run.routes.leaves[source]
             if tuple(tensor.shape) != leaf.shape:
                 raise ModelError(
-                    f"{name} returned a tensor of shape {tuple(tensor.shape)} where {leaf.shape} is expected, and it goes "
-                    "to another stage: its shape depends on values. Give it a fixed shape (pad it), or use pp=1"
+                    f"{name} returned a tensor of shape {tuple(tensor.shape)} where {leaf.shape} is expected, and it "
+                    "goes to another stage: its shape depends on values. Give it a fixed shape (pad it), or use pp=1"
                 )
             return tensor
         except KeyError:

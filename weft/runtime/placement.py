@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from weft.capture.draws import Draws, derived, python_stream
+from weft.capture.effects import Watch
 from weft.capture.profile import Source
 from weft.capture.recorder import RecordedCall, Recording, TensorLeaf
 from weft.capture.trees import flatten, unflatten
@@ -164,21 +165,27 @@ class Placement:
             call = run.recording.calls[number]
             run.last = number
             if run.routes.stage_of[number] != self.stage:
-                return self._stand_in(run, number, call)
-            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+                return self._stand_in(run, number, call, tree_leaves((args, kwargs)))
+            leaves = tree_leaves((args, kwargs))
+            given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             if any(isinstance(leaf, FakeTensor) and i in call.used for i, leaf in enumerate(given)):
                 raise ModelError(
                     f"{call.name} was given a tensor that lives on another stage and was not used when the "
                     "model was captured; the forward depends on something that changes from step to step. Keep it on "
                     "one stage, or use pp=1"
                 )
+            watch = Watch(leaves if call.effects else ())
             seed = run.seeds.call(number)
             with (
                 stream(seed, self.device, when=number in run.routes.random),
                 python_stream(seed, when=call.python_draws),
                 paused(run.draws),
             ):
-                return original(*args, **kwargs)
+                output = original(*args, **kwargs)
+            _, left = watch.effects()
+            for i, tensor in enumerate(left, len(call.tensors) - len(left)):
+                run.produce(Source(number, i), tensor)
+            return output
 
         return forward
 
@@ -213,12 +220,15 @@ class Placement:
                 count += 1
         return unflatten(leaves, tree) if call.rewritten else None
 
-    def _stand_in(self, run: Run, number: int, call: RecordedCall) -> Any:
+    def _stand_in(self, run: Run, number: int, call: RecordedCall, given: list[Any]) -> Any:
         count = itertools.count()
         leaves = [
             self._leaf(run, Source(number, next(count)), leaf) if isinstance(leaf, TensorLeaf) else leaf
             for leaf in call.leaves
         ]
+        left = iter(leaves[call.tree.leaves :])
+        for effect in call.effects:
+            effect.apply(given[effect.argument], left)
         return unflatten(leaves, call.tree)
 
     def _leaf(self, run: Run, source: Source, leaf: TensorLeaf) -> Tensor:
