@@ -155,6 +155,39 @@ class Objects(Layers):
         return state.hidden + state.notes["last"][0]
 
 
+class Table:
+    """What layers share."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Tensor] = {}
+
+
+class Sharing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, table: Table) -> Tensor:
+        y = torch.tanh(self.linear(x))
+        if "first" in table.entries:
+            y = y * table.entries["first"]
+        table.entries.setdefault("first", y + 1)
+        table.entries["last"] = y * 2
+        return x + y
+
+
+class Shares(Layers):
+    """Layers leave tensors for each other in an object."""
+
+    layer = Sharing
+
+    def middle(self, x: Tensor) -> Tensor:
+        table = Table()
+        for layer in self.layers:
+            x = layer(x, table)
+        return x + table.entries["last"]
+
+
 class Towers(nn.Module):
     """Two towers with one encoder between them."""
 
@@ -217,6 +250,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "looks": (Looks, squares),
     "in place": (InPlace, squares),
     "objects": (Objects, squares),
+    "shares": (Shares, squares),
     "towers": (Towers, squares),
     "repeated": (Repeated, squares),
     "adversarial": (pair, adversarial),

@@ -21,6 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from weft.capture.blame import told
 from weft.capture.border import enter, form, gradient_for, gradients_of
 from weft.capture.draws import has_drawn, python_state, restore_python
+from weft.capture.effects import Effect, Watch
 from weft.capture.frames import Frame
 from weft.capture.initial import map_tensors
 from weft.capture.names import Names
@@ -39,11 +40,13 @@ class Outcome:
 
     Attributes:
         leaves, tree: its outputs, a TensorLeaf for every tensor.
+        effects: what it left in objects it was given.
         cost: operations and what is saved.
         changes: which of its tensor arguments it wrote to.
         used: which of them it read, wrote or returned.
         reach: for each tensor it returned, the tensor arguments its gradient goes on to.
-        values: the tensors it returned, if it ran on real ones.
+        values: the tensors it returned and left, if it ran on real ones.
+        left: the tensors it left, as they are.
     """
 
     leaves: tuple[Any, ...]
@@ -52,7 +55,9 @@ class Outcome:
     changes: frozenset[int]
     used: frozenset[int]
     reach: tuple[frozenset[int], ...]
+    effects: tuple[Effect, ...] = ()
     values: tuple[Tensor, ...] = ()
+    left: tuple[Tensor, ...] = ()
 
 
 @dataclass(slots=True)
@@ -64,8 +69,10 @@ class Alone:
         number, unit, module: whose call; ``model``: all of it.
         names: first names of the model's tensors by id.
         backward: whether to run it.
+        watches: whether to look for what it leaves in objects it was given.
         frame: what is written down of the forward.
         python_draws: whether it drew from Python's or NumPy's generator.
+        leaves_something: whether it left tensors in objects it was given.
     """
 
     trace: Trace
@@ -75,8 +82,10 @@ class Alone:
     model: nn.Module
     names: Names
     backward: bool
+    watches: bool
     frame: Frame
     python_draws: bool = False
+    leaves_something: bool = False
 
     def run(self, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec) -> Callable[[], Outcome]:
         """Run the forward on fake tensors; what is returned runs the backward and sums up."""
@@ -113,6 +122,7 @@ class Alone:
         given = [trace.ref(x).storage for x in arguments if isinstance(x, Tensor)]
         frame.arguments = frozenset(given)
         args, kwargs = tree_unflatten(arguments, spec)
+        watch = Watch(arguments if self.watches else ())
         before = python_state()
         try:
             with trace.recording(frame):
@@ -120,11 +130,13 @@ class Alone:
             self.python_draws = has_drawn(before)
         finally:
             restore_python(before)
+        effects, left = watch.effects()
+        self.leaves_something = bool(left)
         workspace = frame.workspace()
 
         def finish() -> Outcome:
             flat, tree = flatten(result)
-            tensors = [x for x in flat if isinstance(x, Tensor)]
+            tensors = [*(x for x in flat if isinstance(x, Tensor)), *left]
             refs = tuple(trace.ref(x) for x in tensors)
             returned = [ref.storage for ref in refs]
             back = Frame(self.unit, self.number, forward=False, real=frame.real)
@@ -152,13 +164,15 @@ class Alone:
                 for storage, size in frame.saved.items()
             )
             return Outcome(
-                leaves=tuple(map(form, flat)),
+                leaves=tuple(map(form, [*flat, *left])),
                 tree=tree,
                 cost=Cost(tuple(frame.operations), tuple(back.operations), saved, peak, refs),
                 changes=frozenset(i for i, storage in enumerate(given) if storage in frame.changed),
                 used=frozenset(i for i, s in enumerate(given) if frame.real or s in frame.touched or s in returned),
                 reach=reach,
+                effects=effects,
                 values=tuple(t.detach() for t in tensors) if frame.real else (),
+                left=tuple(left),
             )
 
         return finish

@@ -19,6 +19,10 @@ class FakeRunError(ModelError):
     """The user's code could not be run on fake tensors; it may run on real ones."""
 
 
+class LeftBehindError(ModelError):
+    """Somebody reads a tensor that a unit made and did not return."""
+
+
 def told(unit: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run the user's code on fake tensors; whatever it raises is told once, with its place.
 

@@ -26,6 +26,7 @@ class Kind:
         spec: how the arguments are put together.
         outcome: what it did.
         python_draws: whether it drew from Python's or NumPy's generator.
+        looks: whether it looked at values.
         replayable: whether it depends on nothing but its arguments, module and state.
     """
 
@@ -37,6 +38,7 @@ class Kind:
     spec: TreeSpec
     outcome: Outcome
     python_draws: bool
+    looks: bool
     replayable: bool
 
     def likeness(

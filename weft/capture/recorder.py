@@ -11,6 +11,7 @@ grow with depth.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,19 +25,20 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from weft.adapters import running
 from weft.capture.alone import Alone, Outcome
-from weft.capture.blame import FakeRunError, told
+from weft.capture.blame import FakeRunError, LeftBehindError, told
 from weft.capture.blocks import Likeness
 from weft.capture.border import enter, form, forms_of, gradient_for, gradients_of
 from weft.capture.draws import derived, has_drawn, python_state
+from weft.capture.effects import exchange
 from weft.capture.frames import NOWHERE, Frame, Origin
 from weft.capture.initial import FakeModel, map_tensors
 from weft.capture.isolation import quiet, restored, snapshot
 from weft.capture.kinds import Kind
 from weft.capture.losses import loss_parts
 from weft.capture.names import Names
-from weft.capture.profile import LOSS, Source
+from weft.capture.profile import Source
 from weft.capture.reach import with_gradient
-from weft.capture.recording import Cost, Example, RecordedCall, Recording, SavedStorage, TensorLeaf
+from weft.capture.recording import Cost, Example, RecordedCall, Recording, SavedStorage, TensorLeaf, loss_call
 from weft.capture.setting import Setting
 from weft.capture.trace import Trace, sequence_number
 from weft.capture.trees import flatten, unflatten
@@ -60,8 +62,7 @@ def record(
 ) -> Recording:
     """Run a loss once on fake tensors and say which unit's call costs what and needs what.
 
-    A unit that cannot be run on fake tensors is run on real ones, by itself, and if code between units cannot be, all
-    of the loss is, unit after unit.
+    What cannot be run on fake tensors is run on real ones: a unit by itself; for the glue all of it, unit by unit.
 
     Args:
         model: a model made by ``initial.build_fake``, or what that gave: then real runs have its initial weights.
@@ -79,15 +80,18 @@ def record(
     """
 
     def once(forced: float | None = None) -> Recording:
-        def attempt(real: bool) -> Recording:
+        def attempt(*, real: bool, effects: bool) -> Recording:
             setting = Setting(model, units, seed or 0, forced, real)
-            return _Recorder(setting, backward, set(alike)).record(loss, batch)
+            return _Recorder(setting, backward, effects, set(alike)).record(loss, batch)
 
         try:
-            return attempt(False)
+            try:
+                return attempt(real=False, effects=False)
+            except LeftBehindError:
+                return attempt(real=False, effects=True)
         except FakeRunError as error:
             try:
-                return attempt(True)
+                return attempt(real=True, effects=True)
             except WeftError:
                 raise error from error.__cause__
 
@@ -101,6 +105,7 @@ def record(
 class _Recorder:
     setting: Setting
     backward: bool
+    effects: bool
     alike: set[tuple[str, str]]
     model: nn.Module = field(init=False)
     real: bool = field(init=False)
@@ -189,7 +194,7 @@ class _Recorder:
             self.roots += [t for t in given if t.requires_grad]
             self.given.append(given)
             self.bounds.append(sequence_number())
-            kind, values, extra, reads = self._kind(number, unit, module, forward, leaves, spec)
+            kind, (values, left), extra, reads = self._kind(number, unit, module, forward, leaves, spec)
             outcome = self.kinds[kind].outcome
             for position, tensor in enumerate(given):
                 if position in outcome.used:
@@ -199,6 +204,7 @@ class _Recorder:
             for position in outcome.changes:
                 self.trace.changed[self.trace.ref(given[position]).storage] = number
             outputs, fresh = self._outputs(number, outcome, values)
+            exchange(leaves, dict(zip(map(id, left), fresh[len(fresh) - len(left) :], strict=True)))
             own = self.first.names_in(module)
             self.calls.append(
                 RecordedCall(
@@ -210,9 +216,11 @@ class _Recorder:
                     sources=tuple(sorted(origin.sources)),
                     reads=tuple(dict.fromkeys([*own, *sorted(reads)])),
                     glue_reads=tuple(sorted(origin.reads)),
+                    effects=outcome.effects,
                     kind=kind,
                     used=outcome.used,
                     python_draws=self.kinds[kind].python_draws,
+                    looks=self.kinds[kind].looks,
                     arguments=tuple(self.trace.ref(t).storage for t in given),
                     argument_bytes=tuple(t.untyped_storage().nbytes() for t in given),
                     outputs=tuple(self.trace.ref(t).storage for t in fresh),
@@ -223,28 +231,30 @@ class _Recorder:
 
     def _kind(
         self, number: int, unit: str, module: nn.Module, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec
-    ) -> tuple[int, tuple[Tensor, ...], Origin, set[str]]:
-        """The kind of a call, recorded now if no earlier one is like it; on real tensors, with what it returned."""
+    ) -> tuple[int, tuple[Sequence[Tensor], Sequence[Tensor]], Origin, set[str]]:
+        """The kind of a call, recorded now if no earlier one is like it; if it was run, real tensors it returned, and
+        tensors it left in its arguments."""
         state = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
         numbered: list[int] = []
         for index, kind in enumerate(self.kinds):
             match kind.likeness(unit, module, state, leaves, spec):
                 case Likeness.SAME if not self.real:
-                    return index, (), NOWHERE, set()
+                    return index, ((), ()), NOWHERE, set()
                 case Likeness.SAME_BUT_NUMBERED | Likeness.SAME:
                     if (kind.unit, unit) in self.alike and not self.real:
-                        return index, (), NOWHERE, set()
+                        return index, ((), ()), NOWHERE, set()
                     numbered.append(index)
         # Objects are kept as they are now: a unit may change what it is given (a cache).
         arguments = [form(leaf if numbered else snapshot(leaf)) for leaf in leaves]
         run, finish = self._alone(number, unit, module, forward, leaves, spec)
         frame = run.frame
         reads = frame.reads.difference(self.first.names_in(module))
-        replayable = not (frame.looked and not frame.real) and frame.extra is NOWHERE and not reads
+        replayable = not (frame.looked and not frame.real) and frame.extra is NOWHERE
+        replayable = replayable and not reads and not run.leaves_something
         for index in numbered:
             if replayable and self.kinds[index].runs(frame.operations):
                 self.alike.add((self.kinds[index].unit, unit))
-                return index, finish().values if self.real else (), NOWHERE, set()
+                return index, (finish().values if self.real else (), ()), NOWHERE, set()
         outcome = finish()
         self.kinds.append(
             Kind(
@@ -254,12 +264,13 @@ class _Recorder:
                 given=forms_of(leaves),
                 arguments=arguments,
                 spec=spec,
-                outcome=dataclasses.replace(outcome, values=()),
+                outcome=dataclasses.replace(outcome, values=(), left=()),
                 python_draws=run.python_draws,
+                looks=frame.looked,
                 replayable=replayable,
             )
         )
-        return len(self.kinds) - 1, outcome.values, frame.extra, frame.reads
+        return len(self.kinds) - 1, (outcome.values, outcome.left), frame.extra, frame.reads
 
     def _alone(
         self, number: int, unit: str, module: nn.Module, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec
@@ -267,17 +278,16 @@ class _Recorder:
         """Run a unit by itself, on real tensors if that is asked for or it cannot be on fake ones."""
 
         def fresh() -> Alone:
-            return Alone(self.trace, number, unit, module, self.model, self.first, self.backward, Frame(unit, number))
+            frame, watches = Frame(unit, number), self.effects
+            return Alone(self.trace, number, unit, module, self.model, self.first, self.backward, watches, frame)
 
-        fakes = FakeRunError("")
+        run, fakes = fresh(), FakeRunError("")
         if not self.real:
             try:
-                run = fresh()
                 with restored(module, only_if_it_raises=True):
                     return run, run.run(forward, leaves, spec)
             except FakeRunError as error:
-                fakes = error
-        run = fresh()
+                run, fakes = fresh(), error
         try:
             outcome = run.run_for_real(forward, leaves, spec, self.setting.weights)
         except FakeRunError as error:
@@ -316,8 +326,8 @@ class _Recorder:
         backs = [Frame("", frame.call, forward=False, real=self.real) for frame in self.stretches]
         if self.backward:
             glue_reads = {name for o in map(self.trace.origin, [total, *self.roots]) for name in o.reads}
-            tensors = self.first.tensors_in(self.model)
-            weights = [t for t in tensors if t.requires_grad and self.first[id(t)] in glue_reads]
+            held = self.first.tensors_in(self.model)
+            weights = [t for t in held if t.requires_grad and self.first[id(t)] in glue_reads]
             roots = [total, *self.roots]
             gradients = [gradient_for(t) for t in roots]
             for gradient in gradients:
@@ -326,25 +336,11 @@ class _Recorder:
             with self.trace.recording(backs[-1]):
                 told("", gradients_of, roots, [*self.ends, *weights], gradients)
             self.trace.segments = None
-        origin = NOWHERE
-        for part in parts:
-            origin |= self.trace.origin(part)
+        origin = functools.reduce(Origin.__or__, map(self.trace.origin, parts))
         _, tree = flatten(None)
         nothing = Outcome((), tree, Cost(), frozenset(), frozenset(), ())
-        self.kinds.append(Kind("", self.model, (), (), (), tree.spec, nothing, python_draws=False, replayable=False))
-        self.calls.append(
-            RecordedCall(
-                name=LOSS,
-                unit="",
-                occurrence=1,
-                tree=tree,
-                leaves=(),
-                sources=tuple(sorted(origin.sources)),
-                reads=(),
-                glue_reads=tuple(sorted(origin.reads)),
-                kind=len(self.kinds) - 1,
-            )
-        )
+        self.kinds.append(Kind("", self.model, (), (), (), tree.spec, nothing, False, False, replayable=False))
+        self.calls.append(loss_call(len(self.kinds) - 1, tree, sorted(origin.sources), sorted(origin.reads)))
         for i, (frame, back) in enumerate(zip(self.stretches, backs, strict=True)):
             saved = tuple(SavedStorage(storage, size) for storage, size in frame.saved.items())
             peak = max(frame.workspace(), back.workspace())

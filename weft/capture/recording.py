@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import TreeSpec
 
 from weft.capture.frames import RawOp
 from weft.capture.known import Conditions
-from weft.capture.profile import Source
+from weft.capture.profile import LOSS, Source
 from weft.capture.tape import Ref
 from weft.capture.trees import Tree
+
+if TYPE_CHECKING:
+    from weft.capture.effects import Effect  # which knows TensorLeaf
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,8 @@ class RecordedCall:
         seen: outputs of earlier calls that the glue before this one looked at the values of, if it had to be run on
             real tensors; ``seen_reads``: likewise parameters and buffers. Every stage that gets this far needs them.
         python_draws: whether it draws from Python's or NumPy's generator.
+        looks: whether it looks at values.
+        effects: what it left in objects it was given; the tensors come after those it returned.
         used: which of its tensor arguments it does anything with.
         rewritten: which of the tensors it returns are written to by glue.
         arguments: storages of its tensor arguments, in order, of ``argument_bytes`` each (a view keeps all of its
@@ -99,6 +105,8 @@ class RecordedCall:
     seen: tuple[Source, ...] = ()
     seen_reads: tuple[str, ...] = ()
     python_draws: bool = False
+    looks: bool = False
+    effects: tuple[Effect, ...] = ()
     used: frozenset[int] = frozenset()
     rewritten: frozenset[int] = frozenset()
     arguments: tuple[int, ...] = ()
@@ -109,6 +117,21 @@ class RecordedCall:
     def tensors(self) -> tuple[TensorLeaf, ...]:
         """The tensors among the outputs, in order: what ``Source.leaf`` counts."""
         return tuple(leaf for leaf in self.leaves if isinstance(leaf, TensorLeaf))
+
+
+def loss_call(kind: int, tree: Tree, sources: Sequence[Source], glue_reads: Sequence[str]) -> RecordedCall:
+    """The pseudo-call that closes a recording: the glue after the last unit."""
+    return RecordedCall(
+        name=LOSS,
+        unit="",
+        occurrence=1,
+        tree=tree,
+        leaves=(),
+        sources=tuple(sources),
+        reads=(),
+        glue_reads=tuple(glue_reads),
+        kind=kind,
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -139,5 +162,5 @@ class Recording:
 
     @property
     def varies(self) -> bool:
-        """Whether another way through the model may be taken for the same shapes."""
-        return bool(self.conditions.ops) or self.python_draws or any(call.seen for call in self.calls)
+        """Whether another way through the model, or through one of its units, may be taken for the same shapes."""
+        return bool(self.conditions.ops) or self.python_draws or any(call.seen or call.looks for call in self.calls)

@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from weft.capture.blame import FakeRunError, where
+from weft.capture.blame import FakeRunError, LeftBehindError, where
 from weft.capture.draws import SeedOf, is_draw
 from weft.capture.frames import NOWHERE, Frame, Origin, RawOp
 from weft.capture.known import Known, KnownOp, answer_of
@@ -197,7 +197,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
             maker = self._inner.get(ref.storage)
             if maker is not None and (not frame.unit or maker != frame.call):
                 reader = f"unit {frame.unit!r}" if frame.unit else "code between units"
-                raise ModelError(
+                raise LeftBehindError(
                     f"{reader} reads a tensor that the call {self.call_names[maker]!r} made but did not return "
                     f"({where()}); return it from the unit, or name a module around both in Workload(units=[...])"
                 )

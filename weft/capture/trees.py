@@ -41,8 +41,7 @@ def flatten(value: Any, depth: int = 0) -> tuple[list[Any], Tree]:
     objects: list[tuple[Any, Tree] | None] = []
     flat, spec = tree_flatten(value)
     for leaf in flat:
-        held = _held(leaf) if depth < DEEPEST else None
-        inside, tree = flatten(held, depth + 1) if held else ([], None)
+        inside, tree = ([], None) if depth >= DEEPEST or (holds := held(leaf)) is None else flatten(holds, depth + 1)
         if tree is not None and any(isinstance(x, Tensor) for x in inside):
             leaves += inside
             objects.append((leaf, tree))
@@ -69,7 +68,7 @@ def _build(leaves: Iterator[Any], tree: Tree) -> Any:
     )
 
 
-def _held(value: Any) -> Any:
+def held(value: Any) -> Any:
     """What an object holds; None for what is not opened."""
     if isinstance(value, (Tensor, nn.Module, *PLAIN, *FUNCTIONS)):
         return None
@@ -79,10 +78,16 @@ def _held(value: Any) -> Any:
     return ((), attributes) if attributes else None
 
 
-def _fill(value: Any, held: Any) -> Any:
-    new = copy.copy(value)
-    items, attributes = held
+def refill(value: Any, holds: Any) -> None:
+    """Let an object hold something else; the opposite of ``held``."""
+    items, attributes = holds
     if items:
-        new.update(items)
-    new.__dict__.update(attributes)
+        value.update(items)
+    if attributes:
+        value.__dict__.update(attributes)
+
+
+def _fill(value: Any, holds: Any) -> Any:
+    new = copy.copy(value)
+    refill(new, holds)
     return new

@@ -46,6 +46,8 @@ class Ownership:
         holds: list[set[str]] = [set() for _ in range(pp)]
         for call, stage in zip(recording.calls, stage_of, strict=True):
             holds[stage] |= {*call.reads, *call.glue_reads}
+            for later in holds[stage:]:  # looked at on every stage that gets this far
+                later.update(call.seen_reads)
         inside = tuple(f"{call.unit}." for call in recording.calls if call.unit)
         outside_units = {name for name in fake.names if not name.startswith(inside)} - parameters
         for held in holds:

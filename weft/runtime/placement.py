@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from weft.adapters import running
 from weft.capture.draws import Draws, derived, python_stream
+from weft.capture.effects import Watch
 from weft.capture.profile import Source
 from weft.capture.recorder import RecordedCall, Recording, TensorLeaf
 from weft.capture.trees import flatten, unflatten
@@ -181,14 +182,16 @@ class Placement:
             call = run.recording.calls[number]
             run.last = number
             if run.routes.stage_of[number] != self.stage:
-                return self._stand_in(run, number, call)
-            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+                return self._stand_in(run, number, call, tree_leaves((args, kwargs)))
+            leaves = tree_leaves((args, kwargs))
+            given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             if any(isinstance(leaf, FakeTensor) and i in call.used for i, leaf in enumerate(given)):
                 raise ModelError(
                     f"{call.name} was given a tensor that lives on another stage and was not used when the "
                     "model was captured; the forward depends on something that changes from step to step. Keep it on "
                     "one stage, or use pp=1"
                 )
+            watch = Watch(leaves if call.effects else ())
             seed, draws = run.seeds.call(number), number in run.routes.random
 
             def drawing(*args: Any, **kwargs: Any) -> Any:  # the same numbers whenever it runs
@@ -197,8 +200,13 @@ class Placement:
 
             with paused(run.draws):
                 if again is None:
-                    return drawing(*args, **kwargs)
-                return again(drawing, args, kwargs, run.recording.costs[call.kind])
+                    output = drawing(*args, **kwargs)
+                else:
+                    output = again(drawing, args, kwargs, run.recording.costs[call.kind])
+            _, left = watch.effects()
+            for i, tensor in enumerate(left, len(call.tensors) - len(left)):
+                run.produce(Source(number, i), tensor)
+            return output
 
         return forward
 
@@ -233,12 +241,15 @@ class Placement:
                 count += 1
         return unflatten(leaves, tree) if call.rewritten else None
 
-    def _stand_in(self, run: Run, number: int, call: RecordedCall) -> Any:
+    def _stand_in(self, run: Run, number: int, call: RecordedCall, given: list[Any]) -> Any:
         count = itertools.count()
         leaves = [
             self._leaf(run, Source(number, next(count)), leaf) if isinstance(leaf, TensorLeaf) else leaf
             for leaf in call.leaves
         ]
+        left = iter(leaves[call.tree.leaves :])
+        for effect in call.effects:
+            effect.apply(given[effect.argument], left)
         return unflatten(leaves, call.tree)
 
     def _leaf(self, run: Run, source: Source, leaf: TensorLeaf) -> Tensor:
