@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from weft.capture.alignment import Alignment
 from weft.capture.blame import first_line
-from weft.capture.groups import Group
+from weft.capture.groups import Group, Work
 from weft.capture.initial import FakeModel, build_fake, map_tensors
 from weft.capture.lines import SAMPLES, affine, operations
 from weft.capture.operations import bytes_of
@@ -165,7 +165,9 @@ class _Merge:
         calls = []
         for a, b in zip(self.small.calls, self.large.calls, strict=True):
             cost_a, cost_b = self.small.costs[a.kind], self.large.costs[b.kind]
-            works = [(i, self.groups[i][0].work[a.kind], self.groups[i][1].work[b.kind]) for i in ours.get(a.unit, ())]
+            # A group of modules that are never called works in no call.
+            mine = [(i, *self.groups[i]) for i in ours.get(a.unit, ())]
+            works = [(i, x.work.get(a.kind, Work()), y.work.get(b.kind, Work())) for i, x, y in mine]
             divided = {place: i for i, _, w in works for place in w.operations}
             forward = operations(cost_a.forward, cost_b.forward, divided)
             nodes = {node: i for i, _, w in works for node in w.nodes}
