@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
-from weft.adapters import running
 from weft.capture.blame import told
 from weft.capture.blocks import Likeness
 from weft.capture.border import enter, form, forms_of, gradients_of, output_leaf
@@ -98,7 +97,6 @@ class _Recorder:
         self.trace = Trace(mode, tensors)
         with ExitStack() as stack:
             stack.enter_context(quiet())
-            stack.enter_context(running("cpu"))
             stack.enter_context(restored(self.model))
             for name in self.units:
                 self._intercept(name, self.model.get_submodule(name))
