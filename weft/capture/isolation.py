@@ -11,19 +11,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from weft.adapters import running
 from weft.capture.blocks import FUNCTIONS, PLAIN
 
 
 @contextmanager
 def restored(model: nn.Module, *, only_if_it_raises: bool = False) -> Iterator[None]:
-    """Put every module's attributes back: forwards cache tensors in them."""
+    """Put every module's attributes back: forwards cache tensors in them. Fake tensors are on the CPU."""
     before = [
         (module, dict(vars(module)), {k: dict(vars(module)[k]) for k in ("_parameters", "_buffers")})
         for module in model.modules()
     ]
     completed = False
     try:
-        yield
+        with running("cpu"):
+            yield
         completed = True
     finally:
         for module, attributes, registries in before if not (completed and only_if_it_raises) else ():

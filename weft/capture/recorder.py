@@ -23,7 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten
 
-from weft.adapters import running
 from weft.capture.alone import Alone, Outcome
 from weft.capture.blame import FakeRunError, LeftBehindError, told
 from weft.capture.blocks import Likeness
@@ -139,7 +138,6 @@ class _Recorder:
         self.trace = Trace(mode, tensors, lambda number: derived(self.setting.seed, number), self.setting.forced)
         with ExitStack() as stack:
             stack.enter_context(quiet())
-            stack.enter_context(running("cpu"))
             stack.enter_context(restored(self.model))
             for name in self.setting.units:
                 self._intercept(name, self.model.get_submodule(name))
