@@ -59,7 +59,7 @@ class Survey:
         timeout: seconds a run may take.
         path: where results are written after every architecture; None where they are not kept.
         results: by name of the architecture: ``recipe``, ``one_process`` (why it does not run there, or ""), and
-            ``kinds``: why each does not count, or "".
+            ``kinds``: why each does not count, or "", and ``float64``: those that float64 showed to be equal.
     """
 
     kinds: list[str]
@@ -85,16 +85,26 @@ class Survey:
         if isinstance(prepared, str):
             return {"recipe": None, "one_process": prepared, "kinds": {}}
         case = zoo_job.Case(name, prepared.recipe)
-        found = dict(known["kinds"])
+        found, rounded = dict(known["kinds"]), set(known.get("float64", [])) - set(kinds)
         for kind in kinds:
+            plan = prepared.plans.get(kind)
             if kind == BASELINE:
                 found[kind] = self._call(pool, 2, zoo_pipeline.run, case)
-                continue
-            plan = prepared.plans[kind]
-            found[kind] = (
-                plan if isinstance(plan, str) else self._call(pool, plan.devices, zoo_job.check, case, plan, prepared)
-            )
-        return {"recipe": prepared.recipe, "one_process": "", "kinds": {k: found[k] for k in sorted(found)}}
+            elif isinstance(plan, str):
+                found[kind] = plan
+            else:
+                found[kind], in_float64 = self._check(pool, case, plan, prepared)
+                rounded |= {kind} if in_float64 else set()
+        return {"recipe": prepared.recipe, "one_process": "", "kinds": found, "float64": sorted(rounded)}
+
+    def _check(self, pool: Pool, case: Any, plan: Any, prepared: Any) -> tuple[str, bool]:
+        """Why a plan does not count, or "", and whether it took float64 to show that it does."""
+        told = self._call(pool, plan.devices, zoo_job.check, case, plan, prepared, "float32")
+        if isinstance(told, str) or not told[0]:
+            return (told if isinstance(told, str) else told[1]), False
+        again = self._call(pool, plan.devices, zoo_job.check, case, plan, prepared, "float64")
+        equal = not isinstance(again, str) and not again[0]
+        return (told[1] if equal else told[0]), equal and not told[1]
 
     def _call(self, pool: Pool, ranks: int, function: Any, *arguments: Any) -> Any:
         """What rank 0 returned, or a line about what went wrong."""

@@ -22,17 +22,18 @@ from weft.capture import Profile, capture
 from weft.capture.profile import LOSS
 from weft.cluster import Cluster
 from weft.errors import WeftError
-from weft.jobs.reference import ReferenceStep, SingleDevice
+from weft.jobs.reference import ReferenceStep, SingleDevice, in_dtype
 from weft.jobs.verify import relative_error
 from weft.plan import Plan
 from weft.planner import make_plan
 from weft.runtime.engine import parallelize
 from weft.runtime.totals import local
 
-TOLERANCE = 1e-4  # float32, relative per norm
+TOLERANCES = {"float32": 1e-4, "float64": 1e-9}
+"""Relative per norm. Where float32 differs by more, float64 tells rounding from a mistake."""
 MICROBATCHES = 2
 LARGEST_SHARE = 1.3
-"""Of what an even division leaves on a process, on the largest one: 0.65 of the parameter bytes where there are two."""
+"""Of what an even division leaves on a process, on the largest one: 0.65 of the parameters where there are two."""
 _references: dict[tuple[Any, ...], ReferenceStep] = {}
 
 
@@ -63,7 +64,7 @@ class Prepared:
         recipe: that makes it small.
         plans: by name of the kind; the reason where there is none.
         reads: parameters each call reads, by name of the call.
-        sizes: bytes of parameters, by name.
+        sizes: elements of parameters, by name.
     """
 
     recipe: int | None
@@ -96,7 +97,7 @@ def prepare(case: Case, kinds: dict[str, dict[str, int]], seconds: int) -> Prepa
     plans = {kind: _plan(profile, degrees) for kind, degrees in kinds.items()}
     reads = {call.name: frozenset(call.parameters) for call in profile.calls}
     names = {name for name, _ in workload.model().named_parameters()}
-    sizes = {name: p.bytes for name, p in profile.parameters.items() if name in names}
+    sizes = {name: math.prod(p.shape) for name, p in profile.parameters.items() if name in names}
     limit(0)
     return Prepared(recipe, plans, reads, sizes)
 
@@ -116,48 +117,52 @@ def line(error: BaseException) -> str:
     return text if isinstance(error, WeftError) else f"{type(error).__name__}: {text}"
 
 
-def check(case: Case, plan: Plan, prepared: Prepared, seconds: int) -> str:
+def check(case: Case, plan: Plan, prepared: Prepared, dtype: str, seconds: int) -> tuple[str, str]:
     """One step under a plan against one device, in every process of a run.
 
     Returns:
-        on rank 0 why the plan does not count, "" where it does; nothing elsewhere.
+        on rank 0 why the step is not one device's, and why the plan did not divide the model; "" where all is well.
     """
     limit(seconds)
-    workload, _ = case.build()
-    engine = parallelize(workload, plan)
+    engine = parallelize(_in_dtype(case, dtype), plan)
     loss = float(engine.step(next(engine.batches(epochs=None))))
     gradients = engine.gradients()
-    held = {entry.name: local(entry.parameter).nbytes for entry in engine.part.held}
+    held = {entry.name: local(entry.parameter).numel() for entry in engine.part.held}
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (engine.grid.stage, held))
-    reason = ""
+    unequal = divided = ""
     if dist.get_rank() == 0:
-        reason = _unequal(loss, gradients, _reference(case, plan, engine.grid.device))
-        reason = reason or not_divided(plan, prepared, everyone)
+        expected = _reference(case, plan, dtype, engine.grid.device)
+        unequal = _unequal(loss, gradients, expected, TOLERANCES[dtype])
+        divided = not_divided(plan, prepared, everyone)
     limit(0)
-    return reason
+    return unequal, divided
 
 
-def _reference(case: Case, plan: Plan, device: torch.device) -> ReferenceStep:
+def _in_dtype(case: Case, dtype: str) -> weft.Workload:
+    workload, _ = case.build()
+    return workload if dtype == "float32" else in_dtype(workload, getattr(torch, dtype))
+
+
+def _reference(case: Case, plan: Plan, dtype: str, device: torch.device) -> ReferenceStep:
     """The single device's step; kept for the next plan that cuts the batch alike."""
-    key = (case, plan.replicas, plan.microbatches)
+    key = (case, plan.replicas, plan.microbatches, dtype)
     if key not in _references:
         if any(other[0] != case for other in _references):
             _references.clear()
-        workload, _ = case.build()
-        _references[key] = next(SingleDevice(workload, device, plan=plan).steps(1))
+        _references[key] = next(SingleDevice(_in_dtype(case, dtype), device, plan=plan).steps(1))
     return _references[key]
 
 
-def _unequal(loss: float, gradients: dict[str, Tensor], expected: ReferenceStep) -> str:
+def _unequal(loss: float, gradients: dict[str, Tensor], expected: ReferenceStep, tolerance: float) -> str:
     """Why a step is not the single device's, "" where it is."""
     error = abs(loss - expected.loss) / max(abs(expected.loss), 1e-30)
-    if not error <= TOLERANCE:
+    if not error <= tolerance:
         return f"loss differs by {error:.1e} of it"
     error, where = relative_error(gradients, expected.gradients)
     if error == float("inf"):
         return f"gradient of {where} is {'missing' if where in expected.gradients else 'not one of the single device'}"
-    return "" if error <= TOLERANCE else f"gradient of {where} differs by {error:.1e} of its norm"
+    return "" if error <= tolerance else f"gradient of {where} differs by {error:.1e} of its norm"
 
 
 def not_divided(plan: Plan, prepared: Prepared, everyone: list[tuple[int, dict[str, int]]]) -> str:
@@ -165,7 +170,7 @@ def not_divided(plan: Plan, prepared: Prepared, everyone: list[tuple[int, dict[s
 
     Args:
         plan, prepared: what ran.
-        everyone: by rank the stage, and the bytes held of each parameter.
+        everyone: by rank the stage, and the elements held of each parameter.
     """
     total = sum(prepared.sizes.values())
     if plan.pp > 1:
@@ -184,4 +189,4 @@ def not_divided(plan: Plan, prepared: Prepared, everyone: list[tuple[int, dict[s
         share = sum(sum(held.values()) for _, held in everyone) / whole
     else:
         share = max(sum(held.values()) for _, held in everyone) / total
-    return f"the largest process holds {share:.0%} of the parameter bytes" if share > LARGEST_SHARE / copies else ""
+    return f"the largest process holds {share:.0%} of the parameters" if share > LARGEST_SHARE / copies else ""
