@@ -226,6 +226,14 @@ def _layer_norm(op: RawOp, states: States) -> list[State | None]:
     return [d if len(out.size) == len(ref.size) else Divided(0, OPAQUE, d.tags) for out in op.outputs]
 
 
+def _batch_norm(op: RawOp, states: States) -> list[State | None]:
+    """Every channel by itself; without scales and running statistics, as weights are standardized."""
+    ref, d = only(op, states)
+    if d.dim != 1 or len(tensors_of((op.args, op.kwargs))) > 1:
+        raise RefusedError(f"{op.name} of divided channels has whole scales or statistics")
+    return [d if out.size == ref.size else Divided(0, OPAQUE, d.tags) for out in op.outputs]
+
+
 def _cat(op: RawOp, states: States) -> list[State | None]:
     rank = len(op.outputs[0].size)
     dim = int(argument(op, 1, "dim", 0)) % rank
@@ -292,6 +300,7 @@ _RULES: dict[str, Rule] = {
     **_named(_without, "select unbind"),
     **_named(_reduce, "sum mean amax amin prod var var_mean std argmax any all logsumexp linalg_vector_norm norm max"),
     **_named(_layer_norm, "native_layer_norm _fused_rms_norm"),
+    **_named(_batch_norm, "native_batch_norm"),
     **_named(_cat, "cat stack"),
     **_named(_repeat, "repeat"),
     **_named(_index, "index"),

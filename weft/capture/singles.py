@@ -14,7 +14,7 @@ from torch import nn
 
 from weft.capture.groups import Group, Leaf, Unit, degree_for
 from weft.capture.numbers import candidates, shared_numbers
-from weft.capture.rehearsal import join
+from weft.capture.rehearsal import Visit, join
 from weft.capture.rules import apply
 from weft.capture.sharding import Divided, RefusedError, State, tensors_of
 from weft.capture.shares import output_dim
@@ -126,7 +126,7 @@ class SingleSearch:
         unit, leaf = self.unit, single.leaf
         sent = [unit.cost.forward[v.end - 1].outputs[0] for v in leaf.visits]
         table = isinstance(unit.model.get_submodule(leaf.module), nn.Embedding)
-        back = [] if table else [self._input(leaf, v.start) for v in leaf.visits]
+        back = [] if table else [ref for v in leaf.visits for ref in self._input(leaf, v)]
         return Group(
             unit=unit.name,
             styles={leaf.module: single.style, **shares},
@@ -136,13 +136,14 @@ class SingleSearch:
             uneven=() if shares else (single.size,),
         )
 
-    def _input(self, leaf: Leaf, start: int) -> Ref:
+    def _input(self, leaf: Leaf, visit: Visit) -> list[Ref]:
+        """What goes into a module, if anything does (a table of positions takes nothing)."""
         own = {leaf.weight, leaf.bias}
-        for op in self.unit.cost.forward[start:]:
+        for op in self.unit.cost.forward[visit.start : visit.end]:
             for ref in tensors_of(op.args):
-                if self.unit.names.get(ref.storage) not in own:
-                    return ref
-        raise AssertionError("a projection has an input")
+                if self.unit.names.get(ref.storage) not in own and ref.dtype.is_floating_point:
+                    return [ref]
+        return []
 
     def _follow(self, leaf: Leaf, rows: bool, dims: Mapping[str, int]) -> tuple[set[int], set[int]]:
         """Follow the outputs through the module to where they are gathered: divided operations and storages.
