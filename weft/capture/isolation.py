@@ -70,3 +70,15 @@ def snapshot(leaf: Any) -> Any:
         return Unpickler(io.BytesIO(buffer.getvalue())).load()
     except Exception:  # the user's object: what cannot be copied is used as it is
         return leaf
+
+
+def revert(leaf: Any, before: Any) -> None:
+    """Put an argument back to what a snapshot of it says."""
+    if leaf is before:
+        return
+    if isinstance(leaf, dict):
+        leaf.clear()
+        leaf.update(before)
+    if hasattr(leaf, "__dict__"):
+        vars(leaf).clear()
+        vars(leaf).update(vars(before))

@@ -31,7 +31,7 @@ from weft.capture.draws import derived, has_drawn, python_state
 from weft.capture.effects import exchange
 from weft.capture.frames import NOWHERE, Frame, Origin
 from weft.capture.initial import FakeModel, map_tensors
-from weft.capture.isolation import quiet, restored, snapshot
+from weft.capture.isolation import quiet, restored, revert, snapshot
 from weft.capture.kinds import Kind
 from weft.capture.losses import loss_parts
 from weft.capture.names import Names
@@ -279,13 +279,15 @@ class _Recorder:
             frame, watches = Frame(unit, number), self.effects
             return Alone(self.trace, number, unit, module, self.model, self.first, self.backward, watches, frame)
 
-        run, fakes = fresh(), FakeRunError("")
+        run, fakes, before = fresh(), FakeRunError(""), [snapshot(leaf) for leaf in leaves]
         if not self.real:
             try:
                 with restored(module, only_if_it_raises=True):
                     return run, run.run(forward, leaves, spec)
             except FakeRunError as error:
                 run, fakes = fresh(), error
+                for leaf, copy in zip(leaves, before, strict=True):
+                    revert(leaf, copy)
         try:
             outcome = run.run_for_real(forward, leaves, spec, self.setting.weights)
         except FakeRunError as error:
