@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-import workloads
+from families import FAMILIES
 
 from weft.capture import capture
 from weft.cluster import Cluster
@@ -14,6 +14,9 @@ from weft.jobs.verify import verify_here
 from weft.plan import Plan
 from weft.planner import make_plan
 from weft.runtime.pool import Pool
+
+IN_FLOAT32 = ("experts",)
+"""Families with a kernel that has no float64: grouped matrix products."""
 
 DEGREES = [
     {"pp": 2},
@@ -42,16 +45,17 @@ def name_of(degrees: dict[str, int]) -> str:
 
 
 @pytest.mark.parametrize("degrees", DEGREES, ids=name_of)
-@pytest.mark.parametrize("family", workloads.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_equals_one_device(pool: Pool, family: str, degrees: dict[str, int]) -> None:
-    build = workloads.FAMILIES[family]
+    build = FAMILIES[family]
+    dtype, tolerance = ("float32", 1e-5) if family in IN_FLOAT32 else ("float64", 1e-10)
     plan = plan_for(build(), degrees, microbatches=2)
 
     def job() -> Any:
-        return verify_here(build(), plan, steps=3, dtype="float64")
+        return verify_here(build(), plan, steps=3, dtype=dtype)
 
     result = pool.run(job, ranks=plan.devices)[0]
-    assert result.loss_error <= 1e-10
-    assert result.gradient_error <= 1e-10, result.worst_gradient
-    assert result.parameter_error <= 1e-10, result.worst_parameter
+    assert result.loss_error <= tolerance
+    assert result.gradient_error <= tolerance, result.worst_gradient
+    assert result.parameter_error <= tolerance, result.worst_parameter
     assert result.ok
