@@ -33,7 +33,7 @@ import zoo_models  # noqa: E402
 import zoo_pipeline  # noqa: E402
 import zoo_report  # noqa: E402
 
-from weft.errors import WeftError, WorkerError  # noqa: E402
+from weft.errors import WorkerError  # noqa: E402
 from weft.runtime.pool import Pool  # noqa: E402
 
 RESULTS = HERE / "results" / "zoo.json"
@@ -48,6 +48,10 @@ KINDS: dict[str, dict[str, int]] = {
 }
 BASELINE = "pipeline()"
 PROCESSES = 4
+
+
+class Failed(str):
+    """Why a run gave no result."""
 
 
 @dataclass
@@ -82,8 +86,10 @@ class Survey:
         known = self.results.get(name, {"kinds": {}})
         plans = {kind: KINDS[kind] for kind in kinds if kind in KINDS}
         prepared = self._call(pool, 1, zoo_job.prepare, zoo_job.Case(name, known.get("recipe")), plans)
+        if isinstance(prepared, Failed):  # not the model's own doing, as far as anybody knows
+            return {"recipe": known.get("recipe"), "one_process": "", "kinds": dict.fromkeys(kinds, prepared)}
         if isinstance(prepared, str):
-            return {"recipe": None, "one_process": prepared, "kinds": {}}
+            return {"recipe": None, "one_process": zoo_report.shorten(prepared), "kinds": {}}
         case = zoo_job.Case(name, prepared.recipe)
         found, rounded = dict(known["kinds"]), set(known.get("float64", [])) - set(kinds)
         for kind in kinds:
@@ -91,7 +97,7 @@ class Survey:
             if kind == BASELINE:
                 found[kind] = self._call(pool, 2, zoo_pipeline.run, case)
             elif isinstance(plan, str):
-                found[kind] = plan
+                found[kind] = zoo_report.shorten(plan)
             else:
                 found[kind], in_float64 = self._check(pool, case, plan, prepared)
                 rounded |= {kind} if in_float64 else set()
@@ -107,14 +113,14 @@ class Survey:
         return (told[1] if equal else told[0]), equal and not told[1]
 
     def _call(self, pool: Pool, ranks: int, function: Any, *arguments: Any) -> Any:
-        """What rank 0 returned, or a line about what went wrong."""
+        """What rank 0 returned, or why it did not."""
         start = time.monotonic()
         try:
             return pool.run(function, *arguments, self.timeout, ranks=ranks)[0]
-        except WeftError as error:
+        except Exception as error:  # whatever became of the processes is this case's result, and no other's
             if time.monotonic() - start >= self.timeout:
-                return f"no result within {self.timeout} s"
-            return zoo_report.shorten(error.cause if isinstance(error, WorkerError) else zoo_job.line(error))
+                return Failed(f"no result within {self.timeout} s")
+            return Failed(zoo_report.shorten(error.cause if isinstance(error, WorkerError) else zoo_job.line(error)))
 
     def keep(self, name: str, result: dict[str, Any]) -> None:
         """Note a result, and write all."""
@@ -166,7 +172,7 @@ def main() -> None:
         survey.results = zoo_report.from_json(json.loads((path or RESULTS).read_text()))
     todo = [(name, missing) for name in names if (missing := survey.missing(name, options.again))]
     work: queue.SimpleQueue[tuple[int, str, list[str]] | None] = queue.SimpleQueue()
-    threads = [threading.Thread(target=serve, args=(survey, work, len(todo))) for _ in range(options.jobs)]
+    threads = [threading.Thread(target=serve, args=(survey, work, len(todo)), daemon=True) for _ in range(options.jobs)]
     for place, (name, missing) in enumerate(todo, 1):
         work.put((place, name, missing))
     for _ in threads:

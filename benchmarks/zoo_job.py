@@ -6,9 +6,11 @@ its time is ended by its own alarm, whatever it hangs in.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,10 +75,15 @@ class Prepared:
     sizes: dict[str, int]
 
 
-def limit(seconds: int) -> None:
-    """End this process if it is still busy then; 0 takes the limit away."""
+@contextlib.contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """End this process if it is still busy then, whatever it hangs in."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 def prepare(case: Case, kinds: dict[str, dict[str, int]], seconds: int) -> Prepared | str:
@@ -85,21 +92,20 @@ def prepare(case: Case, kinds: dict[str, dict[str, int]], seconds: int) -> Prepa
     Returns:
         a line where the architecture does not run on one process.
     """
-    limit(seconds)
-    try:
-        workload, recipe = case.build()
-    except Exception as error:  # a model of any kind: whatever it raises is why it does not run on one process
-        return zoo_models.message(error)
-    try:
-        profile = capture(workload)
-    except Exception as error:  # what is measured here: a failure of ours is a result
-        return Prepared(recipe, dict.fromkeys(kinds, f"capture: {line(error)}"), {}, {})
-    plans = {kind: _plan(profile, degrees) for kind, degrees in kinds.items()}
-    reads = {call.name: frozenset(call.parameters) for call in profile.calls}
-    names = {name for name, _ in workload.model().named_parameters()}
-    sizes = {name: math.prod(p.shape) for name, p in profile.parameters.items() if name in names}
-    limit(0)
-    return Prepared(recipe, plans, reads, sizes)
+    with limited(seconds):
+        try:
+            workload, recipe = case.build()
+        except Exception as error:  # a model of any kind: whatever it raises is why it does not run on one process
+            return zoo_models.message(error)
+        try:
+            profile = capture(workload)
+        except Exception as error:  # what is measured here: a failure of ours is a result
+            return Prepared(recipe, dict.fromkeys(kinds, f"capture: {line(error)}"), {}, {})
+        plans = {kind: _plan(profile, degrees) for kind, degrees in kinds.items()}
+        reads = {call.name: frozenset(call.parameters) for call in profile.calls}
+        names = {name for name, _ in workload.model().named_parameters()}
+        sizes = {name: math.prod(p.shape) for name, p in profile.parameters.items() if name in names}
+        return Prepared(recipe, plans, reads, sizes)
 
 
 def _plan(profile: Profile, degrees: dict[str, int]) -> Plan | str:
@@ -123,20 +129,17 @@ def check(case: Case, plan: Plan, prepared: Prepared, dtype: str, seconds: int) 
     Returns:
         on rank 0 why the step is not one device's, and why the plan did not divide the model; "" where all is well.
     """
-    limit(seconds)
-    engine = parallelize(_in_dtype(case, dtype), plan)
-    loss = float(engine.step(next(engine.batches(epochs=None))))
-    gradients = engine.gradients()
-    held = {entry.name: local(entry.parameter).numel() for entry in engine.part.held}
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (engine.grid.stage, held))
-    unequal = divided = ""
-    if dist.get_rank() == 0:
+    with limited(seconds):
+        engine = parallelize(_in_dtype(case, dtype), plan)
+        loss = float(engine.step(next(engine.batches(epochs=None))))
+        gradients = engine.gradients()
+        held = {entry.name: local(entry.parameter).numel() for entry in engine.part.held}
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (engine.grid.stage, held))
+        if dist.get_rank():
+            return "", ""
         expected = _reference(case, plan, dtype, engine.grid.device)
-        unequal = _unequal(loss, gradients, expected, TOLERANCES[dtype])
-        divided = not_divided(plan, prepared, everyone)
-    limit(0)
-    return unequal, divided
+        return _unequal(loss, gradients, expected, TOLERANCES[dtype]), not_divided(plan, prepared, everyone)
 
 
 def _in_dtype(case: Case, dtype: str) -> weft.Workload:

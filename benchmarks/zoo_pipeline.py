@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import ScheduleGPipe, SplitPoint, pipeline
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from zoo_job import MICROBATCHES, TOLERANCES, Case, limit, line
+from zoo_job import MICROBATCHES, TOLERANCES, Case, limited, line
 
 import weft
 from weft.jobs.verify import relative_error
@@ -132,45 +132,44 @@ def run(case: Case, seconds: int) -> str:
     Returns:
         on rank 0 why it does not count, "" where it does; nothing elsewhere.
     """
-    limit(seconds)
-    workload, _ = case.build()
-    reference = one_device(workload)
-    first_args, first_kwargs, _ = reference.calls[0]
-    names = [name for name, value in first_kwargs.items() if isinstance(value, Tensor)]
-    constants = {name: value for name, value in first_kwargs.items() if name not in names}
-    pipe = pipeline(
-        Tensors(model_of(workload), constants),
-        mb_args=first_args,
-        mb_kwargs={name: first_kwargs[name] for name in names},
-        split_spec={f"model.{middle(reference.model)}": SplitPoint.BEGINNING},
-    )
-    send_contiguous(pipe)
-    stage = pipe.build_stage(dist.get_rank(), torch.device("cpu"))
+    with limited(seconds):
+        workload, _ = case.build()
+        reference = one_device(workload)
+        first_args, first_kwargs, _ = reference.calls[0]
+        names = [name for name, value in first_kwargs.items() if isinstance(value, Tensor)]
+        constants = {name: value for name, value in first_kwargs.items() if name not in names}
+        pipe = pipeline(
+            Tensors(model_of(workload), constants),
+            mb_args=first_args,
+            mb_kwargs={name: first_kwargs[name] for name in names},
+            split_spec={f"model.{middle(reference.model)}": SplitPoint.BEGINNING},
+        )
+        send_contiguous(pipe)
+        stage = pipe.build_stage(dist.get_rank(), torch.device("cpu"))
 
-    def loss(out: Any, target: Tensor) -> Tensor:
-        microbatch = int(target[0])
-        leaves, spec = tree_flatten(reference.calls[microbatch][2])
-        found = iter(out if isinstance(out, tuple | list) else (out,))
-        rebuilt = tree_unflatten([next(found) if _trains(leaf) else leaf for leaf in leaves], spec)
-        value, _ = loss_of(workload, lambda *args, **kwargs: rebuilt, microbatch)
-        return value * reference.scales[microbatch]
+        def loss(out: Any, target: Tensor) -> Tensor:
+            microbatch = int(target[0])
+            leaves, spec = tree_flatten(reference.calls[microbatch][2])
+            found = iter(out if isinstance(out, tuple | list) else (out,))
+            rebuilt = tree_unflatten([next(found) if _trains(leaf) else leaf for leaf in leaves], spec)
+            value, _ = loss_of(workload, lambda *args, **kwargs: rebuilt, microbatch)
+            return value * reference.scales[microbatch]
 
-    schedule = ScheduleGPipe(stage, MICROBATCHES, loss_fn=loss, scale_grads=False)
-    losses: list[Tensor] = []
-    args = [torch.cat([call[0][i] for call in reference.calls]) for i in range(len(first_args))]
-    kwargs = {name: torch.cat([call[1][name] for call in reference.calls]) for name in names}
-    try:
-        if dist.get_rank() == 0:
-            schedule.step(*args, **kwargs)
-        else:
-            schedule.step(target=torch.arange(MICROBATCHES).unsqueeze(1), losses=losses)
-    except Exception as error:  # it wraps what went wrong in a description of the stage's inputs
-        raise CannotPipelineError(line(root_of(error))) from error
-    mine = {n.removeprefix("model."): p.grad for n, p in stage.submod.named_parameters() if p.grad is not None}
-    everyone: list[Any] = [None, None]
-    dist.all_gather_object(everyone, (mine, sum(map(float, losses))))
-    limit(0)
-    return _compare(reference, everyone) if dist.get_rank() == 0 else ""
+        schedule = ScheduleGPipe(stage, MICROBATCHES, loss_fn=loss, scale_grads=False)
+        losses: list[Tensor] = []
+        args = [torch.cat([call[0][i] for call in reference.calls]) for i in range(len(first_args))]
+        kwargs = {name: torch.cat([call[1][name] for call in reference.calls]) for name in names}
+        try:
+            if dist.get_rank() == 0:
+                schedule.step(*args, **kwargs)
+            else:
+                schedule.step(target=torch.arange(MICROBATCHES).unsqueeze(1), losses=losses)
+        except Exception as error:  # it wraps what went wrong in a description of the stage's inputs
+            raise CannotPipelineError(line(root_of(error))) from error
+        mine = {n.removeprefix("model."): p.grad for n, p in stage.submod.named_parameters() if p.grad is not None}
+        everyone: list[Any] = [None, None]
+        dist.all_gather_object(everyone, (mine, sum(map(float, losses))))
+        return _compare(reference, everyone) if dist.get_rank() == 0 else ""
 
 
 def send_contiguous(pipe: Any) -> None:
