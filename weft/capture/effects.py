@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from weft.capture.blocks import PLAIN
 from weft.capture.border import form
+from weft.capture.isolation import snapshot
 from weft.capture.recording import TensorLeaf
 from weft.capture.trees import Tree, flatten, held, refill, unflatten
 
@@ -43,10 +45,9 @@ class Effect:
         filled = []
         for leaf in self.leaves:
             if isinstance(leaf, Before):
-                leaf = before[leaf.place] if leaf.place < len(before) else None
-            elif isinstance(leaf, TensorLeaf):
-                leaf = next(tensors)
-            filled.append(leaf)
+                filled.append(before[leaf.place] if leaf.place < len(before) else None)
+                continue
+            filled.append(next(tensors) if isinstance(leaf, TensorLeaf) else snapshot(leaf))
         refill(target, unflatten(filled, self.tree))
 
 
@@ -67,12 +68,10 @@ class Watch:
         new: list[Tensor] = []
         for (argument, target), before in zip(self.objects, self.before, strict=True):
             leaves, tree = flatten(held(target))
-            old = {id(leaf): i for i, leaf in enumerate(before) if isinstance(leaf, Tensor)}
+            old = {id(leaf): i for i, leaf in enumerate(before) if not isinstance(leaf, PLAIN)}
             fresh = [leaf for leaf in leaves if isinstance(leaf, Tensor) and id(leaf) not in old]
             if fresh:
-                described = (
-                    (Before(old[id(x)]) if id(x) in old else form(x)) if isinstance(x, Tensor) else x for x in leaves
-                )
+                described = (Before(old[id(x)]) if id(x) in old else form(snapshot(x)) for x in leaves)
                 effects.append(Effect(argument, tree, tuple(described)))
                 new += fresh
         return tuple(effects), new

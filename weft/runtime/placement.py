@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from weft.adapters import running
+from weft.capture.blame import first_line, place_of
 from weft.capture.draws import Draws, derived, python_stream
 from weft.capture.effects import Watch
 from weft.capture.profile import Source
@@ -144,9 +145,17 @@ class Placement:
             with running(self.device), self._streams(run):
                 return workload.loss(self.model, batch)
         except Exception as error:  # the user's code, on fake tensors: see the top of this page
-            if isinstance(error, WeftError) or not run.routes.is_done(self.stage, run.last):
+            if isinstance(error, WeftError):
                 raise
-            return None
+            if run.routes.is_done(self.stage, run.last):
+                return None
+            if any(call.seen for call in run.recording.calls) and len(set(run.routes.stage_of)) > 1:
+                raise ModelError(
+                    f"the forward raised {type(error).__name__}: {first_line(error)} ({place_of(error)}); it looks at "
+                    "values that units compute, which may have led it another way than when the model was captured; "
+                    "use pp=1"
+                ) from error
+            raise
         finally:
             self._run = None
 
