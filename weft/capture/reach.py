@@ -42,6 +42,7 @@ def with_gradient(
     sources: Mapping[int, Source],
     given: Sequence[Sequence[Tensor]],
     reach: Sequence[Sequence[frozenset[int]]],
+    hidden: Sequence[frozenset[Source]],
 ) -> frozenset[Source]:
     """Outputs of calls that get a gradient from the loss.
 
@@ -50,10 +51,14 @@ def with_gradient(
         sources: the leaf that stands for an output in the glue's graph, by ``id``.
         given: the tensors each call was given, in the glue's graph.
         reach: for each call and each of its outputs, which of the given tensors its gradient goes on to.
+        hidden: outputs of other calls that each call reads in another way than as an argument (in an object); they are
+            taken to get a gradient where the call does.
     """
     seen: set[Any] = set()
     live = set(reached([loss], sources, seen))
     for call in range(len(given) - 1, -1, -1):
-        wanted = {place for leaf, places in enumerate(reach[call]) if Source(call, leaf) in live for place in places}
+        outputs = [leaf for leaf in range(len(reach[call])) if Source(call, leaf) in live]
+        live |= hidden[call] if outputs else frozenset()
+        wanted = {place for leaf in outputs for place in reach[call][leaf]}
         live.update(reached([given[call][place] for place in sorted(wanted)], sources, seen))
     return frozenset(live)

@@ -119,6 +119,7 @@ class _Recorder:
     ends: list[Tensor] = field(init=False, default_factory=list)
     sources: dict[int, Source] = field(init=False, default_factory=dict)
     given: list[list[Tensor]] = field(init=False, default_factory=list)
+    hidden: list[frozenset[Source]] = field(init=False, default_factory=list)
     live: frozenset[Source] = field(init=False, default=frozenset())
 
     def record(self, loss: Callable[[nn.Module, Any], Any], batch: Any) -> Recording:
@@ -199,6 +200,7 @@ class _Recorder:
                     self.trace.check_unchanged(self.trace.ref(tensor), f"unit {unit!r} is given")
                     origin |= self.trace.origin(tensor)
             origin |= extra
+            self.hidden.append(extra.sources)
             for position in outcome.changes:
                 self.trace.changed[self.trace.ref(given[position]).storage] = number
             outputs, fresh = self._outputs(number, outcome, values)
@@ -322,7 +324,7 @@ class _Recorder:
         if self.backward and not total.requires_grad:
             raise LossError("loss(model, batch) does not depend on any trainable parameter; return a loss that does")
         reach = [self.kinds[call.kind].outcome.reach for call in self.calls]
-        self.live = with_gradient(total, self.sources, self.given, reach)
+        self.live = with_gradient(total, self.sources, self.given, reach, self.hidden)
         backs = [Frame("", frame.call, forward=False, real=self.real) for frame in self.stretches]
         if self.backward:
             glue_reads = {name for o in map(self.trace.origin, [total, *self.roots]) for name in o.reads}
