@@ -108,7 +108,7 @@ def train_alone(plan: weft.Plan, epochs: int) -> tuple[list[float], dict[str, Te
     return [step.loss for step in steps], alone.model.state_dict()
 
 
-def main(epochs: int = 30, file: str = "digits.png") -> None:
+def main(epochs: int = 24, file: str = "digits.png") -> None:
     plan = weft.plan(workload(), weft.Cluster.local(devices=4), pp=2, dp_replicate=2)
     labels = torch.arange(10).repeat(4)
     print(f"{'plan':<24}{'last loss':>12}{'loss on test pictures':>24}")
