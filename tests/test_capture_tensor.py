@@ -419,3 +419,23 @@ def test_what_is_found_equals_one_device(
 
     result = pool.run(job, ranks=math.prod(degrees.values()))[0]
     assert result.ok, result
+
+
+class Standardized(nn.Conv1d):
+    """Standardizes its weight by output channel, whose number it keeps: on shares it would mix halves of channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True)
+        return F.conv1d(x, weight.reshape_as(self.weight), self.bias)
+
+
+def test_the_inside_of_a_module_with_code_of_its_own_is_compared() -> None:
+    def pictures(samples: int) -> dict[str, Tensor]:
+        return {"x": torch.rand(samples, 8, 4), "y": torch.zeros(samples)}
+
+    case = Case(lambda: nn.Sequential(Standardized(8, 12, 1), nn.Conv1d(12, 9, 1)), CASES["mlp"].loss, pictures)
+    groups, _ = groups_of(case)
+    assert [(names(g), g.sizes, g.uneven) for g in groups] == [
+        ({"0": "colwise_gather", "0.out_channels": "share"}, (("outputs", 12),), ()),
+        ({"1": "colwise_gather"}, (), (9,)),
+    ]

@@ -25,7 +25,7 @@ def differs(
         shares: the run on shares.
         ops: the unit's operations, as recorded.
         states: of values that are divided or partial; others are whole.
-        styled: modules whose inside is the runtime's affair.
+        styled: modules whose inside is not compared.
         degree: the shares are of so many.
     """
     expected = [(step, op) for step, op in zip(whole, ops, strict=True) if _told(step, styled)]

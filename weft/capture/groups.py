@@ -80,6 +80,11 @@ VIEWS = frozenset({"aten.t", "aten.view", "aten._unsafe_view", "aten.reshape", "
 PLAIN = (["aten.mm"], ["aten.addmm"], ["aten.mm", "aten.add"])
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+KNOWN_FORWARDS = {kind.forward for kind in (nn.Embedding, *CONVOLUTIONS)}
+"""Forwards without code of the user's."""
+
+
 @dataclass(slots=True)
 class Unit:
     """One recorded call of a unit, as the searches in it see it.
@@ -137,6 +142,13 @@ class Unit:
         """Leaves that only multiply and add."""
         return frozenset(name for name, leaf in self.leaves.items() if leaf.plain)
 
+    @property
+    def opaque(self) -> frozenset[str]:
+        """Leaves whose inside is known: that they do on shares what they should needs no comparing."""
+        return self.plain | {
+            name for name in self.leaves if type(self.model.get_submodule(name)).forward in KNOWN_FORWARDS
+        }
+
     def own(self, module: str) -> dict[str, nn.Parameter]:
         """A module's own parameters, by first name."""
         parameters = self.model.get_submodule(module).named_parameters(recurse=False)
@@ -173,8 +185,8 @@ class Unit:
     ) -> tuple[int, str]:
         """Rehearse the unit with these styles; how far it does as the whole, and why not further."""
         run = rehearse(self.model, self.example, self.cost.forward, styles, degree, self.plain)
-        modules = frozenset(n for n, s in styles.items() if s.name not in ("share", "shard", "reduce", "sum_gradient"))
-        count, reason = differs(self.steps, run, self.cost.forward, states, modules, degree)
+        styled = frozenset(n for n in styles if n in self.opaque)
+        count, reason = differs(self.steps, run, self.cost.forward, states, styled, degree)
         if not reason and run.shapes != [ref.size for ref in self.cost.returned]:
             reason = f"the unit's outputs change shape on 1/{degree} of the features"
         return count, reason

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from weft.capture.groups import Group, Leaf, Unit, degree_for
+from weft.capture.groups import CONVOLUTIONS, Group, Leaf, Unit, degree_for
 from weft.capture.numbers import candidates, shared_numbers
 from weft.capture.rehearsal import Visit, join
 from weft.capture.rules import apply
@@ -21,7 +21,6 @@ from weft.capture.shares import output_dim
 from weft.capture.tape import Ref
 from weft.plan import TensorStyle
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LEAST = 8
 """Outputs of a module that is worth dividing."""
 SMALL = 100
@@ -29,14 +28,15 @@ SMALL = 100
 
 
 class Single(NamedTuple):
-    """A module and how it is divided: its outputs, the divided dimension of its parameters, operations, storages."""
+    """A module and how it is divided: its outputs, the divided dimension of its parameters, operations, and values
+    inside it."""
 
     leaf: Leaf
     style: TensorStyle
     size: int
     dims: dict[str, int]
     places: set[int]
-    storages: set[int]
+    states: dict[Ref, State]
 
 
 @dataclass(slots=True)
@@ -61,7 +61,9 @@ class SingleSearch:
             elif proposals := self._proposals(leaf):
                 found.append(proposals)
         first = {singles[0].leaf.module: singles[0].style for singles in found}
-        if first and not unit.try_on_shares(first, {}, 2)[1]:
+        inside = {ref: state for singles in found for ref, state in singles[0].states.items()}
+        even = all(self._any_size(singles[0]) or singles[0].size % 2 == 0 for singles in found)
+        if first and even and not unit.try_on_shares(first, inside, 2)[1]:
             return [self._group(singles[0], {}) for singles in found]
         groups = []
         for singles in found:  # something in one of them: by themselves, then, with numbers of the module's
@@ -86,11 +88,11 @@ class SingleSearch:
                 reason = f"it has fewer than {LEAST} outputs"
                 continue
             try:
-                places, storages = self._follow(leaf, rows, dims)
+                places, states = self._follow(leaf, rows, dims)
             except RefusedError as error:
                 reason = str(error)
                 continue
-            result.append(Single(leaf, TensorStyle(name), size, dims, places, storages))
+            result.append(Single(leaf, TensorStyle(name), size, dims, places, states))
         if not result:
             self.refused[leaf.module] = reason
         return result
@@ -120,7 +122,13 @@ class SingleSearch:
         degree = degree_for([("outputs", single.size)])
         names = candidates(unit.model, module, [module], unit.plain, {single.size}, degree) if degree else []
         styles = {module: single.style}
-        return shared_numbers(names, lambda more: unit.try_on_shares({**styles, **more}, {}, degree or 2))
+        if not self._any_size(single) and not degree:
+            return {}, f"no degree divides its {single.size} outputs"
+        return shared_numbers(names, lambda more: unit.try_on_shares({**styles, **more}, single.states, degree or 2))
+
+    def _any_size(self, single: Single) -> bool:
+        """Whether any number of outputs can be cut: those of a module without code that might count them."""
+        return single.leaf.module in self.unit.opaque or single.style.name == "embedding_rowwise"
 
     def _group(self, single: Single, shares: Mapping[str, TensorStyle]) -> Group:
         unit, leaf = self.unit, single.leaf
@@ -130,10 +138,10 @@ class SingleSearch:
         return Group(
             unit=unit.name,
             styles={leaf.module: single.style, **shares},
-            sizes=(("outputs", single.size),) if shares else (),
+            sizes=() if self._any_size(single) else (("outputs", single.size),),
             dims=dict(single.dims),
-            work={unit.kind: unit.work(single.places, single.storages, sent, back)},
-            uneven=() if shares else (single.size,),
+            work={unit.kind: unit.work(single.places, {ref.storage for ref in single.states}, sent, back)},
+            uneven=(single.size,) if self._any_size(single) else (),
         )
 
     def _input(self, leaf: Leaf, visit: Visit) -> list[Ref]:
@@ -145,13 +153,13 @@ class SingleSearch:
                     return [ref]
         return []
 
-    def _follow(self, leaf: Leaf, rows: bool, dims: Mapping[str, int]) -> tuple[set[int], set[int]]:
-        """Follow the outputs through the module to where they are gathered: divided operations and storages.
+    def _follow(self, leaf: Leaf, rows: bool, dims: Mapping[str, int]) -> tuple[set[int], dict[Ref, State]]:
+        """Follow the outputs through the module to where they are gathered: divided operations and values.
 
         Raises:
             RefusedError: they are not the last dimension, or the channels, of all that leaves.
         """
-        unit, touched, storages = self.unit, set[int](), set[int]()
+        unit, touched, inside = self.unit, set[int](), dict[Ref, State]()
         for visit in leaf.visits:
             states: dict[Ref, State] = {}
             for place in range(visit.start, visit.end):
@@ -170,14 +178,14 @@ class SingleSearch:
                             states[ref] = state
             if rows:
                 continue
-            storages.update(ref.storage for ref in states if ref.storage not in unit.names)
+            inside.update(states)
             last = unit.cost.forward[visit.end - 1].outputs[0]
             end = states.get(last)
             channels = len(last.size) - max(unit.parameters[leaf.weight].dim() - 1, 1)
             whole = visit.returned != unit.steps[visit.end - 1].made[:1]
             if whole or not isinstance(end, Divided) or end.dim != channels:
                 raise RefusedError("its divided outputs are not the last dimension of what it returns")
-        return touched, storages
+        return touched, inside
 
 
 def unread(units: Sequence[str], model: nn.Module, first: Mapping[str, str], read: Collection[str]) -> Iterator[Group]:
