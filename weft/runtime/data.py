@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from weft.plan import Plan
 from weft.runtime.grid import Grid
+from weft.runtime.touch import forget_untouched
 
 
 class DataParallel(Protocol):
@@ -85,10 +86,10 @@ class Sharded:
 
     loss_scale = 1.0
 
-    def __init__(self, modules: list[FSDPModule]) -> None:
+    def __init__(self, modules: list[FSDPModule], grid: Grid, conditional: Sequence[nn.Parameter] = ()) -> None:
         # The output of a divided module is a view of its DTensor's local part; nothing here writes to it.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
-        self._modules = modules
+        self._modules, self._grid, self._conditional = modules, grid, conditional
         self._syncing = True
         for module in modules:
             module.set_gradient_divide_factor(1.0)
@@ -106,7 +107,8 @@ class Sharded:
             self._syncing = last
 
     def finish(self) -> None:
-        """FSDP finishes in a callback at the end of the backward."""
+        """FSDP finishes in a callback at the end of the backward. What no replica used has no gradient."""
+        forget_untouched(self._conditional, self._grid)
 
 
 def shard(

@@ -100,7 +100,9 @@ def build(
     held = hold(model, ownership, plan, grid, alone=bool(fsdp))
     data_parallel: DataParallel = Alone()
     if fsdp:
-        data_parallel = Sharded(fsdp)
+        conditional = {name for call in recording.calls if call.looks for name in call.reads}
+        aside = [h.parameter for h in held if h.name in conditional and h.parameter.requires_grad]
+        data_parallel = Sharded(fsdp, grid, aside)
     elif plan.dp_replicate > 1:
         trained = {name for call in recording.calls for name in (*call.reads, *call.glue_reads)}
         unused = recording.varies or any(h.parameter.requires_grad and h.name not in trained for h in held)

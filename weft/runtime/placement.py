@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves
 
 from weft.capture.blame import first_line, place_of
@@ -33,6 +34,7 @@ from weft.errors import LossError, ModelError, WeftError
 from weft.runtime.randomness import Seeds, stream
 from weft.runtime.recordings import decisions_seed
 from weft.runtime.routes import Routes
+from weft.runtime.touch import touch
 from weft.workload import Loss, Workload
 
 Call = Callable[..., Any]
@@ -191,6 +193,8 @@ class Placement:
                 paused(run.draws),
             ):
                 output = original(*args, **kwargs)
+            if call.looks and isinstance(self.model, FSDPModule):
+                output = touch(output, module)
             _, left = watch.effects()
             for i, tensor in enumerate(left, len(call.tensors) - len(left)):
                 run.produce(Source(number, i), tensor)
