@@ -188,6 +188,51 @@ class Shares(Layers):
         return x + table.entries["last"]
 
 
+@torch.library.custom_op("weft_tests::halve", mutates_args=())
+def halve(x: Tensor) -> Tensor:
+    """A kernel that has no version for fake tensors and reads memory itself."""
+    return torch.from_numpy(x.detach().numpy() * 0.5)
+
+
+halve.register_autograd(lambda ctx, gradient: gradient * 0.5)
+
+
+class Halved(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return halve(super().forward(x).contiguous())
+
+
+class Kernels(Layers):
+    """Units with a custom kernel."""
+
+    layer = staticmethod(lambda: Halved(WIDTH, WIDTH))
+
+
+class Direct(Layers):
+    """Units are run by their forward, past their hooks."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer.forward(x))
+        return x
+
+
+class Dead(Layers):
+    """What some layers compute is given to others, which do not use it."""
+
+    class Layer(nn.Linear):
+        def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
+            return torch.tanh(super().forward(x))
+
+    layer = staticmethod(lambda: Dead.Layer(WIDTH, WIDTH))
+
+    def middle(self, x: Tensor) -> Tensor:
+        side = self.layers[1](self.layers[0](x))
+        for layer in self.layers[2:]:
+            x = layer(x, side)
+        return x
+
+
 class Towers(nn.Module):
     """Two towers with one encoder between them."""
 
@@ -251,6 +296,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "in place": (InPlace, squares),
     "objects": (Objects, squares),
     "shares": (Shares, squares),
+    "kernels": (Kernels, squares),
+    "direct": (Direct, squares),
+    "dead": (Dead, squares),
     "towers": (Towers, squares),
     "repeated": (Repeated, squares),
     "adversarial": (pair, adversarial),
@@ -260,3 +308,35 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
 def workload(name: str) -> weft.Workload:
     model, loss = MODELS[name]
     return weft.Workload(model=model, loss=loss, data=workloads.Points(64, 12), optimizer=workloads.adamw, batch_size=8)
+
+
+class Text(nn.Module):
+    """Tokens in rows of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Embedding(32, WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.head = nn.Linear(WIDTH, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.token(x)
+        for layer in self.layers:
+            h = h + torch.tanh(layer(h)).mean(1, keepdim=True)
+        return self.head(h)
+
+
+class Rows:
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        row = torch.arange(6) * (i + 1) % 32
+        return {"x": row, "y": row}
+
+
+def lengths() -> weft.Workload:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch["x"]).flatten(0, 1), batch["y"].flatten())
+
+    return weft.Workload(model=Text, loss=loss, data=Rows(), optimizer=workloads.adamw, batch_size=8)

@@ -6,10 +6,17 @@ replay      and run for real, as far as somebody wants their results
 initial     the model without memory, and the single device's initial weights on whoever owns them
 operations  what one operation costs
 frames      what is written down of a stretch of a run
+draws       random operations of the glue, each from a stream of its own
+known       values that follow from the batch and from draws; what a recording depends on
 trace       what the dispatcher sees: operations, live bytes, where tensors come from
 blocks      whether two modules run the same operations
 blame       where in the user's code something went wrong
 border      tensors that cross from the glue into a unit's call and back
+trees       what a unit returns, objects of its own included
+effects     tensors a unit leaves in objects it was given
+names       first names of the model's tensors
+alone       a unit's call run by itself, on fake tensors or on real ones
+setting     the tensors a loss is recorded on
 losses      what a loss may return
 isolation   running a model leaves no trace in it
 recording   a run of the loss as data: calls of units, and what each kind of call costs

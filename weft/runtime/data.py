@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 from weft.plan import Plan
 from weft.runtime.grid import Grid
 from weft.runtime.reducer import Reducer
+from weft.runtime.touch import forget_untouched
 
 
 class DataParallel(Protocol):
@@ -72,8 +73,8 @@ class Sharded:
 
     loss_scale = 1.0
 
-    def __init__(self, modules: list[FSDPModule]) -> None:
-        self._modules = modules
+    def __init__(self, modules: list[FSDPModule], grid: Grid, conditional: Sequence[nn.Parameter] = ()) -> None:
+        self._modules, self._grid, self._conditional = modules, grid, conditional
         self._syncing = True
         for module in modules:
             module.set_gradient_divide_factor(1.0)
@@ -91,7 +92,8 @@ class Sharded:
             self._syncing = last
 
     def finish(self) -> None:
-        """FSDP finishes in a callback at the end of the backward."""
+        """FSDP finishes in a callback at the end of the backward. What no replica used has no gradient."""
+        forget_untouched(self._conditional, self._grid)
 
 
 def shard(

@@ -108,7 +108,9 @@ def build(
     held = hold(model, ownership, divided, plan, grid)
     data_parallel: DataParallel = Alone()
     if fsdp:
-        data_parallel = Sharded(fsdp)
+        conditional = {name for call in recording.calls if call.looks for name in call.reads}
+        aside = [h.parameter for h in held if h.name in conditional and h.parameter.requires_grad]
+        data_parallel = Sharded(fsdp, grid, aside)
     elif plan.dp_replicate > 1:
         data_parallel = Replicated([h.parameter for h in held], grid)
     return Part(model, held, divided.divisions, mine, data_parallel, mode, whole)

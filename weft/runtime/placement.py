@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from weft.adapters import running
@@ -37,6 +38,7 @@ from weft.runtime.randomness import Seeds, stream
 from weft.runtime.recompute import Recompute
 from weft.runtime.recordings import decisions_seed
 from weft.runtime.routes import Routes
+from weft.runtime.touch import touch
 from weft.workload import Loss, Workload
 
 Call = Callable[..., Any]
@@ -120,6 +122,7 @@ class Placement:
         self._run: Run | None = None
         self._empty: dict[TensorLeaf, Tensor] = {}
         self._entered = False
+        self._sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
         shared: dict[Call, Shared] = {}
         for name in units:
             module = model.get_submodule(name)
@@ -212,6 +215,8 @@ class Placement:
                     output = drawing(*args, **kwargs)
                 else:
                     output = again(drawing, args, kwargs, run.recording.costs[call.kind])
+            if call.looks and self._sharded:
+                output = touch(output, module)
             _, left = watch.effects()
             for i, tensor in enumerate(left, len(call.tensors) - len(left)):
                 run.produce(Source(number, i), tensor)
