@@ -7,6 +7,7 @@ their own could not be held against one device. It counts where loss and gradien
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,17 +31,23 @@ class Probe:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.calls: list[tuple[Any, Any, Any]] = []
+        self.calls: list[tuple[dict[str, Any], Any]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = self.model(*args, **kwargs)
-        self.calls.append((args, kwargs, out))
+        self.calls.append((_by_name(self.model, args, kwargs), out))
         return out
 
     def __getattr__(self, name: str) -> Any:
         raise CannotPipelineError(f"the loss uses {name} of the model, not its forward")
 
     __getitem__ = __getattr__
+
+
+def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, as ``pipeline()`` hands them to stages that are not the first."""
+    names = list(inspect.signature(model.forward).parameters)
+    return dict(zip(names, args, strict=False)) | kwargs
 
 
 class Tensors(nn.Module):
@@ -50,9 +57,9 @@ class Tensors(nn.Module):
         super().__init__()
         self.model, self.constants = model, constants
 
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, ...] | Tensor:
+    def forward(self, **kwargs: Tensor) -> tuple[Tensor, ...] | Tensor:
         """The model's own arguments."""
-        found = [leaf for leaf in tree_flatten(self.model(*args, **kwargs, **self.constants))[0] if _trains(leaf)]
+        found = [leaf for leaf in tree_flatten(self.model(**kwargs, **self.constants))[0] if _trains(leaf)]
         return tuple(found) if len(found) > 1 else found[0]
 
 
@@ -86,7 +93,7 @@ class Reference:
 
     model: nn.Module
     loss: float
-    calls: list[tuple[Any, Any, Any]]
+    calls: list[tuple[dict[str, Any], Any]]
     scales: list[float]
 
 
@@ -135,13 +142,13 @@ def run(case: Case, seconds: int) -> str:
     with limited(seconds):
         workload, _ = case.build()
         reference = one_device(workload)
-        first_args, first_kwargs, _ = reference.calls[0]
-        names = [name for name, value in first_kwargs.items() if isinstance(value, Tensor)]
-        constants = {name: value for name, value in first_kwargs.items() if name not in names}
+        first = reference.calls[0][0]
+        names = [name for name, value in first.items() if isinstance(value, Tensor)]
+        constants = {name: value for name, value in first.items() if name not in names}
         pipe = pipeline(
             Tensors(model_of(workload), constants),
-            mb_args=first_args,
-            mb_kwargs={name: first_kwargs[name] for name in names},
+            mb_args=(),
+            mb_kwargs={name: first[name] for name in names},
             split_spec={f"model.{middle(reference.model)}": SplitPoint.BEGINNING},
         )
         send_contiguous(pipe)
@@ -149,7 +156,7 @@ def run(case: Case, seconds: int) -> str:
 
         def loss(out: Any, target: Tensor) -> Tensor:
             microbatch = int(target[0])
-            leaves, spec = tree_flatten(reference.calls[microbatch][2])
+            leaves, spec = tree_flatten(reference.calls[microbatch][1])
             found = iter(out if isinstance(out, tuple | list) else (out,))
             rebuilt = tree_unflatten([next(found) if _trains(leaf) else leaf for leaf in leaves], spec)
             value, _ = loss_of(workload, lambda *args, **kwargs: rebuilt, microbatch)
@@ -157,18 +164,18 @@ def run(case: Case, seconds: int) -> str:
 
         schedule = ScheduleGPipe(stage, MICROBATCHES, loss_fn=loss, scale_grads=False)
         losses: list[Tensor] = []
-        args = [torch.cat([call[0][i] for call in reference.calls]) for i in range(len(first_args))]
-        kwargs = {name: torch.cat([call[1][name] for call in reference.calls]) for name in names}
+        taken = {node.target for node in stage.submod.graph.find_nodes(op="placeholder")}
+        mine = {name: torch.cat([call[0][name] for call in reference.calls]) for name in names if name in taken}
         try:
             if dist.get_rank() == 0:
-                schedule.step(*args, **kwargs)
+                schedule.step(**mine)
             else:
-                schedule.step(target=torch.arange(MICROBATCHES).unsqueeze(1), losses=losses)
+                schedule.step(target=torch.arange(MICROBATCHES).unsqueeze(1), losses=losses, **mine)
         except Exception as error:  # it wraps what went wrong in a description of the stage's inputs
             raise CannotPipelineError(line(root_of(error))) from error
-        mine = {n.removeprefix("model."): p.grad for n, p in stage.submod.named_parameters() if p.grad is not None}
+        gradients = {n.removeprefix("model."): p.grad for n, p in stage.submod.named_parameters() if p.grad is not None}
         everyone: list[Any] = [None, None]
-        dist.all_gather_object(everyone, (mine, sum(map(float, losses))))
+        dist.all_gather_object(everyone, (gradients, sum(map(float, losses))))
         return _compare(reference, everyone) if dist.get_rank() == 0 else ""
 
 

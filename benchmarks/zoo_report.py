@@ -44,6 +44,7 @@ def shorten(text: str) -> str:
     """A reason without the paths of this machine, in a length that can be read."""
     text = re.sub(r"/\S*/site-packages/", "", " ".join(text.split()))
     text = re.sub(r"(?<![\w/])/\S*/(?=[\w.]+\.py)", "", text)
+    text = re.sub(r" \(zoo_\w+\.py:\d+ in \w+\)$", "", text)
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 
 
