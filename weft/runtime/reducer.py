@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -73,8 +75,10 @@ class Reducer:
         self._made: set[nn.Parameter] = set()
         self._last = False
         self._next = 0
+        # Weakly: Python's collector does not see through a tensor's hooks, and a cycle would keep the group's threads.
+        hook = partial(_accumulated, ref(self))
         for parameter in self._place:
-            parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call] # torch's
+            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call] # torch's
 
     def before_backward(self, *, last: bool) -> None:
         """A microbatch's backward begins; ``last``: buckets are reduced as they fill."""
@@ -100,8 +104,8 @@ class Reducer:
         self._made.clear()
         self._last = False
 
-    def _accumulated(self, parameter: Tensor) -> None:
-        assert isinstance(parameter, nn.Parameter)
+    def accumulated(self, parameter: nn.Parameter) -> None:
+        """A gradient has been made, or added to."""
         bucket, i = self._place[parameter]
         if parameter not in self._made:
             self._made.add(parameter)
@@ -123,6 +127,13 @@ class Reducer:
                     bucket.counts[i] = 0
             bucket.work = dist.all_reduce(bucket.flat, group=self._group, async_op=True)
             self._next += 1
+
+
+def _accumulated(reducer: ref[Reducer], parameter: Tensor) -> None:
+    known = reducer()
+    assert isinstance(parameter, nn.Parameter)
+    if known is not None:
+        known.accumulated(parameter)
 
 
 def fill(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
