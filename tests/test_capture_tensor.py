@@ -439,3 +439,35 @@ def test_the_inside_of_a_module_with_code_of_its_own_is_compared() -> None:
         ({"0": "colwise_gather", "0.out_channels": "share"}, (("outputs", 12),), ()),
         ({"1": "colwise_gather"}, (), (9,)),
     ]
+
+
+class Gauged(Block):
+    """Multiplies the features between by a number that other modules have, too."""
+
+    def __init__(self, gauge: nn.Parameter) -> None:
+        super().__init__()
+        self.gauge = gauge
+
+    def between(self, y: Tensor, x: Tensor) -> Tensor:
+        return y * self.gauge
+
+
+class Whole(nn.Module):
+    def __init__(self, gauge: nn.Parameter) -> None:
+        super().__init__()
+        self.gauge = gauge
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gauge
+
+
+def test_a_gradient_is_summed_if_all_of_it_is_partial() -> None:
+    def model(last: type[nn.Module]) -> nn.Module:
+        gauge = nn.Parameter(torch.ones(1))
+        return nn.Sequential(Gauged(gauge), Gauged(gauge), last(gauge))
+
+    groups, _ = pairs_of(CASES["mlp"]._replace(model=lambda: model(Gauged)))
+    assert [group.styles[f"{group.unit}.gauge"].name for group in groups] == ["sum_gradient"] * 3
+    groups, refused = pairs_of(CASES["mlp"]._replace(model=lambda: model(Whole)))
+    assert not groups
+    assert "0.gauge is shared with" in refused["0.up"]

@@ -103,7 +103,7 @@ class _Search:
             groups += together
             groups += self._common(unit, [self._singles(kind, unit, taken) for kind in found])
         groups += unread(self.recording.units, self.model, self.first, set(self._readers()))
-        groups = _at_one_degree(self._whole_ties(groups))
+        groups = self._at_one_degree(self._whole_ties(groups))
         return self._with_aliases(groups), list(self.refused.items())
 
     def _common(self, unit: str, per_kind: list[list[Group]]) -> list[Group]:
@@ -194,11 +194,17 @@ class _Search:
                         if unit == group.unit and (module in group.styles or style.name == "shard"):
                             covered.setdefault(name, set()).add((unit, module))
             bad = {n for n in ways if len(ways[n]) > 1 or readers.get(n, set()) != covered.get(n, set())}
-            kept = [group for group in groups if bad.isdisjoint(group.dims)]
+            # A gradient is summed only if all of it is partial: every unit that reads the parameter divides its work.
+            summed: dict[str, set[str]] = {}
+            for group in groups:
+                for name in self._summed(group):
+                    summed.setdefault(name, set()).add(group.unit)
+            bad |= {n for n, units in summed.items() if {unit for unit, _ in readers.get(n, ())} != units}
+            kept = [group for group in groups if bad.isdisjoint((*group.dims, *self._summed(group)))]
             if len(kept) == len(groups):
                 return groups
             for group in groups:
-                for name in sorted(bad.intersection(group.dims)):
+                for name in sorted(bad.intersection((*group.dims, *self._summed(group)))):
                     others = readers.get(name, set()) - covered.get(name, set())
                     who = GLUE if any(unit == GLUE for unit, _ in others) else "a module that is not divided alike"
                     reason = f"{name} is shared with {who}"
@@ -220,31 +226,34 @@ class _Search:
             result.append(replace(group, styles={**group.styles, **more}))
         return result
 
+    def _at_one_degree(self, groups: list[Group]) -> list[Group]:
+        """Groups that divide one parameter together are divided at the same degrees."""
+        result = list(groups)
+        owners: dict[str, list[int]] = {}
+        for i, group in enumerate(groups):
+            for name in (*group.dims, *self._summed(group)):
+                owners.setdefault(name, []).append(i)
+        for _ in groups:  # as far as ties reach
+            before = list(result)
+            for tied in owners.values():
+                if len(tied) > 1:
+                    sizes = tuple(dict.fromkeys(size for i in tied for size in result[i].sizes))
+                    uneven = tuple(dict.fromkeys(n for i in tied for n in result[i].uneven))
+                    for i in tied:
+                        result[i] = replace(result[i], sizes=sizes, uneven=uneven)
+            if [(g.sizes, g.uneven) for g in before] == [(g.sizes, g.uneven) for g in result]:
+                break
+        return result
+
+    def _summed(self, group: Group) -> list[str]:
+        """First names of whole parameters whose gradient a group sums."""
+        return [self.first[name] for name, style in group.styles.items() if style.name == "sum_gradient"]
+
     def _aliases(self) -> dict[str, list[str]]:
         aliases: dict[str, list[str]] = {}
         for name, one in self.first.items():
             aliases.setdefault(one, []).append(name)
         return aliases
-
-
-def _at_one_degree(groups: list[Group]) -> list[Group]:
-    """Groups that divide one parameter together are divided at the same degrees."""
-    result = list(groups)
-    owners: dict[str, list[int]] = {}
-    for i, group in enumerate(groups):
-        for name in group.dims:
-            owners.setdefault(name, []).append(i)
-    for _ in groups:  # as far as ties reach
-        before = list(result)
-        for tied in owners.values():
-            if len(tied) > 1:
-                sizes = tuple(dict.fromkeys(size for i in tied for size in result[i].sizes))
-                uneven = tuple(dict.fromkeys(n for i in tied for n in result[i].uneven))
-                for i in tied:
-                    result[i] = replace(result[i], sizes=sizes, uneven=uneven)
-        if [(g.sizes, g.uneven) for g in before] == [(g.sizes, g.uneven) for g in result]:
-            break
-    return result
 
 
 def _in(module: str, scope: str) -> bool:
