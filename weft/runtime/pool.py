@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 import cloudpickle
+import psutil
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed has them, but untyped
@@ -37,6 +38,8 @@ from weft.runtime.worker import JOB, TIMEOUT_S, Settings, call_of, join, prepare
 
 GRACE_S = 5.0
 """Seconds the others get to fail by themselves after the first failure of a run."""
+MOST_THREADS = 150
+"""Threads a process may keep between runs; a run with five process groups makes about thirty."""
 
 
 class Pool:
@@ -110,10 +113,12 @@ class Pool:
         self.close()
 
     def _ready(self, count: int) -> None:
-        """Have the first ``count`` processes running: start what is missing, replace what has died."""
+        """Have the first ``count`` processes running: start what is missing, replace what has died or is worn."""
         for rank in range(count):
             if rank < len(self._workers) and self._workers[rank].process.poll() is None:
-                continue
+                if not self._workers[rank].worn:
+                    continue
+                self._workers[rank].stop()
             fresh = _Worker(rank, self.settings, self.devices, self._store.port)
             self._workers[rank : rank + 1] = [fresh]
 
@@ -133,6 +138,12 @@ class _Worker:
         )
         theirs.close()
         self.pipe.send(settings)
+
+    @property
+    def worn(self) -> bool:
+        """Whether earlier runs have left many threads behind: torch's caches keep some process groups, and each thread
+        of theirs wakes up a hundred times a second."""
+        return psutil.Process(self.process.pid).num_threads() > MOST_THREADS
 
     def stop(self) -> None:
         """End it now."""
