@@ -256,20 +256,9 @@ class _Recorder:
                 self.alike.add((self.kinds[index].unit, unit))
                 return index, (finish().values if self.real else (), ()), NOWHERE, set()
         outcome = finish()
-        self.kinds.append(
-            Kind(
-                unit=unit,
-                module=module,
-                state=state,
-                given=forms_of(leaves),
-                arguments=arguments,
-                spec=spec,
-                outcome=dataclasses.replace(outcome, values=(), left=()),
-                python_draws=run.python_draws,
-                looks=frame.looked,
-                replayable=replayable,
-            )
-        )
+        kept, draws = dataclasses.replace(outcome, values=(), left=()), run.python_draws
+        kind = Kind(unit, module, state, forms_of(leaves), arguments, spec, kept, draws, frame.looked, replayable)
+        self.kinds.append(kind)
         return len(self.kinds) - 1, (outcome.values, outcome.left), frame.extra, frame.reads
 
     def _alone(

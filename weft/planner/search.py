@@ -1,8 +1,7 @@
 """The search: every legal candidate is costed, the fastest that fits is chosen.
 
 Exhaustive over degrees, microbatch counts (divisors of a replica's batch and powers of two) and schedules; stages are
-cut by exact dynamic programming (balance). Nothing is pruned yet, so nothing can be lost. What does not fit is tried
-again with recomputation (recompute), unless that is fixed.
+cut by exact dynamic programming (balance). What does not fit is tried again with recomputation, unless that is fixed.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ class _Worker:
     def worn(self) -> bool:
         """Whether earlier runs have left many threads behind: torch's caches keep some process groups, and each thread
         of theirs wakes up a hundred times a second."""
-        return psutil.Process(self.process.pid).num_threads() > MOST_THREADS
+        return bool(psutil.Process(self.process.pid).num_threads() > MOST_THREADS)
 
     def stop(self) -> None:
         """End it now."""
