@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import cloudpickle
+import hypothesis
 import pytest
 
 from weft.runtime.pool import Pool
 
 PROCESSES = 8
+
+hypothesis.settings.register_profile("weft", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("weft")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
