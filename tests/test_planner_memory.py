@@ -23,7 +23,7 @@ def call(saved, workspace=0.0):
 def holding(gradients, shards=None, units=None):
     whole, shards = sum(gradients), tuple(shards or gradients)
     return Holding(
-        whole, 0.0, sum(shards), 0.0, len(gradients), 0, max(gradients), units or {"a": whole}, tuple(gradients), shards
+        whole, 0.0, sum(shards), 0.0, len(gradients), max(gradients), units or {"a": whole}, tuple(gradients), shards
     )
 
 

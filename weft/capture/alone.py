@@ -21,7 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from weft.capture.blame import told
 from weft.capture.border import enter, form, gradient_for, gradients_of
 from weft.capture.draws import has_drawn, python_state, restore_python
-from weft.capture.effects import Effect, Watch
+from weft.capture.effects import Effect, Leavings
 from weft.capture.frames import Frame
 from weft.capture.initial import map_tensors
 from weft.capture.names import Names
@@ -122,7 +122,7 @@ class Alone:
         given = [trace.ref(x).storage for x in arguments if isinstance(x, Tensor)]
         frame.arguments = frozenset(given)
         args, kwargs = tree_unflatten(arguments, spec)
-        watch = Watch(arguments if self.watches else ())
+        watch = Leavings(arguments if self.watches else ())
         before = python_state()
         try:
             with trace.recording(frame):

@@ -51,7 +51,7 @@ class Effect:
         refill(target, unflatten(filled, self.tree))
 
 
-class Watch:
+class Leavings:
     """Finds the effects of a call: made before it, asked after it.
 
     Args:

@@ -1,5 +1,4 @@
-"""Watch: what a forward does besides computing: statistics over the batch, changes to buffers, draws from Python's or
-numpy's generator.
+"""Watch: what a forward does besides computing: statistics over the batch, changes to buffers.
 
 None of it shows in the operations alone (an instance normalisation runs the operation of a batch normalisation, an
 assignment to a buffer runs none), so the user's loss is watched from outside while it is recorded.
@@ -7,20 +6,16 @@ assignment to a buffer runs none), so the user's loss is watched from outside wh
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from weft.capture.frames import RawOp
 from weft.capture.recording import Recording
 
 Loss = Callable[[nn.Module, Any], Any]
@@ -32,12 +27,10 @@ class Watch:
 
     Attributes:
         batch_statistics: a normalisation took its statistics from the batch.
-        draws: Python's ``random`` or numpy's global generator was used.
         changed: first names of the buffers that were changed, in the calls that were run: of repeated blocks one alone.
     """
 
     batch_statistics: bool = False
-    draws: bool = False
     changed: set[str] = field(default_factory=set)
 
     def of(self, loss: Loss) -> Loss:
@@ -45,10 +38,8 @@ class Watch:
 
         def watched(model: nn.Module, batch: Any) -> Any:
             before = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
-            drawn = generators()
             with _Statistics(self, model):
                 result = loss(model, batch)
-            self.draws = self.draws or generators() != drawn
             for name, buffer in model.named_buffers():
                 if name in before and (before[name][0] is not buffer or before[name][1] != buffer._version):
                     self.changed.add(name)
@@ -94,32 +85,8 @@ class _Statistics(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def touched(recording: Recording) -> set[str]:
-    """First names of the parameters that a forward computes with, so that they may get a gradient."""
-
-    def names(operations: Iterable[RawOp]) -> set[str]:
-        used = (op for op in operations if op.func is not torch.ops.aten.detach.default)
-        storages = {ref.storage for op in used for ref in op.gradients}
-        return {recording.names[storage] for storage in storages if storage in recording.names}
-
-    by_kind = [names(cost.forward) for cost in recording.costs]
-    found: set[str] = set()
-    for call in recording.calls:
-        found |= names(call.glue.forward)
-        example = f"{recording.examples[call.kind].unit}."
-        for name in by_kind[call.kind]:
-            found.add(f"{call.unit}.{name.removeprefix(example)}" if name.startswith(example) else name)
-    return found
-
-
 def plain_synchronised(model: nn.Module) -> None:
     """Let synchronised normalisations of a model run as on one device; who meets whom is for the plan to say."""
     for module in model.modules():
         if isinstance(module, nn.SyncBatchNorm):
             vars(module)["forward"] = partial(_BatchNorm.forward, module)
-
-
-def generators() -> list[Any]:
-    """The states of the generators of random numbers that are not torch's."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    return [random.getstate(), kind, np.asarray(keys).tobytes(), *rest]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from weft.capture.profile import Profile
 from weft.estimate import Estimate
 from weft.plan import RECOMPUTE
 from weft.planner.evaluate import StageRow
-from weft.planner.space import Refused
+from weft.planner.space import Candidate, Refused
 from weft.quantity import format_bytes, format_count, format_seconds
 
 TIME_NAMES = {
@@ -86,6 +87,21 @@ def explain(
         if len(refused) > REFUSED_SHOWN:
             lines.append(f"  and {len(refused) - REFUSED_SHOWN} more")
     return "\n".join(lines)
+
+
+def remarks(profile: Profile, candidate: Candidate) -> list[str]:
+    """What the user should know of a plan besides its cost."""
+    count, tp = candidate.microbatches, candidate.degrees.tp
+    told = [f"Tensor parallelism divides {profile.divided_share(tp):.0%} of the parameters' bytes."] if tp > 1 else []
+    if not profile.batch_statistics or count == 1:
+        return told
+    samples = profile.batch_size / count
+    return [
+        *told,
+        f"The model normalises over the batch: with {count} microbatches it takes its statistics from about "
+        f"{samples:.0f} samples at a time, those of one microbatch on all replicas, not from all {profile.batch_size}; "
+        "--microbatches 1 takes them from all.",
+    ]
 
 
 def _because(without: float, memory_bytes: int) -> str:

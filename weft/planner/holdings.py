@@ -18,7 +18,6 @@ class Holding(NamedTuple):
         trainable, frozen: after tensor parallelism, whole along ``dp_shard``; buffers count as frozen.
         trainable_shard, frozen_shard: the same as the fullest rank of ``dp_shard`` keeps them; buffers stay whole.
         tensors: how many trainable parameters.
-        divided: how many of them tensor parallelism divides, or belong to a module that it divides.
         largest: bytes of the largest trainable shard, of which an optimizer step makes temporaries.
         units: bytes gathered at once, by unit; ROOT for glue.
         gradients: whole bytes of the gradients that the backward of each call of the stretch completes.
@@ -30,7 +29,6 @@ class Holding(NamedTuple):
     trainable_shard: float
     frozen_shard: float
     tensors: int
-    divided: int
     largest: float
     units: dict[str, float]
     gradients: tuple[float, ...]
@@ -62,7 +60,7 @@ class Holdings:
         gathered: dict[str, float] = {}
         gradients, shards = [0.0] * len(calls), [0.0] * len(calls)
         frozen = frozen_shard = largest = 0.0
-        tensors = divided = 0
+        tensors = 0
         buffers = {name for call in calls for name in call.buffers}
         for name, position in first_reader.items():
             parameter = self._profile.parameters[name]
@@ -74,7 +72,6 @@ class Holdings:
                 gathered[group] = gathered.get(group, 0.0) + whole
             if parameter.trainable:
                 tensors += 1
-                divided += self._divides(parameter, tp)
                 largest = max(largest, shard)
                 gradients[position] += whole
                 shards[position] += shard
@@ -87,21 +84,16 @@ class Holdings:
             sum(shards),
             frozen_shard,
             tensors,
-            divided,
             largest,
             gathered,
             tuple(gradients),
             tuple(shards),
         )
 
-    def _divides(self, parameter: Parameter, tp: int) -> bool:
-        """Whether the module of a parameter is divided."""
-        if tp == 1 or parameter.group == NO_GROUP:
-            return False
-        return self._profile.tensor_groups[parameter.group].divisible_by(tp)
-
     def _tensor_share(self, parameter: Parameter, tp: int) -> int:
-        return tp if parameter.tensor_dim is not None and self._divides(parameter, tp) else 1
+        if tp == 1 or parameter.group == NO_GROUP or parameter.tensor_dim is None:
+            return 1
+        return tp if self._profile.tensor_groups[parameter.group].divisible_by(tp) else 1
 
 
 def belongs(parameter: Parameter, unit: str) -> bool:

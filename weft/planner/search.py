@@ -18,7 +18,7 @@ from weft.estimate import Estimate
 from weft.plan import RECOMPUTE, Plan
 from weft.planner import space
 from weft.planner.evaluate import Evaluator, StageRow
-from weft.planner.explain import explain
+from weft.planner.explain import explain, remarks
 from weft.planner.recompute import pruned, recomputing
 from weft.planner.space import Candidate, Constraints, Degrees, Keywords, Refused, everywhere
 from weft.planner.stages import Ends
@@ -151,7 +151,7 @@ def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> 
         without_recompute=max(evaluator.stages.peaks(without, chosen.ends))
         if free and chosen.candidate.recompute
         else None,
-        notes=_notes(profile, chosen.candidate),
+        notes=remarks(profile, chosen.candidate),
     )
 
     def made(costed: _Costed) -> Plan:
@@ -250,19 +250,6 @@ def _whole_batches(profile: Profile, fitting: list[_Costed]) -> list[_Costed]:
     for it; all of them if there is none."""
     whole = [c for c in fitting if c.candidate.microbatches == 1 and c.candidate.degrees.pp == 1]
     return whole if profile.batch_statistics and whole else fitting
-
-
-def _notes(profile: Profile, candidate: Candidate) -> list[str]:
-    """What the user should know of a plan besides its cost."""
-    count = candidate.microbatches
-    if not profile.batch_statistics or count == 1:
-        return []
-    samples = profile.batch_size / count
-    return [
-        f"The model normalises over the batch: with {count} microbatches it takes its statistics from about "
-        f"{samples:.0f} samples at a time, those of one microbatch on all replicas, not from all {profile.batch_size}; "
-        "--microbatches 1 takes them from all."
-    ]
 
 
 def _prune(evaluator: Evaluator, costed: _Costed) -> _Costed:

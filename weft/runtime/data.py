@@ -29,11 +29,8 @@ from weft.runtime.touch import forget_untouched
 class DataParallel(Protocol):
     """How the gradients of replicas come together."""
 
-    loss_scale: float
-    """What losses are multiplied by, so that the reduction gives a sum."""
-
-    def before_backward(self, *, last: bool, roots: Sequence[Tensor]) -> None:
-        """Called before every microbatch's backward from ``roots``; ``last`` starts the synchronisation."""
+    def before_backward(self, *, last: bool) -> None:
+        """Called before every microbatch's backward; ``last`` starts the synchronisation."""
 
     def finish(self) -> None:
         """Called after the last backward."""
@@ -42,9 +39,7 @@ class DataParallel(Protocol):
 class Alone:
     """One replica: nothing to bring together."""
 
-    loss_scale = 1.0
-
-    def before_backward(self, *, last: bool, roots: Sequence[Tensor]) -> None:
+    def before_backward(self, *, last: bool) -> None:
         """Nothing to do."""
 
     def finish(self) -> None:
@@ -54,12 +49,10 @@ class Alone:
 class Replicated:
     """Whole copies: a Reducer over the bare parameters, no hook on the user's model."""
 
-    loss_scale = 1.0
-
     def __init__(self, parameters: list[nn.Parameter], grid: Grid) -> None:
         self._reducer = Reducer([p for p in parameters if p.requires_grad], grid.group("dp_replicate"))
 
-    def before_backward(self, *, last: bool, roots: Sequence[Tensor]) -> None:
+    def before_backward(self, *, last: bool) -> None:
         """Arm the reducer for the last backward."""
         self._reducer.before_backward(last=last)
 
@@ -71,8 +64,6 @@ class Replicated:
 class Sharded:
     """Sharded parameters, through fully_shard."""
 
-    loss_scale = 1.0
-
     def __init__(self, modules: list[FSDPModule], grid: Grid, conditional: Sequence[nn.Parameter] = ()) -> None:
         self._modules, self._grid, self._conditional = modules, grid, conditional
         self._syncing = True
@@ -80,7 +71,7 @@ class Sharded:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
-    def before_backward(self, *, last: bool, roots: Sequence[Tensor]) -> None:
+    def before_backward(self, *, last: bool) -> None:
         """Reduce in the last backward only."""
         root = self._modules[-1]
         root.set_is_last_backward(last)

@@ -101,7 +101,7 @@ class Engine:
             buffers=buffers,
             record=self._recordings.of,
         )
-        self.loss_scale = LossScale(self.part.data_parallel.loss_scale) if plan.precision == "fp16" else None
+        self.loss_scale = LossScale() if plan.precision == "fp16" else None
 
     def batches(self, epochs: int | None = 1) -> Iterator[Batch]:
         """This rank's part of every batch from where training stands to the end of the epoch (``epochs=None``: for
@@ -139,7 +139,7 @@ class Engine:
             )
         self.optimizer.zero_grad(set_to_none=True)
         first = self.step_count == 0
-        self._pipeline.scale = 1.0 if self.loss_scale is None else self.loss_scale.factor
+        self._pipeline.scale = 1.0 if self.loss_scale is None else self.loss_scale.value
         sums = self._pipeline.run(batch, self.step_count, check=first)
         if first:
             self._warn_unless_finite(sums.unfinite)

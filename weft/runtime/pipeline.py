@@ -200,7 +200,7 @@ class Pipeline:
         self._sums.loss = self._sums.loss + loss.detach().double() * weight
         if count is not None and samples:
             self._sums.count = self._sums.count + count
-        weight *= self.data_parallel.loss_scale * self.scale
+        weight *= self.scale
         return loss if weight == 1.0 else loss * weight
 
     def _backward(self, m: int) -> None:
@@ -215,7 +215,7 @@ class Pipeline:
         if flight.loss is not None and flight.loss.requires_grad:
             roots.append(flight.loss)
             seeds.append(None)
-        self.data_parallel.before_backward(last=m == self.plan.microbatches - 1, roots=roots)
+        self.data_parallel.before_backward(last=m == self.plan.microbatches - 1)
         with self.buffers.backward(m):
             if roots:
                 torch.autograd.backward(roots, seeds)

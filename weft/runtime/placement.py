@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from weft.adapters import running
 from weft.capture.blame import first_line, place_of
 from weft.capture.draws import Draws, derived, python_stream
-from weft.capture.effects import Watch
+from weft.capture.effects import Leavings
 from weft.capture.profile import Source
 from weft.capture.recorder import RecordedCall, Recording, TensorLeaf
 from weft.capture.trees import flatten, unflatten
@@ -203,7 +203,7 @@ class Placement:
                     "model was captured; the forward depends on something that changes from step to step. Keep it on "
                     "one stage, or use pp=1"
                 )
-            watch = Watch(leaves if call.effects else ())
+            watch = Leavings(leaves if call.effects else ())
             seed, draws = run.seeds.call(number), number in run.routes.random
 
             def drawing(*args: Any, **kwargs: Any) -> Any:  # the same numbers whenever it runs

@@ -24,26 +24,16 @@ INTERVAL = 2000
 class LossScale:
     """The number, and what is known of the step being done. The same on every rank.
 
-    Args:
-        averaged: by what the reduction of the gradients divides them, and losses are multiplied besides: left out of
-            the losses here, so that no gradient grows larger than on one device.
-
     Attributes:
-        value: the present factor.
+        value: what losses are multiplied by, and reduced gradients divided by.
         clean: steps since it was last changed.
         finite: whether the last gradients that were looked at were finite on all ranks.
     """
 
-    def __init__(self, averaged: float = 1.0) -> None:
-        self._averaged = averaged
+    def __init__(self) -> None:
         self.value = INITIAL
         self.clean = 0
         self.finite = True
-
-    @property
-    def factor(self) -> float:
-        """What losses are to be multiplied by, and reduced gradients divided by."""
-        return self.value / self._averaged
 
     @staticmethod
     def count_unfinite(gradients: Sequence[Tensor], device: torch.device) -> Tensor:

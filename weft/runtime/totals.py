@@ -143,7 +143,7 @@ def agree(
         factor = count.reciprocal()
         loss = loss * factor
     if scale is not None:
-        factor = (torch.ones_like(loss) if factor is None else factor) / scale.factor
+        factor = (torch.ones_like(loss) if factor is None else factor) / scale.value
         scale.settle(unfinite)
     norm = None
     if normed:
