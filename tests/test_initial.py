@@ -52,6 +52,7 @@ class Odd(nn.Module):
         self.array = nn.Parameter(torch.from_numpy(numpy.ones(3)))
         self.register_buffer("constant", torch.tensor([1, 2, 3]))
         self.constant[1] = 7
+        self.computed = nn.Parameter(torch.expm1(torch.tensor(0.5)).unsqueeze(0))
         self.attention = nn.MultiheadAttention(8, 2)
         self.recurrent = nn.LSTM(3, 4, 2)
         self.parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))

@@ -147,7 +147,16 @@ def test_a_tied_parameter_is_on_both_stages_and_once_on_one():
 
 
 @pytest.mark.parametrize(
-    ("shape", "ranks", "share"), [((8, 3), 4, 0.25), ((6,), 4, 2 / 6), ((1, 9), 2, 1.0), ((), 2, 1.0), ((0, 3), 2, 0.0)]
+    ("shape", "ranks", "share"),
+    [
+        ((8, 3), 4, 0.25),
+        ((6,), 4, 2 / 6),
+        ((1, 9), 2, 1.0),
+        ((), 2, 1.0),
+        ((0, 3), 2, 0.0),
+        ((3, 5, 8), 2, 0.5),  # along the last dimension
+        ((101, 8), 2, 51 / 101),
+    ],
 )
 def test_shards_are_padded(shape, ranks, share):
     assert padded_share(shape, ranks) == pytest.approx(share)

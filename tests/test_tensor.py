@@ -59,6 +59,14 @@ def test_fused_heads_experts_and_an_odd_tied_vocabulary(pool: Pool, degrees: dic
         assert max(result.parameter_bytes) < 0.35 * sum(p.nbytes for p in models.Language().double().parameters())
 
 
+@pytest.mark.parametrize("degrees", [{"dp_shard": 2}, {"dp_shard": 2, "dp_replicate": 2}, {"pp": 2, "dp_shard": 2}])
+def test_three_experts_on_two_ranks_are_cut_evenly(pool: Pool, degrees: dict[str, int]) -> None:
+    result = verified(pool, models.language, {}, **degrees)
+    assert result.ok, result
+    if "pp" not in degrees:
+        assert max(result.parameter_bytes) < 0.52 * sum(p.nbytes for p in models.Language().double().parameters())
+
+
 @pytest.mark.parametrize("degrees", HYBRIDS[:4], ids=name_of)
 def test_convolutions_gathers_and_weights_stored_transposed(pool: Pool, degrees: dict[str, int]) -> None:
     result = verified(pool, models.picture, models.PICTURE, **degrees)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -264,3 +264,14 @@ class Plan:
 def _saved() -> list[str]:
     """Fields that are saved: those that are compared."""
     return [f.name for f in fields(Plan) if f.compare]
+
+
+def shard_dim(shape: Sequence[int], ranks: int) -> int:
+    """The dimension of a parameter that ``dp_shard`` cuts.
+
+    The first, as ``fully_shard`` does, whose parts may be of unequal length; but where that leaves a rank a tenth more
+    than its share (three experts on two ranks), the first dimension that can be cut evenly.
+    """
+    if not shape or ranks * math.ceil(shape[0] / ranks) <= 1.1 * shape[0]:
+        return 0
+    return next((dim for dim, length in enumerate(shape) if length and length % ranks == 0), 0)

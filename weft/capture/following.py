@@ -14,6 +14,7 @@ from typing import NamedTuple
 from weft.capture.frames import RawOp
 from weft.capture.groups import Unit
 from weft.capture.rules import apply
+from weft.capture.shadows import Seed, Shadows
 from weft.capture.sharding import CutError, Divided, Partial, RefusedError, State, WantedError, tensors_of
 from weft.capture.tape import Ref
 
@@ -33,13 +34,6 @@ class Projection(NamedTuple):
     transposed: bool
     input: Ref
     output: Ref
-
-
-class Seed(NamedTuple):
-    """A parameter that is divided without being a projection's."""
-
-    dim: int
-    stretches: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -71,10 +65,9 @@ class Following:
     summed: dict[str, frozenset[int]] = field(default_factory=dict)
     _parent: dict[int, int] = field(default_factory=dict)
     _made_of: dict[Ref, frozenset[str]] = field(default_factory=dict)
-    _shadows: dict[Ref, dict[tuple[str, int], Divided]] = field(default_factory=dict)
+    _shadows: Shadows = field(default_factory=Shadows)
     _whole: set[str] = field(default_factory=set)
     _written: dict[int, frozenset[int]] = field(default_factory=dict)
-    _sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def again(self) -> Following:
         """The next pass, which knows what this one found."""
@@ -146,7 +139,7 @@ class Following:
             if ref not in tensors_of(self.unit.cost.forward[place].args):
                 self.states[ref] = Divided(0, self.parts(place, ref.size[0]), frozenset({place}))
         else:
-            self._shadows[ref] = {(name, d): Divided(d, (n,)) for d, n in enumerate(ref.size) if n > 1}
+            self._shadows.begin(ref, name)
 
     def _project(self, place: int, op: RawOp, given: dict[Ref, State], tags: frozenset[int]) -> None:
         projection = self.projections[place]
@@ -215,13 +208,9 @@ class Following:
                     self.cuts[tag] |= cuts
                     self.more = True
         elif isinstance(error, WantedError):
-            total = sum(error.stretches)
-            for (name, dim), shadow in self._shadows.get(error.ref, {}).items():
-                size = (self._sizes[name] if name in self._sizes else self.unit.parameters[name].shape)[dim]
-                fits = shadow.dim == error.dim and sum(shadow.stretches) == total and size % total == 0
-                if fits and name not in self.seeds:
-                    stretches = tuple(n * (size // total) for n in error.stretches)
-                    self.seeds[name], self.more = Seed(dim, stretches), True
+            for name, seed in self._shadows.seeds(error).items():
+                if name not in self.seeds:
+                    self.seeds[name], self.more = seed, True
                     return
 
     def _derive(self, place: int, op: RawOp, refs: list[Ref], given: Mapping[Ref, State]) -> None:
@@ -230,16 +219,7 @@ class Following:
             return
         if op.name in UNIFORM:
             self._constant(place, op.outputs[0])
-        shadowed = [ref for ref in dict.fromkeys(refs) if ref in self._shadows]
-        if len(shadowed) == 1 and op.kind not in ("matmul", "convolution", "attention"):
-            for key, shadow in self._shadows[shadowed[0]].items():
-                try:
-                    states = apply(op, {shadowed[0]: shadow})
-                except RefusedError:
-                    continue
-                for out, state in zip(op.outputs, states, strict=True):
-                    if isinstance(state, Divided):
-                        self._shadows.setdefault(out, {})[key] = state
+        self._shadows.follow(op, refs)
         sources = [ref for ref in dict.fromkeys(refs) if ref in self._made_of]
         if not sources:
             return
@@ -256,8 +236,7 @@ class Following:
         if name in self.seeds:
             self.states[ref] = Divided(*self.seeds[name], frozenset({self._seed_tag(name)}))
         else:
-            self._shadows[ref] = {(name, d): Divided(d, (n,)) for d, n in enumerate(ref.size) if n > 1}
-            self._sizes[name] = ref.size
+            self._shadows.begin(ref, name)
 
     def _root(self, tag: int) -> int:
         while self._parent.setdefault(tag, tag) != tag:

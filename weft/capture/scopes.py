@@ -8,13 +8,15 @@ whole inside is a part of a sum: of what entered it is summed at the entrance, o
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
-from weft.capture.following import PASSES, Seed, cut_into
+from weft.capture.following import PASSES, cut_into
 from weft.capture.groups import Group, Unit, degree_for
 from weft.capture.numbers import candidates, shared_numbers
 from weft.capture.rehearsal import Visit
 from weft.capture.rules import apply
+from weft.capture.shadows import Seed, Shadows
 from weft.capture.sharding import CutError, Divided, Partial, RefusedError, State, WantedError, tensors_of
 from weft.capture.tape import Ref
 from weft.plan import TensorStyle
@@ -123,7 +125,7 @@ class Scope:
         self.whole: dict[str, None] = {}
         self.outputs: list[Ref] = []
         self.inputs: list[Ref] = []
-        self._shadows: dict[Ref, dict[tuple[str, int], Divided]] = {}
+        self._shadows = Shadows()
 
     def go(self) -> None:
         """Follow the operations.
@@ -167,7 +169,8 @@ class Scope:
                     zeros.discard(ref)
                     if op.func._schema.is_mutable:
                         written.add(ref.storage)
-            self._derive(place, refs, given)
+            if not given and sum(r.dtype.is_floating_point for r in dict.fromkeys(refs)) == 1:
+                self._shadows.follow(op, refs)
         for storage in visit.returned:
             if storage not in storages:
                 raise RefusedError("it returns what it was given")
@@ -193,17 +196,13 @@ class Scope:
                     self.seeds[name] = seed._replace(stretches=cut)
                     return True
             return False
-        total = sum(error.stretches)
-        for (name, dim), shadow in self._shadows.get(error.ref, {}).items():
-            size = self.unit.parameters[name].shape[dim]
-            if shadow.dim == error.dim and sum(shadow.stretches) == total and size % total == 0:
-                self.seeds[name] = Seed(dim, tuple(n * (size // total) for n in error.stretches))
-                return True
-        return False
+        found = self._shadows.seeds(error)
+        self.seeds.update(itertools.islice(found.items(), 1))
+        return bool(found)
 
     def _begin(self, ref: Ref) -> None:
         name = self.unit.names.get(ref.storage)
-        if name is None or ref in self.states or ref in self._shadows:
+        if name is None or ref in self.states or ref in self._shadows.known:
             return
         parameter = self.unit.parameters.get(name)
         if parameter is None or tuple(parameter.shape) != ref.size:
@@ -212,19 +211,4 @@ class Scope:
             dim, stretches = self.seeds[name]
             self.states[ref] = Divided(dim, stretches, frozenset({list(self.seeds).index(name)}))
         else:
-            self._shadows[ref] = {(name, d): Divided(d, (n,)) for d, n in enumerate(ref.size) if n > 1}
-
-    def _derive(self, place: int, refs: list[Ref], given: dict[Ref, State]) -> None:
-        """Follow how a whole parameter would be divided, were it."""
-        op = self.unit.cost.forward[place]
-        sources = [ref for ref in dict.fromkeys(refs) if ref in self._shadows]
-        if given or len(sources) != 1 or any(r.dtype.is_floating_point and r != sources[0] for r in refs):
-            return
-        for key, shadow in self._shadows[sources[0]].items():
-            try:
-                states = apply(op, {sources[0]: shadow})
-            except RefusedError:
-                continue
-            for out, state in zip(op.outputs, states, strict=True):
-                if isinstance(state, Divided):
-                    self._shadows.setdefault(out, {})[key] = state
+            self._shadows.begin(ref, name)

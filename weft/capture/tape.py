@@ -119,8 +119,9 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class 
         encoded = self._encode(args), {name: self._encode(value) for name, value in kwargs.items()}
         known = len(self._storages)
         out = self._look(func, args) if func is aten._local_scalar_dense.default else func(*args, **kwargs)
-        # Module.to() swaps fake parameters, which weak references to them, such as the mode's memo, would forbid.
+        # Module.to() swaps fake parameters, which weak references to them, such as the mode's memos, would forbid.
         self.mode.fake_tensor_converter.tensor_memo.clear()
+        self.mode.fake_tensor_converter.constant_storage_mapping.clear()
         outputs = [(i, self.ref(t)) for i, t in enumerate(flat_tensors(out)) if isinstance(t, FakeTensor)]
         creates = tuple((i, ref) for i, ref in outputs if ref.storage >= known)
         name = func._schema.name

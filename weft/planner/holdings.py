@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from weft.capture.profile import NO_GROUP, Parameter, Profile
+from weft.plan import shard_dim
 
 ROOT = ""
 """Gather group of the parameters that glue reads: they belong to no unit of the stage."""
@@ -102,6 +103,6 @@ def belongs(parameter: Parameter, unit: str) -> bool:
 
 
 def padded_share(shape: tuple[int, ...], ranks: int) -> float:
-    """Share of a tensor that its fullest rank keeps: ``fully_shard`` cuts dimension 0 and pads the last part."""
-    rows = shape[0] if shape else 1
+    """Share of a tensor that its fullest rank keeps: ``fully_shard`` pads the last part."""
+    rows = shape[shard_dim(shape, ranks)] if shape else 1
     return math.ceil(rows / ranks) / rows if rows else 0.0

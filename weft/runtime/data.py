@@ -18,9 +18,10 @@ from typing import Any, Protocol, cast
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Shard
 from torch.utils._pytree import tree_map
 
-from weft.plan import Plan
+from weft.plan import Plan, shard_dim
 from weft.runtime.grid import Grid
 from weft.runtime.reducer import Reducer
 from weft.runtime.touch import forget_untouched
@@ -104,8 +105,14 @@ def shard(
     for module in units:
         module.register_forward_hook(_without_views)  # before fully_shard's own hooks: they see what it gives
     mesh = grid.mesh[("dp_replicate", "dp_shard") if plan.dp_replicate > 1 else ("dp_shard",)]
-    wrapped = [fully_shard(unit, mesh=mesh, ignored_params=absent) for unit in units]
-    return [*wrapped, fully_shard(whole, mesh=mesh, ignored_params=absent)]
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        return Shard(shard_dim(parameter.shape, plan.dp_shard))
+
+    return [
+        fully_shard(module, mesh=mesh, ignored_params=absent, shard_placement_fn=placement)
+        for module in (*units, whole)
+    ]
 
 
 class _Alias(Function):

@@ -160,8 +160,7 @@ def draw(
 def cut_of(target: Tensor | None, division: Division | None) -> Callable[[Tensor], Tensor] | None:
     """How a full tensor is cut to this rank's piece; None if all of it is kept.
 
-    Tensor parallelism cuts first, fully_shard cuts its piece again along dimension 0, in chunks as ``torch.chunk``
-    makes them.
+    Tensor parallelism cuts first, fully_shard cuts its piece again, in chunks as ``torch.chunk`` makes them.
     """
     if division is None and not isinstance(target, DTensor):
         return None

@@ -31,35 +31,34 @@ def boxes(tensor: Tensor, division: Division | None) -> list[Box]:
         tensor: what the rank has: a tensor, or fully_shard's DTensor of it.
         division: how tensor parallelism divides it.
     """
-    local, first = _rows(tensor)
+    local, dim, first = _shard(tensor)
     if not local.numel():
         return []
     if division is None:
-        return [_box(local, {0: first})]
+        return [_box(local, {dim: first})]
     result, at = [], 0  # ``at``: where a stretch begins in the piece before fully_shard cut it
     for start, end in division.stretches():
         length = end - start
-        if division.dim:
+        if division.dim != dim:
             if length:
-                result.append(_box(local.narrow(division.dim, at, length), {0: first, division.dim: start}))
+                result.append(_box(local.narrow(division.dim, at, length), {dim: first, division.dim: start}))
         else:
-            low, high = max(at, first), min(at + length, first + len(local))
+            low, high = max(at, first), min(at + length, first + local.shape[dim])
             if low < high:
-                result.append(_box(local.narrow(0, low - first, high - low), {0: start + low - at}))
+                result.append(_box(local.narrow(dim, low - first, high - low), {dim: start + low - at}))
         at += length
     return result
 
 
-def _rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """This rank's rows of a tensor, and the number of the first."""
+def _shard(tensor: Tensor) -> tuple[Tensor, int, int]:
+    """This rank's shard of a tensor, the dimension fully_shard cut, and where the shard begins along it."""
     if not isinstance(tensor, DTensor):
-        return tensor, 0
-    mesh, first = tensor.device_mesh, 0
+        return tensor, 0, 0
     for i, placement in enumerate(tensor.placements):
         if isinstance(placement, Shard):
-            assert placement.dim == 0
-            first = -(-len(tensor) // mesh.size(i)) * mesh.get_local_rank(i)
-    return tensor.to_local(), first
+            chunk = -(-tensor.shape[placement.dim] // tensor.device_mesh.size(i))
+            return tensor.to_local(), placement.dim, chunk * tensor.device_mesh.get_local_rank(i)
+    return tensor.to_local(), 0, 0
 
 
 def _box(values: Tensor, offsets: dict[int, int]) -> Box:
