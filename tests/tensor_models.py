@@ -48,16 +48,17 @@ def attention_styles(name: str) -> Styles:
 
 
 class Experts(nn.Module):
-    """Weights of all experts in one tensor; gate and up projections fused."""
+    """Weights of all experts in one tensor; gate and up projections fused; a bias after the sum over features."""
 
     def __init__(self, width: int = 32, inner: int = 8, experts: int = 3) -> None:
         super().__init__()
         self.enter = nn.Parameter(torch.randn(experts, width, 2 * inner) / 6)
         self.leave = nn.Parameter(torch.randn(experts, inner, width) / 3)
+        self.offset = nn.Parameter(torch.randn(experts, width) / 3)
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         gate, up = torch.einsum("btd,edf->betf", x, self.enter).chunk(2, -1)
-        y = torch.einsum("betf,efd->betd", F.silu(gate) * up, self.leave)
+        y = torch.einsum("betf,efd->betd", F.silu(gate) * up, self.leave) + self.offset[:, None]
         return (y * weights.transpose(1, 2).unsqueeze(-1)).sum(1)
 
 
@@ -77,6 +78,7 @@ def block_styles(name: str) -> Styles:
         f"{name}.experts": TensorStyle("reduce"),
         f"{name}.experts.enter": TensorStyle("shard", parts=(8, 8), dim=2),
         f"{name}.experts.leave": TensorStyle("shard", dim=1),
+        f"{name}.experts.offset": TensorStyle("first_rank"),
     }
 
 

@@ -225,7 +225,7 @@ class Opened(nn.Module):
 @pytest.mark.parametrize(
     ("end", "reason"),
     [
-        (lambda y, x: y + x, "aten.add works on a value whose sum is not made yet"),
+        (lambda y, x: y + x, "aten.add adds a whole value to one whose sum is not made yet"),
         (lambda y, x: y.tanh(), "aten.tanh works on a value whose sum is not made yet"),
         (lambda y, x: y + 1.0, "aten.add works on a value whose sum is not made yet"),
         (lambda y, x: y * y, "aten.mul works on a value whose sum is not made yet"),

@@ -28,6 +28,7 @@ STYLES = {
     "reduce": "a module whose parameters have styles of their own: what enters is whole, what leaves is summed",
     "shard": "a parameter, over dimension ``dim``",
     "sum_gradient": "a whole parameter that works on divided values: its gradient is summed",
+    "first_rank": "a whole parameter that is added to summands: zero on all ranks but the first",
     "share": "a whole number kept on a module (a count of heads): divided by tp",
 }
 """What tensor parallelism does with a module, a parameter or a number, by name."""

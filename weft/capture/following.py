@@ -129,9 +129,7 @@ class Following:
         if parameter is None or tuple(parameter.shape) != ref.size:
             return
         if name in self.seeds:
-            self.states[ref] = Divided(
-                self.seeds[name].dim, self.seeds[name].stretches, frozenset({self._seed_tag(name)})
-            )
+            self.states[ref] = self.seeds[name].state(self._seed_tag(name))
             return
         self._made_of[ref] = frozenset({name})
         if name in biases and ref.size[0] > 1:

@@ -14,6 +14,7 @@ from weft.capture.sharding import (
     OPAQUE,
     CutError,
     Divided,
+    OnceError,
     Partial,
     RefusedError,
     State,
@@ -102,8 +103,11 @@ def _partial(op: RawOp, name: str, states: States, zeros: Collection[Ref]) -> li
             summed = summed[1:]
         if name == "masked_fill" and (argument(op, 2, "value") or first not in states):
             raise RefusedError(f"{op.name} writes into a value whose sum is not made yet")
-        if summed and all(ref in states or ref in zeros for ref in summed):
+        whole = [ref for ref in summed if ref not in states and ref not in zeros]
+        if summed and not whole:
             return result
+        if len(whole) == 1:
+            raise OnceError(f"{op.name} adds a whole value to one whose sum is not made yet", whole[0])
     raise RefusedError(f"{op.name} works on a value whose sum is not made yet")
 
 

@@ -16,8 +16,8 @@ from weft.capture.groups import Group, Unit, degree_for
 from weft.capture.numbers import candidates, shared_numbers
 from weft.capture.rehearsal import Visit
 from weft.capture.rules import apply
-from weft.capture.shadows import Seed, Shadows
-from weft.capture.sharding import CutError, Divided, Partial, RefusedError, State, WantedError, tensors_of
+from weft.capture.shadows import ONCE, Seed, Shadows
+from weft.capture.sharding import CutError, Divided, OnceError, Partial, RefusedError, State, WantedError, tensors_of
 from weft.capture.tape import Ref
 from weft.plan import TensorStyle
 
@@ -74,7 +74,7 @@ class ScopeSearch:
             try:
                 scope.go()
                 break
-            except (CutError, WantedError) as error:
+            except (CutError, OnceError, WantedError) as error:
                 if not scope.learn(error):
                     return None, str(error)
             except RefusedError as error:
@@ -91,8 +91,8 @@ class ScopeSearch:
             if not unit.readers[name] <= inside:
                 return None, f"{name} is used outside, too"
             seed = scope.seeds.get(name)
-            if seed is None:
-                styles[unit.aliases(name)[0]] = TensorStyle("sum_gradient")
+            if seed is None or seed == ONCE:
+                styles[unit.aliases(name)[0]] = TensorStyle("first_rank" if seed else "sum_gradient")
                 continue
             parts = seed.stretches if len(seed.stretches) > 1 else ()
             styles.update((alias, TensorStyle("shard", parts, seed.dim)) for alias in unit.aliases(name))
@@ -110,7 +110,7 @@ class ScopeSearch:
         shares, reason = shared_numbers(names, lambda m: unit.try_on_shares({**styles, **m}, scope.states, degree))
         if reason:
             return None, reason
-        dims = {name: seed.dim for name, seed in scope.seeds.items()}
+        dims = {name: seed.dim for name, seed in scope.seeds.items() if seed != ONCE}
         work = unit.work(scope.touched, {ref.storage for ref in scope.states}, scope.outputs, scope.inputs)
         return Group(unit.name, {**styles, **shares}, sizes, dims, {unit.kind: work}), ""
 
@@ -181,7 +181,7 @@ class Scope:
         if not any(isinstance(self.states.get(ref), Partial) for ref in self.outputs):
             raise RefusedError("nothing that it returns is a sum over the divided features")
 
-    def learn(self, error: CutError | WantedError) -> bool:
+    def learn(self, error: CutError | OnceError | WantedError) -> bool:
         """Divide what would make a refused operation exact; whether there is such."""
         if isinstance(error, CutError):
             state = self.states[error.ref]
@@ -208,7 +208,6 @@ class Scope:
         if parameter is None or tuple(parameter.shape) != ref.size:
             return
         if name in self.seeds:
-            dim, stretches = self.seeds[name]
-            self.states[ref] = Divided(dim, stretches, frozenset({list(self.seeds).index(name)}))
+            self.states[ref] = self.seeds[name].state(list(self.seeds).index(name))
         else:
             self._shadows.begin(ref, name)

@@ -55,6 +55,14 @@ class CutError(RefusedError):
         self.ref, self.at = ref, tuple(at)
 
 
+class OnceError(RefusedError):
+    """An operation that adds a whole value to summands; it would be exact if only one rank added it."""
+
+    def __init__(self, message: str, ref: Ref) -> None:
+        super().__init__(message)
+        self.ref = ref
+
+
 class WantedError(RefusedError):
     """An operation of divided values with a whole one; it would be exact if that were divided, too."""
 

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from weft.plan import TensorStyle
 
+WHOLE = ("sum_gradient", "first_rank")
+"""Styles of parameters that every rank has whole."""
+
 
 class Shares:
     """Puts one rank's shares into a fake unit.
@@ -48,7 +51,7 @@ class Shares:
             elif style.name == "shard":
                 assert style.dim is not None
                 self._cut(self.model.get_parameter(name), style.dim, style.parts)
-            elif style.name not in ("reduce", "sum_gradient"):
+            elif style.name not in ("reduce", *WHOLE):
                 self._module(name, style)
         for module in self.unit.modules():
             for key, parameter in module._parameters.items():

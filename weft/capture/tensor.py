@@ -24,6 +24,7 @@ from weft.capture.recording import Cost, Recording
 from weft.capture.rehearsal import join
 from weft.capture.scopes import ScopeSearch
 from weft.capture.sharding import tensors_of
+from weft.capture.shares import WHOLE
 from weft.capture.singles import SingleSearch, unread
 from weft.plan import TensorStyle
 
@@ -247,7 +248,7 @@ class _Search:
 
     def _summed(self, group: Group) -> list[str]:
         """First names of whole parameters whose gradient a group sums."""
-        return [self.first[name] for name, style in group.styles.items() if style.name == "sum_gradient"]
+        return [self.first[name] for name, style in group.styles.items() if style.name in WHOLE]
 
     def _aliases(self) -> dict[str, list[str]]:
         aliases: dict[str, list[str]] = {}
@@ -264,7 +265,7 @@ def _style_of(group: Group, aliases: list[str]) -> TensorStyle:
     """The style a group has for a parameter with these names."""
     for alias in aliases:
         style = group.styles.get(alias) or group.styles.get(alias.rpartition(".")[0])
-        if style is not None and style.name not in ("reduce", "share", "sum_gradient"):
+        if style is not None and style.name not in ("reduce", "share", *WHOLE):
             return style
     raise AssertionError("a group divides what its styles name")
 

@@ -162,6 +162,17 @@ def reduced(own: Forward, crossing: Crossing) -> Forward:
     return forward
 
 
+def without(module: nn.Module, key: str) -> Forward:
+    """A forward in which a parameter is zero, and has a gradient of zero: another rank counts it."""
+    own: Forward = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _instead(module, {key: getattr(module, key) * 0}):
+            return own(*args, **kwargs)
+
+    return forward
+
+
 @contextmanager
 def _instead(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> Iterator[None]:
     """Other tensors in the place of a module's parameters, for a moment."""

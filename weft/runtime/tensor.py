@@ -29,6 +29,7 @@ from weft.runtime.projection import (
     reduced,
     row,
     weights_of,
+    without,
 )
 
 
@@ -86,9 +87,11 @@ class Divider:
                 module, key = self._tensor(name, style)
                 assert style.dim is not None
                 self._claim(module, key, name, style, style.dim, uneven=None)
-            case "sum_gradient":
+            case "sum_gradient" | "first_rank":
                 module, key = self._tensor(name, style)
                 self.partial[name] = getattr(module, key)
+                if style.name == "first_rank" and self.index:
+                    module.forward = without(module, key)
             case "share":
                 self._share(name, style)
             case _:
