@@ -364,7 +364,7 @@ def lora_mlp() -> weft.Workload:
 
 
 class PartlyUsed(nn.Module):
-    """A block with a frozen vector and a layer that no forward uses."""
+    """A block with a frozen vector, a layer that no forward uses, and an argument it does without."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -372,18 +372,32 @@ class PartlyUsed(nn.Module):
         self.spare = nn.Linear(12, 12)
         self.shift = nn.Parameter(torch.randn(12), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         return torch.tanh(self.linear(x) + self.shift)
+
+
+class IdleTower(nn.Module):
+    """A tower whose result every block is given and none uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.ModuleList(PartlyUsed() for _ in range(2))
+        self.blocks = nn.ModuleList(PartlyUsed() for _ in range(3))
+        self.head = nn.Linear(12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = x
+        for block in self.idle:
+            other = block(other)
+        for block in self.blocks:
+            x = block(x, other)
+        return self.head(x)
 
 
 def unused() -> weft.Workload:
     """Parameters that are frozen and parameters that get no gradient, which weight decay would move."""
-
-    def model() -> nn.Module:
-        return nn.Sequential(*(PartlyUsed() for _ in range(4)), nn.Linear(12, 1))
-
     return dataclasses.replace(
-        mlp(), model=model, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.5), max_grad_norm=0.5
+        mlp(), model=IdleTower, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.5), max_grad_norm=0.5
     )
 
 

@@ -25,6 +25,7 @@ from weft.plan import Plan, shard_dim
 from weft.runtime.grid import Grid
 from weft.runtime.reducer import Reducer
 from weft.runtime.touch import forget_untouched
+from weft.runtime.unused import leave_unused
 
 
 class DataParallel(Protocol):
@@ -109,19 +110,23 @@ def shard(
     def placement(parameter: nn.Parameter) -> Shard:
         return Shard(shard_dim(parameter.shape, plan.dp_shard))
 
-    return [
+    wrapped = [
         fully_shard(module, mesh=mesh, ignored_params=absent, shard_placement_fn=placement)
         for module in (*units, whole)
     ]
+    for each in wrapped[:-1]:
+        leave_unused(each)
+    return wrapped
 
 
 class _Alias(Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         return tensor.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor | None) -> Tensor | None:
         return gradient
 
 
