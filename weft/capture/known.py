@@ -8,7 +8,6 @@ recording is used for another microbatch they are computed again, and it is used
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,14 +122,14 @@ class Known:
         if torch.Tag.nondeterministic_seeded in func.tags:
             if not (glue and is_draw(func, args, kwargs)):
                 return None
-            draw, self.draws = self.draws, self.draws + 1
+            draw = self.draws
         try:
             real_args, real_kwargs = self._decode(args), {k: self._decode(v) for k, v in kwargs.items()}
         except KeyError:
+            self.draws += draw is not None
             return None
         with _disable_current_modes(), torch.no_grad():
-            run = func if draw is None else functools.partial(self._draw, draw, func)
-            out = run(*real_args, **real_kwargs)
+            out = func(*real_args, **real_kwargs) if draw is None else self.drawn(func, real_args, real_kwargs)
             if func is aten.lift_fresh.default:
                 out = out.clone()  # a later write must not reach the constant
         op = KnownOp(func, *encoded, draw=draw)
@@ -164,10 +163,12 @@ class Known:
                 kept.append(op)
         return Conditions(tuple(reversed(kept)), frozenset(op.draw for op in kept if op.draw is not None))
 
-    def _draw(self, number: int, func: Any, *args: Any, **kwargs: Any) -> Any:
+    def drawn(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run the next random operation of the glue on real tensors."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed_of(number))
+            torch.manual_seed(self.seed_of(self.draws))
             out = func(*args, **kwargs)
+        self.draws += 1
         if self.forced is not None and isinstance(out, Tensor) and out.numel() == 1 and out.is_floating_point():
             out.fill_(self.forced)
         return out

@@ -33,6 +33,7 @@ from weft.capture.frames import NOWHERE, Frame, Origin
 from weft.capture.initial import FakeModel, map_tensors
 from weft.capture.isolation import quiet, restored, revert, snapshot
 from weft.capture.kinds import Kind
+from weft.capture.known import Conditions
 from weft.capture.losses import loss_parts
 from weft.capture.names import Names
 from weft.capture.profile import Source
@@ -160,10 +161,13 @@ class _Recorder:
             with_gradient=self.live,
             units=tuple(self.setting.units),
             alike=frozenset(self.alike),
-            conditions=self.trace.known.conditions(),
+            conditions=self._conditions(),
             python_draws=drawn,
             counted=counted,
         )
+
+    def _conditions(self) -> Conditions:
+        return Conditions((), self.trace.decisions) if self.real else self.trace.known.conditions()
 
     def _intercept(self, name: str, module: nn.Module) -> None:
         original = module.forward

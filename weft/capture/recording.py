@@ -161,6 +161,11 @@ class Recording:
     counted: bool = False
 
     @property
+    def drawn(self) -> bool:
+        """Whether draws decided which way it went, and only recording again tells what others would decide."""
+        return self.python_draws or bool(self.conditions.decisions and not self.conditions.ops)
+
+    @property
     def varies(self) -> bool:
         """Whether another way through the model, or through one of its units, may be taken for the same shapes."""
-        return bool(self.conditions.ops) or self.python_draws or any(call.seen or call.looks for call in self.calls)
+        return bool(self.conditions.ops) or self.drawn or any(call.seen or call.looks for call in self.calls)

@@ -66,6 +66,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
         self._count = 0
         self.changed: dict[int, int] = {}
         self.rewritten: set[int] = set()  # by glue
+        self.drawn: dict[int, frozenset[int]] = {}  # draws of the glue that lead to a storage, on real tensors
+        self.decisions: frozenset[int] = frozenset()  # draws that lead to what Python saw there
         self._inner: dict[int, int] = {}
         self.names = {self.ref(tensor).storage: name for tensor, name in names.items()}
 
@@ -229,14 +231,22 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
         return value
 
     def _really(self, frame: Frame, func: Any, args: Any, kwargs: Any, refs: list[Ref]) -> Any:
-        """Run on real tensors; note what is looked at."""
+        """Run on real tensors; note what is looked at, and which draws lead to it."""
         if frame.forward and any(tag in func.tags for tag in LOOKS):
             frame.looked = True
             frame.seen = functools.reduce(Origin.__or__, map(self._origin, refs), frame.seen)
+        drawn = frozenset[int]().union(*(self.drawn.get(ref.storage, ()) for ref in refs))
+        if any(tag in func.tags for tag in LOOKS):
+            self.decisions |= drawn
         if not frame.unit and is_draw(func, args, kwargs):
-            torch.manual_seed(self.known.seed_of(self.known.draws))
-            self.known.draws += 1
-        return func(*args, **kwargs)
+            drawn |= {self.known.draws}
+            out = self.known.drawn(func, args, kwargs)
+        else:
+            out = func(*args, **kwargs)
+        if drawn:
+            changed = (*flat_tensors(out), *flat_tensors(written_arguments(func, args, kwargs)))
+            self.drawn.update((self.ref(tensor).storage, drawn) for tensor in changed)
+        return out
 
     def _look(
         self, frame: Frame, func: Any, args: Any, values: KnownOp | None, refs: list[Ref], error: Exception

@@ -47,7 +47,7 @@ class Recordings:
         """The recording of a microbatch, whose code between units draws from these seeds."""
         shape, seed = signature(microbatch), decisions_seed(seeds)
         for key, (own, recording) in self._kept.items():
-            same = own[0] == shape and (own[1] == seed or not recording.python_draws)
+            same = own[0] == shape and (own[1] == seed or not recording.drawn)
             if same and recording.conditions.hold(microbatch, lambda number: derived(seed, number)):
                 self._kept[key] = self._kept.pop(key)  # the last used goes last
                 return recording
