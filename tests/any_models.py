@@ -46,6 +46,22 @@ class GlueDropout(Layers):
         return x
 
 
+class Remade(Layers):
+    """The first forward puts a module in the place of another and draws numbers, before dropout does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act: nn.Module = nn.Identity()
+
+    def middle(self, x: Tensor) -> Tensor:
+        if isinstance(self.act, nn.Identity):
+            nn.Linear(2, 2)  # its weights are drawn
+            self.act = nn.Tanh()
+        for layer in self.layers:
+            x = x + F.dropout(self.act(layer(x)), 0.3)
+        return x
+
+
 class LayerDrop(Layers):
     """Layers left out at random, with dropout between those that stay."""
 
@@ -304,6 +320,7 @@ def pair() -> nn.Module:
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "glue dropout": (GlueDropout, squares),
     "layer drop": (LayerDrop, squares),
+    "remade": (Remade, squares),
     "checked layer drop": (CheckedLayerDrop, squares),
     "python drop": (PythonDrop, squares),
     "routed": (Routed, squares),

@@ -37,7 +37,7 @@ def test_a_pipeline_equals_one_device(pool: Pool, name: str, pp: int) -> None:
 
 
 @pytest.mark.parametrize("degrees", [{"dp_replicate": 2}, {"dp_shard": 2}, {"pp": 2, "dp_replicate": 2}], ids=str)
-@pytest.mark.parametrize("name", ["layer drop", "checked layer drop", "routed", "direct"])
+@pytest.mark.parametrize("name", ["layer drop", "checked layer drop", "remade", "routed", "direct"])
 def test_with_replicas(pool: Pool, name: str, degrees: dict[str, int]) -> None:
     result = verified(pool, name, degrees)
     assert result.loss_error <= 1e-10

@@ -27,22 +27,26 @@ class Watch:
 
     Attributes:
         batch_statistics: a normalisation took its statistics from the batch.
+        remade: it put modules in the place of others.
         changed: first names of the buffers that were changed, in the calls that were run: of repeated blocks one alone.
     """
 
     batch_statistics: bool = False
+    remade: bool = False
     changed: set[str] = field(default_factory=set)
 
     def of(self, loss: Loss) -> Loss:
         """The loss, watched. It is given a model on fake tensors."""
 
         def watched(model: nn.Module, batch: Any) -> Any:
+            modules = list(model.modules())
             before = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
             with _Statistics(self, model):
                 result = loss(model, batch)
             for name, buffer in model.named_buffers():
                 if name in before and (before[name][0] is not buffer or before[name][1] != buffer._version):
                     self.changed.add(name)
+            self.remade |= modules != list(model.modules())
             return result
 
         return watched

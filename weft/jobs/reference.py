@@ -93,7 +93,7 @@ class SingleDevice:
         self._random = routes.glue_random or bool(routes.random) or in_python
         self._changed = self._watch.changed_in(longest)
         self._replicas = [self.model]
-        if self._random and self._changed:  # each replica changes buffers of its own
+        if self._random and (self._changed or self._watch.remade):  # each replica changes a model of its own
             shared = {id(p): p for p in self.model.parameters()}
             self._replicas += [copy.deepcopy(self.model, dict(shared)) for _ in range(plan.replicas - 1)]
         self._placements = [
