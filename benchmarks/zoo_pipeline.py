@@ -228,8 +228,15 @@ def _compare(reference: Reference, everyone: list[Any]) -> str:
         return f"loss {loss:.6g} instead of {reference.loss:.6g}"
     firsts = {id(p): name for name, p in reference.model.named_parameters()}
     first_of = {name: firsts[id(p)] for name, p in reference.model.named_parameters(remove_duplicate=False)}
-    gradients = {first_of.get(name, name): gradient for found, _ in everyone for name, gradient in found.items()}
+    gradients: dict[str, Tensor] = {}
+    summed: dict[str, Tensor] = {}
+    for name, gradient in (item for found, _ in everyone for item in found.items()):
+        first = first_of.get(name, name)
+        gradients[first] = gradient
+        summed[first] = summed[first] + gradient if first in summed else gradient
     error, where = relative_error(gradients, expected)
+    if error > TOLERANCES["float32"] >= relative_error(summed, expected)[0]:
+        return f"gradient of {where}, which both stages hold, is not summed over them"
     if error == float("inf"):
         return f"gradient of {where} is {'missing' if where in expected else 'not one of the single device'}"
     return "" if error <= TOLERANCES["float32"] else f"gradient of {where} differs by {error:.1e} of its norm"

@@ -19,7 +19,7 @@ stages, split at the middle of the longest list of blocks, on the same models in
 `python benchmarks/zoo.py`.
 """
 ROUNDED = """
-Where float32 gradients differ by more, the plan runs again in float64 and counts if they differ there by at most 1e-9:
+Where float32 gradients differ by more, the plan runs again in float64 and counts if they differ there by at most 1e-7:
 the difference is rounding (the bias of attention keys has a gradient that is zero but for it). So it is for
 """
 Results = dict[str, dict[str, Any]]

@@ -93,7 +93,14 @@ FORCED: dict[str, dict[str, Any]] = {
     # numbers that must agree with each other
     "EfficientNetConfig": {"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 1280 // 4},
     "Mamba2Config": {"num_heads": 2 * HIDDEN // HEAD},
-    "ReformerConfig": {"axial_pos_shape": (4, LENGTH // 4), "axial_pos_embds_dim": (HIDDEN // 4, 3 * HIDDEN // 4)},
+    "ReformerConfig": {
+        "axial_pos_shape": (4, LENGTH // 4),
+        "axial_pos_embds_dim": (HIDDEN // 4, 3 * HIDDEN // 4),
+        # it seeds its draws from the operating system: no two runs on one process agree
+        "hash_seed": 0,
+        "hidden_dropout_prob": 0.0,
+        "local_attention_probs_dropout_prob": 0.0,
+    },
 }
 """Arguments that no rule about names can know, by class of configuration."""
 FILLED = {

@@ -97,8 +97,7 @@ def experts() -> weft.Workload:
         bos_token_id=0,
         eos_token_id=1,
     )
-    # In float32, where Adam would make a step of rounding's difference in a small gradient.
-    return _workload(lambda: MixtralForCausalLM(config), causal_lm, Tokens(64, 12, VOCABULARY), sgd)
+    return _workload(lambda: MixtralForCausalLM(config), causal_lm, Tokens(64, 12, VOCABULARY))
 
 
 def classify(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -109,7 +109,7 @@ def _record(
 ) -> tuple[Recording, Recording]:
     """Recordings at both SAMPLES."""
     small = record(fake, units, workload.loss, batches[0])
-    return small, record(fake, units, workload.loss, batches[1], alike=small.alike)
+    return small, record(fake, small.units, workload.loss, batches[1], alike=small.alike)
 
 
 def sample_batch(workload: Workload, samples: int) -> Any:

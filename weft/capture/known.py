@@ -130,9 +130,11 @@ class Known:
             return None
         with _disable_current_modes(), torch.no_grad():
             out = func(*real_args, **real_kwargs) if draw is None else self.drawn(func, real_args, real_kwargs)
+            constants = [t for t in flat_tensors((args, kwargs)) if not isinstance(t, FakeTensor)]
+            held = {self.ref(t): t.detach().clone() for t in constants}
             if func is aten.lift_fresh.default:
-                out = out.clone()  # a later write must not reach the constant
-        op = KnownOp(func, *encoded, draw=draw)
+                func, out = aten.clone.default, out.clone()  # a later write must not reach the constant
+        op = KnownOp(func, decode(encoded[0], held), decode(encoded[1], held), draw=draw)
         self._last = out
         return op
 
@@ -188,9 +190,9 @@ def answer_of(out: Any) -> Any:
 
 
 def decode(value: Any, values: dict[Ref, Tensor]) -> Any:
-    """Arguments with the tensors that Refs stand for."""
+    """Arguments with the tensors that Refs stand for, as far as there are any."""
     if isinstance(value, Ref):
-        return values[value]
+        return values.get(value, value)
     if isinstance(value, (list, tuple)):
         return type(value)(decode(x, values) for x in value)
     if isinstance(value, dict):

@@ -29,6 +29,7 @@ from weft.capture.blocks import Likeness
 from weft.capture.border import enter, form, forms_of, gradient_for, gradients_of
 from weft.capture.draws import derived, has_drawn, python_state
 from weft.capture.effects import exchange
+from weft.capture.enclosing import EnclosedError, check_enclosed, enclosed
 from weft.capture.frames import NOWHERE, Frame, Origin
 from weft.capture.initial import FakeModel, map_tensors
 from weft.capture.isolation import quiet, restored, revert, snapshot
@@ -67,7 +68,7 @@ def record(
     Args:
         model: a model made by ``initial.build_fake``, or what that gave: then real runs have its initial weights.
             It is left as it was.
-        units: names from ``units.find_units``.
+        units: names from ``units.find_units``; those of the recording may be fewer (``enclosing``).
         loss: ``loss(model, batch)``.
         batch: tensors in any nesting; their values are looked at only where the model does.
         backward: record the backward, too.
@@ -95,7 +96,11 @@ def record(
             except WeftError:
                 raise error from error.__cause__
 
-    recording = once()
+    try:
+        recording = once()
+    except EnclosedError as error:
+        units = enclosed(units, error.around)
+        recording = once()
     if seed is None and (recording.conditions.decisions or recording.python_draws):
         recording = max([recording, *map(once, EXTREMES)], key=lambda r: len(r.calls))
     return recording
@@ -161,13 +166,10 @@ class _Recorder:
             with_gradient=self.live,
             units=tuple(self.setting.units),
             alike=frozenset(self.alike),
-            conditions=self._conditions(),
+            conditions=Conditions((), self.trace.decisions) if self.real else self.trace.known.conditions(),
             python_draws=drawn,
             counted=counted,
         )
-
-    def _conditions(self) -> Conditions:
-        return Conditions((), self.trace.decisions) if self.real else self.trace.known.conditions()
 
     def _intercept(self, name: str, module: nn.Module) -> None:
         original = module.forward
@@ -176,6 +178,7 @@ class _Recorder:
             frame = self.trace.frame
             if frame is None or frame.unit or not frame.forward:
                 return original(*args, **kwargs)
+            check_enclosed(self.model)
             return self._call(name, module, original, args, kwargs)
 
         module.__dict__["forward"] = forward

@@ -84,9 +84,9 @@ class SingleDevice:
         self.sampler = Sampler(workload)
         self._fake = build_fake(workload.model, workload.seed)
         plain_synchronised(self._fake.model)
-        self._units = find_units(self._fake.model, workload.units)
+        units = find_units(self._fake.model, workload.units)
         self._watch = Watch()
-        self._recordings = Recordings(replace(workload, loss=self._watch.of(workload.loss)), self._fake, self._units)
+        self._recordings = Recordings(replace(workload, loss=self._watch.of(workload.loss)), self._fake, units)
         longest = self._recordings.longest(workload.sample_batch(plan.samples_per_microbatch))
         routes = self._routes(longest)
         in_python = longest.python_draws or any(call.python_draws for call in longest.calls)
@@ -97,7 +97,7 @@ class SingleDevice:
             shared = {id(p): p for p in self.model.parameters()}
             self._replicas += [copy.deepcopy(self.model, dict(shared)) for _ in range(plan.replicas - 1)]
         self._placements = [
-            Placement(model, self._units, stage=0, mode=self._fake.mode, device=device)
+            Placement(model, list(longest.units), stage=0, mode=self._fake.mode, device=device)
             for model in self._replicas
             if self._random
         ]
@@ -288,6 +288,16 @@ class InsteadOfFloat32(TorchFunctionMode):
         """Run with the dtype exchanged."""
         if func is Tensor.float:
             return args[0].to(self.dtype)
+        if func is torch._grouped_mm and args[0].dtype is torch.float64 and args[1].dim() == 3:
+            return grouped_product(args[0], args[1], (kwargs or {})["offs"])
         args = tuple(self.dtype if arg is torch.float32 else arg for arg in args)
         kwargs = {key: self.dtype if value is torch.float32 else value for key, value in (kwargs or {}).items()}
         return func(*args, **kwargs)
+
+
+def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+    """``torch.nn.functional.grouped_mm`` in float64, which its kernel does not have: every row by the weight of its
+    group. Shapes: [rows, in], [groups, in, out] and the groups' ends, [groups], to [rows, out]."""
+    group = torch.searchsorted(offs, torch.arange(len(rows), device=rows.device, dtype=offs.dtype), right=True)
+    products = [torch.where((group == i)[:, None], rows @ weight, 0.0) for i, weight in enumerate(weights)]
+    return torch.stack(products).sum(0)

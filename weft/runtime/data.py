@@ -131,13 +131,17 @@ class _Alias(Function):
 
 
 def _without_views(module: nn.Module, args: Any, output: Any) -> Any:
-    """A module's output with no view in it, and nothing copied.
+    """A module's output with no view in it, and nothing copied but views of its parameters.
 
     fully_shard gathers parameters for the backward from a hook on the output; on a view (what ``nn.Linear`` gives for
-    three dimensions) the hook is lost when the user's code writes to it (``x += y``).
+    three dimensions) the hook is lost when the user's code writes to it (``x += y``). The memory of gathered parameters
+    is freed when the forward is over.
     """
+    freed = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
 
     def alias(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.untyped_storage()._cdata in freed:
+            return value.clone()
         if isinstance(value, Tensor) and value._base is not None and value.requires_grad:
             return cast(Tensor, _Alias.apply(value))  # type: ignore[no-untyped-call]  # torch's
         return value

@@ -63,21 +63,22 @@ class Engine:
         self.step_count = 0
         self.gradient_norm: Tensor | None = None
         self._shapes = build_fake(workload.model, workload.seed)
-        self._units = find_units(self._shapes.model, workload.units)
+        units = find_units(self._shapes.model, workload.units)
         plain_synchronised(self._shapes.model)
         self._watch = Watch()
         watched = replace(workload, loss=self._watch.of(workload.loss))
-        self._recordings = Recordings(watched, self._shapes, self._units)
+        self._recordings = Recordings(watched, self._shapes, units)
         self._sampler = Sampler(workload)
         self._first = self._recordings.longest(workload.sample_batch(plan.samples_per_microbatch))
+        units = list(self._first.units)
         stage_of = Routes.find(self._first, plan).stage_of
         fake = build_fake(workload.model, workload.seed)
         plain_synchronised(fake.model)
-        self.part = part.build(fake, self._units, self._first, stage_of, plan, self.grid)
+        self.part = part.build(fake, units, self._first, stage_of, plan, self.grid)
         self.model = self.part.model
         self.optimizer = make_optimizer(workload, self._parameters())
         self.scheduler = make_scheduler(workload, self.optimizer)
-        if unknown := sorted(set(plan.recompute) - set(self._units)):
+        if unknown := sorted(set(plan.recompute) - set(units)):
             raise PlanError(f"the plan recomputes {unknown[0]!r}, which is no unit of this model; make the plan again")
         here = {call.unit for call, s in zip(self._first.calls, stage_of, strict=True) if s == self.grid.stage}
         buffers = Buffers(self.model, self.part.buffer_names, self._watch, self._first, stage_of, plan, self.grid)
@@ -85,7 +86,7 @@ class Engine:
             workload = replace(workload, loss=self.part.whole.of(workload.loss))
         placement = Placement(
             self.model,
-            self._units,
+            units,
             stage=self.grid.stage,
             mode=self.part.mode,
             device=self.grid.device,

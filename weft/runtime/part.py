@@ -37,7 +37,7 @@ class Ownership:
 
     stages: tuple[frozenset[str], ...]
     outside_units: frozenset[str]
-    """Parameters the glue reads on some stage: they cannot be gathered with a unit."""
+    """Parameters that the glue or another unit reads on some stage: they cannot be gathered with a unit."""
 
     @classmethod
     def find(cls, fake: FakeModel, recording: Recording, stage_of: tuple[int, ...], pp: int) -> Ownership:
@@ -54,6 +54,7 @@ class Ownership:
             held |= outside_units
         holds[0] |= set(fake.names) - set().union(*holds)
         outside = {name for call in recording.calls for name in call.glue_reads}
+        outside |= {name for call in recording.calls for name in call.reads if not name.startswith(f"{call.unit}.")}
         return cls(tuple(map(frozenset, holds)), frozenset(outside))
 
 

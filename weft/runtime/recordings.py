@@ -30,7 +30,7 @@ class Recordings:
     Args:
         workload: what is recorded.
         fake: its model.
-        units: names of its units.
+        units: names of its units; fewer, where a recording had to place some together.
     """
 
     def __init__(self, workload: Workload, fake: FakeModel, units: Sequence[str]) -> None:
@@ -62,6 +62,7 @@ class Recordings:
         loss = self.workload.loss
         recording = record(self.fake, self.units, loss, microbatch, backward=False, alike=self._alike, seed=seed)
         self._alike |= recording.alike
+        self.units = recording.units
         return recording
 
 
