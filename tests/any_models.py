@@ -10,31 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import workloads
+from autograd_models import Latents, Reversible, Written
+from layers import WIDTH, Layers, squares
 from torch import Tensor, nn
 
 import weft
-
-WIDTH = 8
-
-
-class Layers(nn.Module):
-    """An entrance, five layers, an exit; subclasses say what happens in between."""
-
-    layer: Callable[[], nn.Module] = staticmethod(lambda: nn.Linear(WIDTH, WIDTH))
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter = nn.Linear(12, WIDTH)
-        self.layers = nn.ModuleList(self.layer() for _ in range(5))
-        self.leave = nn.Linear(WIDTH, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.leave(self.middle(self.enter(x)))
-
-    def middle(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + torch.tanh(layer(x))
-        return x
 
 
 class GlueDropout(Layers):
@@ -296,10 +276,6 @@ class Repeated(nn.Module):
         return self.leave(x)
 
 
-def squares(model: nn.Module, batch: Any) -> Tensor:
-    return F.mse_loss(model(batch[0]), batch[1])
-
-
 def adversarial(model: nn.Module, batch: Any) -> Tensor:
     """Two modules of a ModuleDict, neither of them the model."""
     x, y = batch
@@ -333,6 +309,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "dead": (Dead, squares),
     "towers": (Towers, squares),
     "repeated": (Repeated, squares),
+    "reversible": (Reversible, squares),
+    "written": (Written, squares),
+    "latents": (Latents, squares),
     "adversarial": (pair, adversarial),
 }
 

@@ -36,8 +36,11 @@ def test_a_pipeline_equals_one_device(pool: Pool, name: str, pp: int) -> None:
     assert result.parameter_error <= 1e-10, result.worst_parameter
 
 
+ODD = ["reversible", "written", "latents"]
+
+
 @pytest.mark.parametrize("degrees", [{"dp_replicate": 2}, {"dp_shard": 2}, {"pp": 2, "dp_replicate": 2}], ids=str)
-@pytest.mark.parametrize("name", ["layer drop", "checked layer drop", "remade", "routed", "direct"])
+@pytest.mark.parametrize("name", ["layer drop", "checked layer drop", "remade", "routed", "direct", *ODD])
 def test_with_replicas(pool: Pool, name: str, degrees: dict[str, int]) -> None:
     result = verified(pool, name, degrees)
     assert result.loss_error <= 1e-10

@@ -34,6 +34,10 @@ class TensorLeaf:
         """Size of its elements."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    def empty(self) -> torch.Tensor:
+        """A new tensor of this form."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device_type)
+
 
 @dataclass(frozen=True, slots=True)
 class SavedStorage:

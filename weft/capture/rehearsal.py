@@ -211,7 +211,7 @@ def _itself(tensor: Tensor) -> Tensor:
 def _fake(value: Any) -> Any:
     if not isinstance(value, TensorLeaf):
         return snapshot(value)
-    tensor = torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=value.device_type)
+    tensor = value.empty()
     return enter(tensor)[1] if value.requires_grad else tensor
 
 
