@@ -13,6 +13,7 @@ blocks      whether two modules run the same operations
 blame       where in the user's code something went wrong
 border      tensors that cross from the glue into a unit's call and back
 trees       what a unit returns, objects of its own included
+enclosing   units that have to be placed with the module around them
 effects     tensors a unit leaves in objects it was given
 names       first names of the model's tensors
 alone       a unit's call run by itself, on fake tensors or on real ones
@@ -26,6 +27,7 @@ recomputation
             what is kept and done again where activations are recomputed
 alignment   tensor groups carried over to a recording in a lower precision
 sharding    divided and partial values, and how they are reshaped
+shadows     how whole values would be divided, were a parameter
 rules       how they travel through an operation, operator by operator
 products    ... through matrix products, attention, convolutions
 following   one pass over a unit that divides every projection

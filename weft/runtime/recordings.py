@@ -41,7 +41,9 @@ class Recordings:
 
     def longest(self, microbatch: Any) -> Recording:
         """A recording for these shapes in which random decisions leave out as little as they can."""
-        return self._record(microbatch, None)
+        recording = self._record(microbatch, None)
+        self._keep((signature(microbatch), None), recording)
+        return recording
 
     def of(self, microbatch: Any, seeds: Seeds) -> Recording:
         """The recording of a microbatch, whose code between units draws from these seeds."""
@@ -52,11 +54,14 @@ class Recordings:
                 self._kept[key] = self._kept.pop(key)  # the last used goes last
                 return recording
         recording = self._record(microbatch, seed)
+        self._keep((shape, seed), recording)
+        return recording
+
+    def _keep(self, own: tuple[Any, int | None], recording: Recording) -> None:
         self._made += 1
-        self._kept[self._made] = (shape, seed), recording
+        self._kept[self._made] = own, recording
         if len(self._kept) > MOST:
             del self._kept[next(iter(self._kept))]
-        return recording
 
     def _record(self, microbatch: Any, seed: int | None) -> Recording:
         loss = self.workload.loss
