@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import workloads
 from autograd_models import Latents, Reversible, Written
 from layers import WIDTH, Layers, squares
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 import weft
 
@@ -198,7 +198,7 @@ class Shares(Layers):
         return x + table.entries["last"]
 
 
-@torch.library.custom_op("kernels::halve", mutates_args=())
+@library.custom_op("kernels::halve", mutates_args=())
 def halve(x: Tensor) -> Tensor:
     """A kernel that has no version for fake tensors and reads memory itself."""
     return torch.from_numpy(x.detach().numpy() * 0.5)

@@ -19,26 +19,22 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
-class _Inside(Function):
+class _Through(Function):
     @staticmethod
     def forward(ctx: Any, reached: set[int], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.reached = reached
         return tensors
 
+
+class _Inside(_Through):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.reached.update(i for i, gradient in enumerate(gradients) if gradient is not None)
         return (None, *gradients)
 
 
-class _Outside(Function):
-    @staticmethod
-    def forward(ctx: Any, reached: set[int], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.reached = reached
-        return tensors
-
+class _Outside(_Through):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None, *(gradient if i in ctx.reached else None for i, gradient in enumerate(gradients)))
@@ -60,7 +56,7 @@ def leave_unused(module: FSDPModule) -> None:
     module.register_forward_pre_hook(inside, with_kwargs=True)
 
 
-def _through(function: type[Function], reached: set[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _through(function: type[_Through], reached: set[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The arguments of a call, those that need a gradient by way of a function."""
     leaves, spec = tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
