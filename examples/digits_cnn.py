@@ -60,7 +60,8 @@ def workload(width: int = 16, batch_size: int = 64, lr: float = 0.02) -> weft.Wo
 def train(degrees: dict[str, int], devices: int, epochs: int) -> tuple[float, dict[str, Tensor]]:
     """Run by every process of a job: the mean loss of the last epoch, and on rank 0 the trained weights."""
     work = workload()
-    plan = weft.plan(work, weft.Cluster.local(devices=devices), **degrees)
+    # BatchNorm sees a microbatch of all replicas at a time, so both plans cut the batch in two
+    plan = weft.plan(work, weft.Cluster.local(devices=devices), microbatches=2, **degrees)
     engine = weft.parallelize(work, plan)
     losses = [float(engine.step(batch)) for batch in engine.batches(epochs)]
     last = losses[-engine.steps_per_epoch :]

@@ -21,13 +21,13 @@ def test_pieces_cover_everything_once_and_evenly(samples: int, parts: int) -> No
 
 
 def test_layout_of_an_uneven_batch() -> None:
-    assert layout(7, 2, 2) == [[range(0, 2), range(2, 4)], [range(4, 6), range(6, 7)]]
+    assert layout(7, 2, 2) == [[range(0, 2), range(4, 6)], [range(2, 4), range(6, 7)]]
 
 
 def test_a_batch_smaller_than_its_pieces_gets_samples_of_weight_zero() -> None:
     batch = divide({"x": torch.arange(3)}, replica=1, replicas=2, microbatches=2)
     assert batch.samples == (1, 0)
-    assert [m["x"].tolist() for m in batch.microbatches] == [[2], [0]]
+    assert [m["x"].tolist() for m in batch.microbatches] == [[1], [0]]
 
 
 def test_a_batch_without_a_common_dimension_of_samples_is_refused() -> None:
@@ -42,11 +42,7 @@ def test_replicas_together_see_the_single_devices_batch() -> None:
     for step in range(6):  # 24 samples: batches of 10, 10 and 4, twice
         whole = sampler.global_batch(step)[0]
         parts = [sampler.load(step, replica, 3, 2) for replica in range(3)]
-        seen = [
-            microbatch[0][:count]
-            for part in parts
-            for microbatch, count in zip(part.microbatches, part.samples, strict=True)
-        ]
+        seen = [part.microbatches[m][0][: part.samples[m]] for m in range(2) for part in parts]
         assert torch.equal(torch.cat(seen), whole)
         assert all(part.total == len(whole) for part in parts)
 

@@ -47,11 +47,13 @@ def pieces(samples: int, parts: int) -> list[range]:
 
 
 def layout(total: int, replicas: int, microbatches: int) -> list[list[range]]:
-    """The samples of every microbatch of every replica, as positions in the global batch."""
-    return [
-        [range(part.start + piece.start, part.start + piece.stop) for piece in pieces(len(part), microbatches)]
-        for part in pieces(total, replicas)
-    ]
+    """The samples of every microbatch of every replica, as positions in the global batch.
+
+    The batch is cut into microbatches first, and these among the replicas: what is normalised together does not depend
+    on the number of replicas.
+    """
+    cut = [(whole.start, pieces(len(whole), replicas)) for whole in pieces(total, microbatches)]
+    return [[range(start + each[r].start, start + each[r].stop) for start, each in cut] for r in range(replicas)]
 
 
 def together(every: list[list[range]]) -> tuple[int, ...]:
