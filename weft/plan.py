@@ -98,7 +98,7 @@ class Plan:
     Attributes:
         pp, dp_replicate, dp_shard, cp, tp: mesh degrees; their product is the number of devices.
         ep: expert-parallel degree, laid over the data-parallel dimensions.
-        microbatches: microbatches each replica cuts its part of the batch into, per step.
+        microbatches: what a batch is cut into, per step; every replica takes its part of each.
         schedule: ``"gpipe"`` or ``"1f1b"``: the order of a pipeline's actions.
         stages: per pipeline stage the calls placed on it, in order of the forward; ``"h.0"`` is the first call
             of unit ``h.0``, ``"h.0@2"`` its second.

@@ -153,9 +153,9 @@ class SingleDevice:
                 if not together:
                     total.backward()
             total.backward()
-            if together:  # the last one's normalisations have updated the running statistics
-                self._take_statistics(present[-1])
-            if present:
+            if present and len(self._replicas) > 1:
+                if self._watch.batch_statistics:  # the last one's normalisations have updated the running statistics
+                    self._take_statistics(present[-1])
                 self._join_buffers([batch.samples[m] / batch.together[m] for batch in batches])
         return total.mean()
 
@@ -175,8 +175,6 @@ class SingleDevice:
 
     def _join_buffers(self, shares: list[float]) -> None:
         """Other buffers: floating-point ones become the mean over the replicas, others the first one's."""
-        if len(self._replicas) == 1:
-            return
         running = {f"{n}." for n, m in self.model.named_modules() if isinstance(m, _BatchNorm)}
         for name in self._changed:
             if name.startswith(tuple(running)):

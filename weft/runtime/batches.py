@@ -1,9 +1,9 @@
 """Batches: which samples each replica sees, and how a batch is cut into microbatches.
 
 The order of the samples depends on the workload's seed and the epoch alone, never on the plan. A batch of N samples is
-cut into R replicas' parts and each part into M microbatches, as evenly as whole samples allow. A piece that would be
-empty (a last batch of fewer samples than pieces) gets a sample of weight 0, so that every rank takes part in every
-collective.
+cut into M microbatches and each of them among R replicas, as evenly as whole samples allow: what is normalised together
+does not depend on R. A piece that would be empty (a last batch of fewer samples than pieces) gets a sample of weight 0,
+so that every rank takes part in every collective.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from weft.workload import Workload
 
 @dataclass(frozen=True)
 class Batch:
-    """One replica's part of a global batch, cut into microbatches.
+    """One replica's part of every microbatch of a global batch.
 
     Attributes:
         microbatches: pytrees, one per microbatch.
@@ -47,11 +47,7 @@ def pieces(samples: int, parts: int) -> list[range]:
 
 
 def layout(total: int, replicas: int, microbatches: int) -> list[list[range]]:
-    """The samples of every microbatch of every replica, as positions in the global batch.
-
-    The batch is cut into microbatches first, and these among the replicas: what is normalised together does not depend
-    on the number of replicas.
-    """
+    """The samples of every microbatch of every replica, as positions in the global batch."""
     cut = [(whole.start, pieces(len(whole), replicas)) for whole in pieces(total, microbatches)]
     return [[range(start + each[r].start, start + each[r].stop) for start, each in cut] for r in range(replicas)]
 
