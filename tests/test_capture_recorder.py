@@ -1,3 +1,5 @@
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -314,6 +316,18 @@ def test_the_model_is_left_as_it_was() -> None:
         assert before.keys() == after.keys()
         assert all(before[key] is after[key] for key in before)
         assert all(p.grad is None for p in fake.model.parameters())
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_recording_is_all_that_stays(backward: bool) -> None:
+    # tanh keeps its result for its backward: a cycle through autograd's graph, which Python's collector cannot see
+    fake = build_fake(lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), 0)
+    recording = record(fake, find_units(fake.model), CASES["mlp"].loss, CASES["mlp"].batch(2), backward=backward)
+    model = weakref.ref(fake.model)
+    del fake
+    gc.collect()
+    assert model() is None
+    assert recording.calls
 
 
 def test_recording_does_not_grow_with_depth() -> None:

@@ -16,6 +16,9 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from weft.errors import BatchError, InputError, WorkerError
 from weft.runtime.failure import Failure, chain, first
@@ -115,6 +118,22 @@ def test_one_pool_forms_jobs_of_every_size(pool: Pool) -> None:
         ]
     with pytest.raises(InputError, match="ask for 1 to 8"):
         pool.run(summed, 1.0, ranks=9)
+
+
+def sharded() -> int:
+    join()
+    model = fully_shard(nn.Linear(8, 8), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 8)).sum().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return psutil.Process().num_threads()
+
+
+def test_a_pool_keeps_no_process_groups(pool: Pool) -> None:
+    # DTensor's caches hold meshes, and each group has threads of its own
+    threads = [pool.run(sharded, ranks=ranks)[0] for ranks in (2, 2, 3, 4, 2)]
+    assert threads[-1] <= threads[1]
 
 
 def launch_inside() -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import logging
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from weft.adapters import running
 from weft.capture.blocks import FUNCTIONS, PLAIN
@@ -45,6 +46,26 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+@contextmanager
+def saving(note: Callable[[Tensor], None]) -> Iterator[None]:
+    """Tell what autograd saves. It saves tensors as they are (by itself it detaches results, which is an operation) and
+    only in this block: for longer, results, their graph and whoever is told would keep each other for good."""
+    told, boxes = [note], list[list[Tensor]]()
+
+    def pack(tensor: Tensor) -> list[Tensor]:
+        told[0](tensor)
+        boxes.append([tensor])
+        return boxes[-1]
+
+    try:
+        with saved_tensors_hooks(pack, lambda box: box[0]):
+            yield
+    finally:
+        told.clear()
+        for box in boxes:
+            box.clear()
 
 
 def snapshot(leaf: Any) -> Any:

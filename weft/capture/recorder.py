@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from weft.capture.alone import Alone, Outcome
@@ -30,7 +29,7 @@ from weft.capture.effects import exchange
 from weft.capture.enclosing import EnclosedError, check_enclosed, enclosed
 from weft.capture.frames import NOWHERE, Frame, Origin
 from weft.capture.initial import FakeModel, map_tensors
-from weft.capture.isolation import quiet, restored, revert, snapshot
+from weft.capture.isolation import quiet, restored, revert, saving, snapshot
 from weft.capture.kinds import Kind
 from weft.capture.known import Conditions
 from weft.capture.losses import loss_parts
@@ -149,7 +148,7 @@ class _Recorder:
             stack.enter_context(self.setting.entered(self.trace, self.first))
             inputs = self.setting.inputs(batch, self.trace)
             stack.enter_context(self.trace)
-            stack.enter_context(saved_tensors_hooks(self.trace.pack, lambda t: t))
+            stack.enter_context(saving(self.trace.saves))
             before = python_state()
             self._start_stretch()
             result = told("", loss, self.model, inputs)

@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from weft.capture.blame import first_line
 from weft.capture.border import enter
 from weft.capture.frames import RawOp
-from weft.capture.isolation import restored, snapshot
+from weft.capture.isolation import restored, saving, snapshot
 from weft.capture.operations import STAND_INS
 from weft.capture.recording import Example, TensorLeaf
 from weft.capture.shares import Shares
@@ -184,8 +183,7 @@ def rehearse(
             for name, module in unit.named_modules():
                 stage.watch(module, join(example.unit, name))
             args, kwargs = tree_unflatten([_fake(x) for x in example.arguments], example.spec)
-            # As when it was recorded: without hooks, autograd detaches the results it saves.
-            with stage, saved_tensors_hooks(_itself, _itself):
+            with stage, saving(lambda tensor: None):  # as when it was recorded
                 result = unit(*args, **kwargs)
         stage.run.shapes = [tuple(x.shape) for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
     except Exception as error:  # the user's code on sizes it may not expect: any failure means it cannot be divided
@@ -202,10 +200,6 @@ def numbers(value: Any) -> tuple[Any, ...]:
     if isinstance(value, (list, tuple)):
         return tuple(x for v in value for x in numbers(v))
     return (value,)
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _fake(value: Any) -> Any:

@@ -154,14 +154,13 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
                 f"({where()}); let the unit work on a copy, or return the changed tensor and use that"
             )
 
-    def pack(self, tensor: Tensor) -> Tensor:
-        """Note what autograd saves (a hook for ``saved_tensors_hooks``)."""
+    def saves(self, tensor: Tensor) -> None:
+        """Note what autograd saves."""
         frame = self.frame
         if frame is not None and frame.forward and (frame.real or isinstance(tensor, FakeTensor)):
             serial = self.ref(tensor).storage
             if serial not in self.names:
                 frame.saved[serial] = tensor.untyped_storage().nbytes()
-        return tensor
 
     @contextmanager
     def recording(self, frame: Frame | None) -> Iterator[None]:

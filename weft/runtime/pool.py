@@ -11,6 +11,7 @@ The processes end with the thread that made them run first; keep a pool in the t
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import subprocess
@@ -25,7 +26,6 @@ from types import TracebackType
 from typing import Any
 
 import cloudpickle
-import psutil
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed has them, but untyped
@@ -38,8 +38,6 @@ from weft.runtime.worker import JOB, TIMEOUT_S, Settings, call_of, join, prepare
 
 GRACE_S = 5.0
 """Seconds the others get to fail by themselves after the first failure of a run."""
-MOST_THREADS = 150
-"""Threads a process may keep between runs; a run with five process groups makes about thirty."""
 
 
 class Pool:
@@ -113,12 +111,10 @@ class Pool:
         self.close()
 
     def _ready(self, count: int) -> None:
-        """Have the first ``count`` processes running: start what is missing, replace what has died or is worn."""
+        """Have the first ``count`` processes running: start what is missing, replace what has died."""
         for rank in range(count):
             if rank < len(self._workers) and self._workers[rank].process.poll() is None:
-                if not self._workers[rank].worn:
-                    continue
-                self._workers[rank].stop()
+                continue
             fresh = _Worker(rank, self.settings, self.devices, self._store.port)
             self._workers[rank : rank + 1] = [fresh]
 
@@ -138,12 +134,6 @@ class _Worker:
         )
         theirs.close()
         self.pipe.send(settings)
-
-    @property
-    def worn(self) -> bool:
-        """Whether earlier runs have left many threads behind: torch's caches keep some process groups, and each thread
-        of theirs wakes up a hundred times a second."""
-        return bool(psutil.Process(self.process.pid).num_threads() > MOST_THREADS)
 
     def stop(self) -> None:
         """End it now."""
@@ -187,6 +177,7 @@ def main() -> None:
     prepare(settings)
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=settings.timeout_s))
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+    known, caches = 0, list[Callable[[], object]]()
     while True:
         try:
             directory, count = pipe.recv()
@@ -196,7 +187,28 @@ def main() -> None:
         os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(count)
         os.environ[JOB] = directory
         pipe.send(_serve(job, rank, settings, PrefixStore(job.name, store)))
+        new = len(sys.modules) > known
+        if new:
+            known, caches = len(sys.modules), mesh_caches()
+        for clear in caches:
+            clear()
         gc.collect()  # what a run left in cycles must not count in the next
+        if new:  # what was imported stays, and need not be looked through again
+            gc.freeze()
+
+
+def mesh_caches() -> list[Callable[[], object]]:
+    """What empties DTensor's caches: they keep meshes, these process groups, and those threads that wake up a hundred
+    times a second. There are caches of functions, of methods, and two that torch has functions to clear."""
+    if "torch.distributed.tensor._redistribute" not in sys.modules:
+        return []
+    from torch.distributed.tensor import _redistribute, debug  # what most runs never import
+
+    modules = [module for name, module in sys.modules.items() if name.startswith("torch.distributed.tensor.")]
+    holders = [x for module in modules for x in (module, *vars(module).values()) if hasattr(x, "__dict__")]
+    values = [getattr(value, "__func__", value) for holder in holders for value in vars(holder).values()]
+    cached = [value.cache_clear for value in values if isinstance(value, functools._lru_cache_wrapper)]
+    return [debug._clear_sharding_prop_cache, _redistribute.clear_redistribute_planner_cache, *cached]
 
 
 def _serve(job: Path, rank: int, settings: Settings, store: Store) -> bool:
