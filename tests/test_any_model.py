@@ -56,7 +56,7 @@ def test_lengths_that_vary_from_step_to_step(pool: Pool) -> None:
         generator = torch.Generator().manual_seed(0)
         batches = [torch.randint(32, (8, 4 + i % 5), generator=generator) for i in range(10)]
         losses = [float(engine.step({"x": x, "y": x})) for x in batches]
-        return losses, len(engine._recordings._kept), batches
+        return losses, len(engine.recordings._kept), batches
 
     losses, kept, batches = pool.run(job, ranks=2)[0]
     assert kept == 5

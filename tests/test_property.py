@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from random_models import plan_of, workload_of
 
@@ -17,12 +19,18 @@ CHUNK = 30
 @pytest.mark.parametrize("first", range(0, DRAWS, CHUNK))
 def test_random_models_under_random_plans_equal_one_device(pool: Pool, first: int) -> None:
     wrong = []
-    for seed in range(first, first + CHUNK):
-        plan = plan_of(seed, workload_of(seed))
-        result = pool.run(verified, seed, plan, ranks=plan.devices)[0]
-        if not result.ok:
-            wrong.append((seed, plan.describe(), result))
+    seeds = range(first, first + CHUNK)
+    with ThreadPoolExecutor(1) as ahead:  # plans the next ones while the processes work
+        for seed, plan in zip(seeds, ahead.map(planned, seeds), strict=True):
+            result = pool.run(verified, seed, plan, ranks=plan.devices)[0]
+            if not result.ok:
+                wrong.append((seed, plan.describe(), result))
     assert not wrong
+
+
+def planned(seed: int) -> Plan:
+    """The plan of a seed."""
+    return plan_of(seed, workload_of(seed))
 
 
 def verified(seed: int, plan: Plan) -> Verification | None:

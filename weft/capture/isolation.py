@@ -20,7 +20,7 @@ from weft.capture.blocks import FUNCTIONS, PLAIN
 def restored(model: nn.Module, *, only_if_it_raises: bool = False) -> Iterator[None]:
     """Put every module's attributes back: forwards cache tensors in them. Fake tensors are on the CPU."""
     before = [
-        (module, dict(vars(module)), {k: dict(vars(module)[k]) for k in ("_parameters", "_buffers")})
+        (module, dict(vars(module)), {k: dict(vars(module)[k]) for k in ("_parameters", "_buffers", "_modules")})
         for module in model.modules()
     ]
     completed = False
@@ -52,19 +52,18 @@ def quiet() -> Iterator[None]:
 def saving(note: Callable[[Tensor], None]) -> Iterator[None]:
     """Tell what autograd saves. It saves tensors as they are (by itself it detaches results, which is an operation) and
     only in this block: for longer, results, their graph and whoever is told would keep each other for good."""
-    told, boxes = [note], list[list[Tensor]]()
+    kept: list[list[Any]] = [[note]]
 
     def pack(tensor: Tensor) -> list[Tensor]:
-        told[0](tensor)
-        boxes.append([tensor])
-        return boxes[-1]
+        kept[0][0](tensor)
+        kept.append([tensor])
+        return kept[-1]
 
     try:
         with saved_tensors_hooks(pack, lambda box: box[0]):
             yield
     finally:
-        told.clear()
-        for box in boxes:
+        for box in kept:
             box.clear()
 
 

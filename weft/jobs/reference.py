@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from weft.adapters import adapt, making, running
-from weft.capture.initial import build_fake, seeded
+from weft.capture.initial import seeded
 from weft.capture.recorder import Recording
-from weft.capture.units import find_units
-from weft.capture.watch import Watch, plain_synchronised
+from weft.capture.watch import plain_synchronised
 from weft.jobs.lockstep import run_together
 from weft.plan import Plan
 from weft.precision import in_precision
@@ -70,9 +70,12 @@ class SingleDevice:
         workload: what to train.
         device: where.
         plan: the plan it is compared with; decides how a batch is cut if the model draws random numbers.
+        recordings: of this very workload, where there are some; they tell whether it does.
     """
 
-    def __init__(self, workload: Workload, device: torch.device, *, plan: Plan) -> None:
+    def __init__(
+        self, workload: Workload, device: torch.device, *, plan: Plan, recordings: Recordings | None = None
+    ) -> None:
         workload = in_precision(workload, plan.precision)
         self.workload, self.device, self.plan = workload, device, plan
         self.loss_scale = LossScale() if plan.precision == "fp16" else None
@@ -82,11 +85,8 @@ class SingleDevice:
         self.optimizer = make_optimizer(workload, self.model.named_parameters())
         self.scheduler = make_scheduler(workload, self.optimizer)
         self.sampler = Sampler(workload)
-        self._fake = build_fake(workload.model, workload.seed)
-        plain_synchronised(self._fake.model)
-        units = find_units(self._fake.model, workload.units)
-        self._watch = Watch()
-        self._recordings = Recordings(replace(workload, loss=self._watch.of(workload.loss)), self._fake, units)
+        self._recordings = recordings or Recordings(workload)
+        self._watch = self._recordings.watch
         longest = self._recordings.longest(workload.sample_batch(plan.samples_per_microbatch))
         routes = self._routes(longest)
         in_python = longest.python_draws or any(call.python_draws for call in longest.calls)
@@ -97,7 +97,7 @@ class SingleDevice:
             shared = {id(p): p for p in self.model.parameters()}
             self._replicas += [copy.deepcopy(self.model, dict(shared)) for _ in range(plan.replicas - 1)]
         self._placements = [
-            Placement(model, list(longest.units), stage=0, mode=self._fake.mode, device=device)
+            Placement(model, list(longest.units), stage=0, mode=FakeTensorMode(), device=device)
             for model in self._replicas
             if self._random
         ]

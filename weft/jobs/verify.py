@@ -66,7 +66,8 @@ def verify_here(workload: Workload, plan: Plan, *, steps: int, dtype: str) -> Ve
     held_by_rank: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(held_by_rank, held)
     first = dist.get_rank() == 0
-    reference = SingleDevice(workload, engine.grid.device, plan=plan) if first else None
+    device, recordings = engine.grid.device, engine.recordings
+    reference = SingleDevice(workload, device, plan=plan, recordings=recordings) if first else None
     expected = reference.steps(steps) if reference else None
     noise = Noise(workload, engine.grid.device, plan) if first and plan.precision != "float32" else None
     floor = noise.floor if noise else FLOOR.get(dtype, 0.0)  # of use on rank 0 alone

@@ -10,11 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from weft.capture.initial import build_fake
-from weft.capture.units import find_units
-from weft.capture.watch import Watch, plain_synchronised
 from weft.containers import opened
 from weft.errors import PlanError
 from weft.plan import Plan
@@ -40,6 +37,7 @@ class Engine:
     Attributes:
         plan: the plan.
         grid: the ranks, seen from this one.
+        recordings: of its loss.
         model: the user's model; what other ranks hold is absent from it.
         optimizer: the user's optimizer over what this rank holds.
         scheduler: the user's learning-rate scheduler, or None; it steps with every step.
@@ -62,26 +60,23 @@ class Engine:
         describe_stage(self.grid.stage)
         self.step_count = 0
         self.gradient_norm: Tensor | None = None
-        self._shapes = build_fake(workload.model, workload.seed)
-        units = find_units(self._shapes.model, workload.units)
-        plain_synchronised(self._shapes.model)
-        self._watch = Watch()
-        watched = replace(workload, loss=self._watch.of(workload.loss))
-        self._recordings = Recordings(watched, self._shapes, units)
         self._sampler = Sampler(workload)
-        self._first = self._recordings.longest(workload.sample_batch(plan.samples_per_microbatch))
+        self.recordings = Recordings(workload)
+        self._first = self.recordings.longest(workload.sample_batch(plan.samples_per_microbatch))
         units = list(self._first.units)
         stage_of = Routes.find(self._first, plan).stage_of
-        fake = build_fake(workload.model, workload.seed)
-        plain_synchronised(fake.model)
+        fake = self.recordings.hand_over()
+        parameters = dict(fake.model.named_parameters())
         self.part = part.build(fake, units, self._first, stage_of, plan, self.grid)
+        parameters |= {h.name: h.parameter for h in self.part.held}
         self.model = self.part.model
-        self.optimizer = make_optimizer(workload, self._parameters())
+        self.optimizer = make_optimizer(workload, parameters.items())
         self.scheduler = make_scheduler(workload, self.optimizer)
         if unknown := sorted(set(plan.recompute) - set(units)):
             raise PlanError(f"the plan recomputes {unknown[0]!r}, which is no unit of this model; make the plan again")
         here = {call.unit for call, s in zip(self._first.calls, stage_of, strict=True) if s == self.grid.stage}
-        buffers = Buffers(self.model, self.part.buffer_names, self._watch, self._first, stage_of, plan, self.grid)
+        names, watch = self.part.buffer_names, self.recordings.watch
+        buffers = Buffers(self.model, names, watch, self._first, stage_of, plan, self.grid)
         if self.part.whole is not None:
             workload = replace(workload, loss=self.part.whole.of(workload.loss))
         placement = Placement(
@@ -100,7 +95,7 @@ class Engine:
             placement=placement,
             data_parallel=self.part.data_parallel,
             buffers=buffers,
-            record=self._recordings.of,
+            record=self.recordings.of,
         )
         self.loss_scale = LossScale() if plan.precision == "fp16" else None
 
@@ -203,12 +198,6 @@ class Engine:
             self.loss_scale.restore(training.loss_scale)
         if self.scheduler is not None:
             self.scheduler.load_state_dict(restored(self.scheduler.state_dict(), training.scheduler))
-
-    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter of the model: what this rank holds, and fakes of what others do."""
-        held = {h.name: h.parameter for h in self.part.held}
-        for name, fake in self._shapes.model.named_parameters():
-            yield name, held.get(name, fake)
 
     def _warn_unless_finite(self, unfinite: int | None) -> None:
         """Warn if the first step met a value that is not finite, naming the first unit that gave one."""

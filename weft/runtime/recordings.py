@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from weft.capture.draws import derived
-from weft.capture.initial import FakeModel
+from weft.capture.initial import FakeModel, build_fake
 from weft.capture.recorder import Recording, record
+from weft.capture.units import find_units
+from weft.capture.watch import Watch, plain_synchronised
 from weft.runtime.randomness import Seeds
 from weft.workload import Workload
 
@@ -27,23 +29,38 @@ MOST = 64
 class Recordings:
     """Makes recordings of one workload and keeps them.
 
-    Args:
-        workload: what is recorded.
-        fake: its model.
-        units: names of its units; fewer, where a recording had to place some together.
+    Attributes:
+        watch: what was seen of the loss while it was recorded.
+        units: names of the model's units; fewer, where a recording had to place some together.
     """
 
-    def __init__(self, workload: Workload, fake: FakeModel, units: Sequence[str]) -> None:
-        self.workload, self.fake, self.units = workload, fake, units
+    def __init__(self, workload: Workload) -> None:
+        self.watch = Watch()
+        self._workload, self._loss = workload, self.watch.of(workload.loss)
+        self._fake: FakeModel | None = None
+        self.units: Sequence[str] = find_units(self.fake.model, workload.units)
         self._kept: dict[Any, tuple[Any, Recording]] = {}
         self._alike: frozenset[tuple[str, str]] = frozenset()
         self._made = 0
 
+    @property
+    def fake(self) -> FakeModel:
+        """What is recorded: the model on fake tensors. Every recording leaves it as it was."""
+        if self._fake is None:
+            self._fake = build_fake(self._workload.model, self._workload.seed)
+            plain_synchronised(self._fake.model)
+        return self._fake
+
+    def hand_over(self) -> FakeModel:
+        """Give the model away, to be changed; another is built if there is more to record."""
+        fake, self._fake = self.fake, None
+        return fake
+
     def longest(self, microbatch: Any) -> Recording:
         """A recording for these shapes in which random decisions leave out as little as they can."""
-        recording = self._record(microbatch, None)
-        self._keep((signature(microbatch), None), recording)
-        return recording
+        own = signature(microbatch), None
+        known = next((recording for theirs, recording in self._kept.values() if theirs == own), None)
+        return known or self._record(microbatch, own)
 
     def of(self, microbatch: Any, seeds: Seeds) -> Recording:
         """The recording of a microbatch, whose code between units draws from these seeds."""
@@ -53,21 +70,17 @@ class Recordings:
             if same and recording.conditions.hold(microbatch, lambda number: derived(seed, number)):
                 self._kept[key] = self._kept.pop(key)  # the last used goes last
                 return recording
-        recording = self._record(microbatch, seed)
-        self._keep((shape, seed), recording)
-        return recording
+        return self._record(microbatch, (shape, seed))
 
-    def _keep(self, own: tuple[Any, int | None], recording: Recording) -> None:
+    def _record(self, microbatch: Any, own: tuple[Any, int | None]) -> Recording:
+        model, loss, alike = self.fake, self._loss, self._alike
+        recording = record(model, self.units, loss, microbatch, backward=False, alike=alike, seed=own[1])
+        self._alike |= recording.alike
+        self.units = recording.units
         self._made += 1
         self._kept[self._made] = own, recording
         if len(self._kept) > MOST:
             del self._kept[next(iter(self._kept))]
-
-    def _record(self, microbatch: Any, seed: int | None) -> Recording:
-        loss = self.workload.loss
-        recording = record(self.fake, self.units, loss, microbatch, backward=False, alike=self._alike, seed=seed)
-        self._alike |= recording.alike
-        self.units = recording.units
         return recording
 
 
