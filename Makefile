@@ -13,7 +13,7 @@ demo: .venv/installed        ## plan, train and compare the example on this mach
 test: .venv/installed        ## the whole suite: style, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: .venv/installed       ## against hand-written PyTorch
 	$(BIN)/python benchmarks/handwritten.py
