@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import weft
+from weft.plan import TensorStyle
 from weft.quantity import format_bytes, format_seconds
 from weft.runtime import memory
 from weft.runtime.launch import launch
@@ -90,7 +91,7 @@ def plan_of(size: Size, degrees: dict[str, int], microbatches: int) -> weft.Plan
     return weft.Plan(
         **degrees,
         stages=(tuple(calls[:cut]), tuple(calls[cut:])) if "pp" in degrees else (tuple(calls),),
-        tensor={f"blocks.{i}.{name}": style for i in range(size.layers) for name, style in styles.items()}
+        tensor={f"blocks.{i}.{name}": TensorStyle(style) for i in range(size.layers) for name, style in styles.items()}
         if "tp" in degrees
         else {},
         microbatches=microbatches if "pp" in degrees else 1,

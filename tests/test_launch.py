@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from weft.errors import BatchError, InputError, WorkerError
 from weft.runtime.failure import Failure, chain, first
 from weft.runtime.launch import launch, launch_script
-from weft.runtime.pool import Pool
+from weft.runtime.pool import Pool, mesh_caches
 from weft.runtime.worker import describe_stage, join
 
 SOON_S = 15
@@ -134,6 +134,11 @@ def test_a_pool_keeps_no_process_groups(pool: Pool) -> None:
     # DTensor's caches hold meshes, and each group has threads of its own
     threads = [pool.run(sharded, ranks=ranks)[0] for ranks in (2, 2, 3, 4, 2)]
     assert threads[-1] <= threads[1]
+
+
+def test_the_caches_are_found_without_a_warning() -> None:
+    assert "torch.distributed.tensor._redistribute" in sys.modules  # fully_shard has imported it
+    assert len(mesh_caches()) > 2
 
 
 def launch_inside() -> str:

@@ -281,3 +281,8 @@ def test_what_cannot_be_divided_is_refused(pool: Pool) -> None:
         assert "\n" not in said.get(name, ""), name
         with pytest.raises(PlanError, match=message):
             raise PlanError(said.get(name, f"nothing for {name}"))
+
+
+def test_a_style_is_no_word() -> None:
+    with pytest.raises(PlanError, match=r"tensor\['up'\] must be a TensorStyle, got 'colwise'"):
+        Plan(stages=(("up",),), tp=2, tensor={"up": "colwise"}, batch_size=2)  # type: ignore[dict-item]  # the point

@@ -153,6 +153,8 @@ class Plan:
         calls = [call for stage in self.stages for call in stage]
         if len(set(calls)) != len(calls):
             raise PlanError("plan: a call stands on two stages; each call of a unit is placed once")
+        if odd := next((n for n, style in self.tensor.items() if not isinstance(style, TensorStyle)), None):
+            raise PlanError(f"plan: tensor[{odd!r}] must be a TensorStyle, got {self.tensor[odd]!r}")
         if self.tensor and self.tp == 1:
             raise PlanError("plan: tensor styles are given but tp=1; remove them or raise tp")
         if self.batch_size < self.replicas * self.microbatches:

@@ -205,9 +205,11 @@ def mesh_caches() -> list[Callable[[], object]]:
     from torch.distributed.tensor import _redistribute, debug  # what most runs never import
 
     modules = [module for name, module in sys.modules.items() if name.startswith("torch.distributed.tensor.")]
-    holders = [x for module in modules for x in (module, *vars(module).values()) if hasattr(x, "__dict__")]
-    values = [getattr(value, "__func__", value) for holder in holders for value in vars(holder).values()]
-    cached = [value.cache_clear for value in values if isinstance(value, functools._lru_cache_wrapper)]
+    classes = [x for module in modules for x in vars(module).values() if issubclass(type(x), type)]
+    values = [value for holder in (*modules, *classes) for value in vars(holder).values()]
+    values = [value.__func__ if type(value) in (staticmethod, classmethod) else value for value in values]
+    # not isinstance, which asks values for their class: torch's deprecated ones warn of any question
+    cached = [value.cache_clear for value in values if type(value) is functools._lru_cache_wrapper]
     return [debug._clear_sharding_prop_cache, _redistribute.clear_redistribute_planner_cache, *cached]
 
 
