@@ -199,7 +199,7 @@ def main() -> None:
 
 def mesh_caches() -> list[Callable[[], object]]:
     """What empties DTensor's caches: they keep meshes, these process groups, and those threads that wake up a hundred
-    times a second. There are caches of functions, of methods, and two that torch has functions to clear."""
+    times a second. There are caches of functions, of methods, and two that some versions have functions to clear."""
     if "torch.distributed.tensor._redistribute" not in sys.modules:
         return []
     from torch.distributed.tensor import _redistribute, debug  # what most runs never import
@@ -210,7 +210,8 @@ def mesh_caches() -> list[Callable[[], object]]:
     values = [value.__func__ if type(value) in (staticmethod, classmethod) else value for value in values]
     # not isinstance, which asks values for their class: torch's deprecated ones warn of any question
     cached = [value.cache_clear for value in values if type(value) is functools._lru_cache_wrapper]
-    return [debug._clear_sharding_prop_cache, _redistribute.clear_redistribute_planner_cache, *cached]
+    named = (debug, "_clear_sharding_prop_cache"), (_redistribute, "clear_redistribute_planner_cache")
+    return [*cached, *(getattr(module, name) for module, name in named if hasattr(module, name))]
 
 
 def _serve(job: Path, rank: int, settings: Settings, store: Store) -> bool:
