@@ -90,6 +90,27 @@ def test_skip_connections():
     st.integers(1, 5),
     st.integers(1, 8),
     st.lists(st.floats(0.01, 3), min_size=10, max_size=10),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.floats(0, 4), st.booleans()), max_size=6),
+)
+def test_stages_of_their_own_are_simulated_as_those_with_cores_to_spare(schedule, stages, microbatches, seconds, more):
+    work = [
+        Stage(Work(f, f / 3), Work(b, b / 5), Work(0.1, 0.2), Work(0.3))
+        for f, b in zip(seconds[::2], seconds[1::2], strict=True)
+    ][:stages]
+    edges = {(s, s + 1): Edge(s, s + 1) for s in range(stages - 1)}
+    edges |= {(s, t): Edge(s, t, gradient) for s, t, _, gradient in more if s < t < stages}
+    times = dict.fromkeys([pair for s, t in edges for pair in ((s, t), (t, s))], 0.4)
+    times |= {(s, t): seconds for s, t, seconds, _ in more}
+    lists = actions(schedule, stages, microbatches, edges.values())
+    for own, shared in zip(simulate(lists, work, times, None), simulate(lists, work, times, 1e9), strict=True):
+        assert vars(own) == pytest.approx(vars(shared), rel=1e-9, abs=1e-9)
+
+
+@given(
+    st.sampled_from(["gpipe", "1f1b"]),
+    st.integers(1, 5),
+    st.integers(1, 8),
+    st.lists(st.floats(0.01, 3), min_size=10, max_size=10),
     st.floats(0, 2),
     st.sampled_from([None, 1.0, 1.7, 2.0]),
 )

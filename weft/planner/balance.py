@@ -6,16 +6,22 @@ For costs ``c_1..c_n`` and ``p`` parts, a cut is ``0 = e_0 < e_1 < ... < e_p = n
     then        sum_k  sum(c[e_k : e_{k+1}]) ** 2           and the others are as even as they can be
     subject to  allowed(k, e_k, e_{k+1})                    the part fits on its stage
 
-by dynamic programming over (part, end): once for the maximum, once more for the squares under that maximum.
+by dynamic programming over (part, end): for the squares under the maximum, which is found first. Where every part is
+allowed by bisection, each step of which fills parts from the left; where not by the same programming, under a limit
+that grows until there is a cut.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 Allowed = Callable[[int, int, int], bool]
+
+ROUNDING = 1e-12
+"""Sums of floats differ in the last bits by their order: limits allow for that much more, as a share of them."""
 
 
 def ends(costs: Sequence[float], parts: int, allowed: Allowed | None = None) -> list[int] | None:
@@ -30,12 +36,17 @@ def ends(costs: Sequence[float], parts: int, allowed: Allowed | None = None) -> 
     if not 1 <= parts <= n:
         return None
     sums = [0.0, *accumulate(costs)]
-    slowest = _solve(sums, parts, allowed, lambda best, part: max(best, part), math.inf)
-    if slowest is None:
-        return None
-    # Sums of floats differ in the last bits by their order: the second pass allows for that.
-    limit = slowest[0] * (1 + 1e-12)
-    even = _solve(sums, parts, allowed, lambda best, part: best + part * part, limit)
+    pace = _pace(sums, parts)
+    if allowed is not None:
+        slowest = None
+        for limit in (pace, 1.5 * pace, 3 * pace, math.inf):
+            slowest = _solve(sums, parts, allowed, max, limit * (1 + ROUNDING))
+            if slowest is not None:
+                break
+        if slowest is None:
+            return None
+        pace = slowest[0]
+    even = _solve(sums, parts, allowed, lambda best, part: best + part * part, pace * (1 + ROUNDING))
     assert even is not None
     return even[1]
 
@@ -48,6 +59,24 @@ def cuts(costs: Sequence[float], parts: int, allowed: Allowed | None = None) -> 
     if found is None:
         return None
     return [list(costs[start:end]) for start, end in zip([0, *found], found, strict=False)]
+
+
+def _pace(sums: Sequence[float], parts: int) -> float:
+    """The least possible sum of the largest part."""
+    low, high = 0.0, sums[-1]
+    while high - low > ROUNDING * high / 4:
+        limit = (low + high) / 2
+        start, largest, rest = 0, 0.0, parts
+        while rest and start < len(sums) - 1:
+            end = bisect_right(sums, sums[start] + limit) - 1
+            if end == start:
+                break
+            largest, start, rest = max(largest, sums[end] - sums[start]), end, rest - 1
+        if start == len(sums) - 1:
+            high = min(high, largest)
+        else:
+            low = limit
+    return high
 
 
 def _solve(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from weft.capture.profile import NO_GROUP, Parameter, Profile
@@ -36,12 +37,37 @@ class Holding(NamedTuple):
     gradient_shards: tuple[float, ...]
 
 
+class _Own(NamedTuple):
+    """What one parameter adds to its first reader in a stretch, in bytes, or several that only that call reads."""
+
+    trainable: float = 0.0
+    frozen: float = 0.0
+    trainable_shard: float = 0.0
+    frozen_shard: float = 0.0
+    tensors: float = 0.0
+    largest: float = 0.0
+    inside: float = 0.0  # gathered with the call's unit
+    outside: float = 0.0  # gathered with ROOT
+
+    def plus(self, other: _Own) -> _Own:
+        largest = max(self.largest, other.largest)
+        return _Own(*(a + b for a, b in zip(self, other, strict=True)))._replace(largest=largest)
+
+
 class Holdings:
     """What stretches of a profile's calls hold, each worked out once."""
 
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
         self._known: dict[tuple[int, int, int, int], Holding] = {}
+        self._divided: dict[tuple[int, int], list[_Own]] = {}
+        self._buffers = {name for call in profile.calls for name in call.buffers}
+        readers: dict[str, list[int]] = {}
+        for index, call in enumerate(profile.calls):
+            for name in dict.fromkeys((*call.parameters, *call.buffers)):
+                readers.setdefault(name, []).append(index)
+        self._own = [[n for n, r in readers.items() if r == [index]] for index in range(len(profile.calls))]
+        self._shared = {name: found for name, found in readers.items() if len(found) > 1}
 
     def of(self, start: int, end: int, tp: int, dp_shard: int) -> Holding:
         """Parameters that calls ``start`` to ``end`` (exclusive) read, on the fullest of ``tp * dp_shard`` ranks."""
@@ -51,45 +77,53 @@ class Holdings:
         return self._known[key]
 
     def _holding(self, start: int, end: int, tp: int, dp_shard: int) -> Holding:
-        calls = self._profile.calls[start:end]
+        if (tp, dp_shard) not in self._divided:
+            self._divided[tp, dp_shard] = [self._sum(i, own, tp, dp_shard) for i, own in enumerate(self._own)]
+        parts = self._divided[tp, dp_shard][start:end]
         # The backward goes from the last call to the first: the first reader's completes a parameter's gradient.
-        first_reader: dict[str, int] = {}
-        for position, call in enumerate(calls):
-            for name in (*call.parameters, *call.buffers):
-                first_reader.setdefault(name, position)
-        units = {call.unit for call in calls}
+        for name, readers in self._shared.items():
+            first = next((r for r in readers if r >= start), end)
+            if first < end:
+                parts[first - start] = parts[first - start].plus(self._sum(first, [name], tp, dp_shard))
         gathered: dict[str, float] = {}
-        gradients, shards = [0.0] * len(calls), [0.0] * len(calls)
-        frozen = frozen_shard = largest = 0.0
-        tensors = 0
-        buffers = {name for call in calls for name in call.buffers}
-        for name, position in first_reader.items():
+        for call, part in zip(self._profile.calls[start:end], parts, strict=True):
+            for unit, size in ((call.unit, part.inside), (ROOT, part.outside)):
+                if size:
+                    gathered[unit] = gathered.get(unit, 0.0) + size
+        return Holding(
+            sum(part.trainable for part in parts),
+            sum(part.frozen for part in parts),
+            sum(part.trainable_shard for part in parts),
+            sum(part.frozen_shard for part in parts),
+            round(sum(part.tensors for part in parts)),
+            max((part.largest for part in parts), default=0.0),
+            gathered,
+            tuple(part.trainable for part in parts),
+            tuple(part.trainable_shard for part in parts),
+        )
+
+    def _sum(self, index: int, names: Sequence[str], tp: int, dp_shard: int) -> _Own:
+        """What parameters add that this call reads first."""
+        unit, total = self._profile.calls[index].unit, _Own()
+        for name in names:
             parameter = self._profile.parameters[name]
             whole = parameter.bytes / self._tensor_share(parameter, tp)
-            shard = whole if name in buffers else whole * padded_share(parameter.shape, dp_shard)
-            if name not in buffers:
-                unit = calls[position].unit
-                group = unit if unit in units and belongs(parameter, unit) else ROOT
-                gathered[group] = gathered.get(group, 0.0) + whole
-            if parameter.trainable:
-                tensors += 1
-                largest = max(largest, shard)
-                gradients[position] += whole
-                shards[position] += shard
-            else:
-                frozen += whole
-                frozen_shard += shard
-        return Holding(
-            sum(gradients),
-            frozen,
-            sum(shards),
-            frozen_shard,
-            tensors,
-            largest,
-            gathered,
-            tuple(gradients),
-            tuple(shards),
-        )
+            buffer = name in self._buffers
+            shard = whole if buffer else whole * padded_share(parameter.shape, dp_shard)
+            inside = bool(unit) and belongs(parameter, unit)
+            total = total.plus(
+                _Own(
+                    trainable=whole * parameter.trainable,
+                    frozen=whole * (not parameter.trainable),
+                    trainable_shard=shard * parameter.trainable,
+                    frozen_shard=shard * (not parameter.trainable),
+                    tensors=int(parameter.trainable),
+                    largest=shard * parameter.trainable,
+                    inside=whole * (inside and not buffer),
+                    outside=whole * (not inside and not buffer),
+                )
+            )
+        return total
 
     def _tensor_share(self, parameter: Parameter, tp: int) -> int:
         if tp == 1 or parameter.group == NO_GROUP or parameter.tensor_dim is None:

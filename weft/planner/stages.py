@@ -31,6 +31,11 @@ class Stages:
         self.readers: list[tuple[int, int, int]] = sorted(
             {(source.call, source.leaf, reader) for reader, call in enumerate(profile.calls) for source in call.inputs}
         )
+        self._read: list[list[tuple[int, int]]] = [[] for _ in profile.calls]
+        self._last: list[dict[int, int]] = [{} for _ in profile.calls]  # the last reader of each output
+        for source, leaf, reader in self.readers:
+            self._read[reader].append((source, leaf))
+            self._last[source][leaf] = max(reader, self._last[source].get(leaf, 0))
 
     def calls(self, candidate: Candidate, start: int, end: int) -> list[CallCost]:
         """Costs of calls ``start`` to ``end`` (exclusive), as the candidate recomputes them."""
@@ -88,8 +93,8 @@ class Stages:
     def memory(self, candidate: Candidate, stage: int, start: int, end: int) -> dict[str, float]:
         """Memory of calls ``start`` to ``end`` as a stage."""
         degrees, samples = candidate.degrees, self.samples(candidate)
-        arriving = {(call, leaf) for call, leaf, reader in self.readers if call < start <= reader < end}
-        leaving = {(call, leaf) for call, leaf, reader in self.readers if start <= call < end <= reader}
+        arriving = {tensor for read in self._read[start:end] for tensor in read if tensor[0] < start}
+        leaving = {(call, leaf) for call in range(start, end) for leaf, last in self._last[call].items() if last >= end}
 
         def size(tensors: set[tuple[int, int]]) -> float:
             return sum(self.profile.calls[call].outputs[leaf].bytes.at(samples) for call, leaf in tensors)

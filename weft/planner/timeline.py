@@ -76,6 +76,28 @@ class Spent:
         """Seconds spent waiting for other stages."""
         return self.transfer_s + self.bubble_s
 
+    def wait(self, since: float, travels: Sequence[tuple[float, float]]) -> float:
+        """Wait for tensors that begin to travel and arrive at these times; when the wait is over. While the last of
+        them travels the link is waited for, before that the schedule."""
+        begin, arrival = max(travels, key=lambda travel: travel[1])
+        if arrival <= since * (1 + 1e-12):
+            return since
+        travelling = arrival - max(begin, since)
+        self.transfer_s += travelling
+        self.bubble_s += arrival - since - travelling
+        return arrival
+
+    def work(self, kind: Kind, compute_s: float, collective_s: float) -> None:
+        """Spend what an action takes, or a part of it."""
+        match kind:
+            case Kind.REDUCE:
+                self.reduce_s += compute_s + collective_s
+            case Kind.STEP:
+                self.step_s += compute_s + collective_s
+            case _:
+                self.compute_s += compute_s
+                self.collective_s += collective_s
+
 
 class Key(NamedTuple):
     """Identity of a transfer: gradients go from a higher stage to a lower."""
@@ -102,10 +124,69 @@ def simulate(
     Returns:
         Per stage what its time went to.
     """
+    if cores is None:
+        return _independent(actions, stages, transfer_s)
     run = _Run(actions, stages, transfer_s, cores)
     while run.advance():
         pass
     return [state.spent for state in run.states]
+
+
+def _independent(
+    actions: Sequence[Sequence[Action]], stages: Sequence[Stage], transfer_s: Mapping[tuple[int, int], float]
+) -> list[Spent]:
+    """The same where no stage slows another: each is followed on its own as far as what it waits for is known, so the
+    work grows with the actions alone.
+
+    Transfers of a pair follow each other in one order, which is that of both ends' lists.
+    """
+    waits = [_needs(own, stage) for stage, own in enumerate(actions)]
+    posted: dict[Key, float] = {}
+    travels: dict[Key, tuple[float, float]] = {}
+    free: dict[tuple[int, int], float] = {}
+    now, place = [0.0] * len(stages), [0] * len(stages)
+    spent = [Spent() for _ in stages]
+    moved = True
+    while moved:
+        moved = False
+        for stage, own in enumerate(actions):
+            while place[stage] < len(own):
+                action = own[place[stage]]
+                if action.kind not in COMPUTE and action.peer >= 0:
+                    sends = action.kind in (Kind.SEND_ACTIVATION, Kind.SEND_GRADIENT)
+                    pair = (stage, action.peer) if sends else (action.peer, stage)
+                    key = Key(*pair, action.microbatch)
+                    if key in posted:
+                        begin = max(now[stage], posted[key], free.get(pair, 0.0))
+                        free[pair] = begin + transfer_s[pair]
+                        travels[key] = begin, free[pair]
+                    else:
+                        posted[key] = now[stage]
+                else:
+                    needed = waits[stage].get((action.kind, action.microbatch), [])
+                    if any(key not in travels for key in needed):
+                        break
+                    if needed:
+                        now[stage] = spent[stage].wait(now[stage], [travels[key] for key in needed])
+                    work = stages[stage].work(action.kind)
+                    spent[stage].work(action.kind, *work)
+                    now[stage] += work.compute_s + work.collective_s
+                place[stage] += 1
+                moved = True
+    assert all(p == len(own) for p, own in zip(place, actions, strict=True)), "the schedule is stuck"
+    for stage, end in enumerate(now):
+        spent[stage].end_s = end
+    return spent
+
+
+def _needs(actions: Sequence[Action], stage: int) -> dict[tuple[Kind, int], list[Key]]:
+    """The tensors each computation of a stage waits for."""
+    needs: dict[tuple[Kind, int], list[Key]] = {}
+    for action in actions:
+        if action.kind in (Kind.RECEIVE_ACTIVATION, Kind.RECEIVE_GRADIENT):
+            kind = Kind.FORWARD if action.kind is Kind.RECEIVE_ACTIVATION else Kind.BACKWARD
+            needs.setdefault((kind, action.microbatch), []).append(Key(action.peer, stage, action.microbatch))
+    return needs
 
 
 @dataclass
@@ -134,16 +215,7 @@ class _Run:
         self.posted: dict[Key, float] = {}  # by the end that came first
         self.travels: dict[Key, tuple[float, float]] = {}  # begin, arrival
         self.free: dict[tuple[int, int], float] = {}  # when a pair's direction is next free
-        self.needs: list[dict[tuple[Kind, int], list[Key]]] = [self._needs(s) for s in range(len(stages))]
-
-    def _needs(self, stage: int) -> dict[tuple[Kind, int], list[Key]]:
-        """The tensors each computation of a stage waits for."""
-        needs: dict[tuple[Kind, int], list[Key]] = {}
-        for action in self.actions[stage]:
-            if action.kind in (Kind.RECEIVE_ACTIVATION, Kind.RECEIVE_GRADIENT):
-                kind = Kind.FORWARD if action.kind is Kind.RECEIVE_ACTIVATION else Kind.BACKWARD
-                needs.setdefault((kind, action.microbatch), []).append(Key(action.peer, stage, action.microbatch))
-        return needs
+        self.needs = [_needs(own, stage) for stage, own in enumerate(actions)]
 
     def advance(self) -> bool:
         """Start what can start, then go to the next event; False when every stage is done."""
@@ -219,11 +291,7 @@ class _Run:
     def _end_wait(self, state: _State, index: int) -> None:
         if state.waits_since is None:
             return
-        # Of the wait, the part in which the last tensor to arrive travelled is the link's, the rest the schedule's.
-        last = max((self.travels[key] for key in self._waited_for(index)), key=lambda travel: travel[1])
-        travelling = min(self.now - state.waits_since, self.now - max(last[0], state.waits_since))
-        state.spent.transfer_s += travelling
-        state.spent.bubble_s += self.now - state.waits_since - travelling
+        state.spent.wait(state.waits_since, [self.travels[key] for key in self._waited_for(index)])
         state.waits_since = None
 
     def _rates(self) -> list[float]:
@@ -244,15 +312,8 @@ class _Run:
             state.compute_left = 0.0 if done else state.compute_left - seconds * rate
         else:
             state.collective_left = 0.0 if done else state.collective_left - seconds
-        match state.kind:
-            case Kind.REDUCE:
-                state.spent.reduce_s += seconds
-            case Kind.STEP:
-                state.spent.step_s += seconds
-            case _ if computing:
-                state.spent.compute_s += seconds
-            case _:
-                state.spent.collective_s += seconds
+        assert state.kind is not None
+        state.spent.work(state.kind, seconds * computing, seconds * (not computing))
         if state.compute_left == 0.0 and state.collective_left == 0.0:
             state.kind = None
             state.next += 1
