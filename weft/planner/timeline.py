@@ -79,7 +79,9 @@ class Spent:
     def wait(self, since: float, travels: Sequence[tuple[float, float]]) -> float:
         """Wait for tensors that begin to travel and arrive at these times; when the wait is over. While the last of
         them travels the link is waited for, before that the schedule."""
-        begin, arrival = max(travels, key=lambda travel: travel[1])
+        arrival = max(arrival for _, arrival in travels)
+        # Of those that arrive together, but for rounding, the one that travelled longest.
+        begin = min(begin for begin, end in travels if end >= arrival * (1 - 1e-9))
         if arrival <= since * (1 + 1e-12):
             return since
         travelling = arrival - max(begin, since)
