@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from weft.errors import BatchError, InputError, WorkerError
 from weft.runtime.failure import Failure, chain, first
 from weft.runtime.launch import launch, launch_script
-from weft.runtime.pool import Pool, mesh_caches
+from weft.runtime.pool import Place, Pool, mesh_caches
 from weft.runtime.worker import describe_stage, join
 
 SOON_S = 15
@@ -118,6 +118,17 @@ def test_one_pool_forms_jobs_of_every_size(pool: Pool) -> None:
         ]
     with pytest.raises(InputError, match="ask for 1 to 8"):
         pool.run(summed, 1.0, ranks=9)
+
+
+def where() -> tuple[str | None, ...]:
+    return tuple(os.environ.get(name) for name in ("COLOUR", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+
+
+def test_a_pools_processes_run_where_they_are_told() -> None:
+    places = [Place(node=0, environment={"COLOUR": "red"}), Place(node=1, command=("env", "COLOUR=blue"))]
+    with Pool(3, device="cpu", timeout_s=60, places=places) as pool:
+        assert pool.run(where) == [("red", "0", "2", "3"), ("blue", "0", "1", "3"), (None, "1", "2", "3")]
+        assert pool.run(where, ranks=2) == [("red", "0", "1", "2"), ("blue", "0", "1", "2")]
 
 
 def sharded() -> int:

@@ -31,10 +31,12 @@
     devices = 4
     latency_s = 5e-05
     bytes_per_s = 2e9
+    alone_bytes_per_s = 4e9          # left out where devices share nothing that carries messages
 
     [[links.collectives]]            # may be left out
     kind = "all_reduce"
     ranks = 4
+    stride = 1                       # may be left out
     sizes = [...]
     rates = [...]
 """
@@ -49,7 +51,8 @@ from typing import Any
 
 import tomli_w
 
-from weft.cluster.topology import Cluster, Collective, Curve, Device, Link, Nodes
+from weft.cluster.curve import Curve
+from weft.cluster.topology import Cluster, Collective, Device, Link, Nodes
 from weft.errors import ClusterError
 from weft.quantity import parse_size
 
@@ -204,20 +207,22 @@ def _read_curves(table: Table) -> dict[str, Curve]:
 
 
 def _read_link(table: Table) -> Link:
-    table.close("name", "devices", "latency_s", "bytes_per_s", "collectives")
+    table.close("name", "devices", "latency_s", "bytes_per_s", "alone_bytes_per_s", "collectives")
     return Link(
         name=table.text("name"),
         devices=table.whole("devices"),
         latency_s=table.number("latency_s"),
         bytes_per_s=table.number("bytes_per_s"),
+        alone_bytes_per_s=table.number("alone_bytes_per_s") if "alone_bytes_per_s" in table.data else None,
         collectives=tuple(map(_read_collective, table.tables("collectives", optional=True))),
     )
 
 
 def _read_collective(table: Table) -> Collective:
-    table.close("kind", "ranks", "sizes", "rates")
+    table.close("kind", "ranks", "stride", "sizes", "rates")
     rates = Curve(table.numbers("sizes"), table.numbers("rates"))
-    return Collective(kind=table.text("kind"), ranks=table.whole("ranks"), rates=rates)
+    stride = table.whole("stride") if "stride" in table.data else 1
+    return Collective(kind=table.text("kind"), ranks=table.whole("ranks"), stride=stride, rates=rates)
 
 
 def write_cluster(cluster: Cluster) -> dict[str, Any]:
@@ -250,7 +255,11 @@ def write_cluster(cluster: Cluster) -> dict[str, Any]:
                 "devices": link.devices,
                 "latency_s": link.latency_s,
                 "bytes_per_s": link.bytes_per_s,
-                "collectives": [{"kind": c.kind, "ranks": c.ranks, **_write_curve(c.rates)} for c in link.collectives],
+                **({} if link.alone_bytes_per_s is None else {"alone_bytes_per_s": link.alone_bytes_per_s}),
+                "collectives": [
+                    {"kind": c.kind, "ranks": c.ranks, "stride": c.stride, **_write_curve(c.rates)}
+                    for c in link.collectives
+                ],
             }
             for link in cluster.links
         ],

@@ -3,14 +3,17 @@
     rates         all ranks compute at once, each on its own device; the mean over ranks of the medians
     cores         where devices are processes on shared cores: the processor time that all ranks together got per
                   second, over how much faster one computes while the others sleep
-    links         pairs of neighbours exchange messages, all pairs at once
-    collectives   over groups of every size that divides the number of ranks, all groups at once
+    links         inside a node and between nodes: pairs of neighbours exchange messages, all pairs at once; between
+                  nodes also one pair by itself, since a node's devices may share one network card
+    collectives   at either level, over groups of every size and stride that a mesh can have there, all groups at once
 
-so that more processes than cores are predicted as they run. A few seconds in all.
+so that more processes than cores are predicted as they run. A few seconds in all: where a message takes long it is
+sent less often.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from statistics import fmean, quantiles
@@ -19,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from weft.cluster import presets
+from weft.cluster.curve import Curve
 from weft.cluster.local import device_memory
 from weft.cluster.rates import Clock, Probe, curves, overhead_s, probes, time_probes
 from weft.cluster.topology import (
@@ -27,7 +31,6 @@ from weft.cluster.topology import (
     UNLIMITED_SHARE,
     Cluster,
     Collective,
-    Curve,
     Device,
     Link,
     Nodes,
@@ -38,9 +41,14 @@ from weft.errors import ClusterError
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-REPEATS = 7
+REPEATS = (2, 7)
+"""Fewest and most measurements of a communication: as many as SPEND_S allows."""
+
+IN_A_ROW_S, SPEND_S = 2e-3, 0.2
+"""A measurement is of so many in a row as take this long; all of them together take about SPEND_S."""
+
 MESSAGE_BYTES = (64, 2**22)
-"""A message that is all latency, and one that is all bandwidth."""
+"""A message that is all latency, and one that is all bandwidth: many times what a network card lets through at once."""
 
 COLLECTIVE_BYTES = (2**12, 2**18, 2**22)
 WINDOWS, WINDOW_S = 3, 0.25
@@ -54,14 +62,14 @@ def measure(
 
     Args:
         memory_bytes: limit of each device; None: an accelerator's own memory, or an equal part of the machine's.
-        devices_per_node: consecutive ranks on one node; None: all.
+        devices_per_node: consecutive ranks on one node; None: as many as torchrun says, or all.
         dtypes: of the matrix products to time.
 
     Raises:
         ClusterError: nodes that are not equal.
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    per_node = devices_per_node or ranks
+    per_node = devices_per_node or round(_mean([float(os.environ.get("LOCAL_WORLD_SIZE", ranks))])[0])
     if ranks % per_node:
         raise ClusterError(f"{ranks} ranks do not make whole nodes of {per_node} devices per node")
     accelerator = torch.accelerator.current_accelerator()
@@ -138,27 +146,50 @@ def _links(device: torch.device, ranks: int, per_node: int) -> tuple[Link, ...]:
     """Links inside a node and between nodes."""
     if ranks == 1:
         return ()
-    levels = [("inside a node", per_node, 1)] if per_node > 1 else []
+    levels = [("inside a node", 1, per_node)] if per_node > 1 else []
     if ranks > per_node:
-        levels.append(("between nodes", ranks, per_node))
+        levels.append(("between nodes", per_node, ranks))
     links = []
-    for name, devices, stride in levels:
-        latency, transfer = (_transfer_s(device, size, ranks, stride) for size in MESSAGE_BYTES)
-        sizes = [n for n in range(2, devices // stride + 1) if (devices // stride) % n == 0]
+    for name, below, devices in levels:
+        latency, transfer = (_transfer_s(device, size, ranks, below) for size in MESSAGE_BYTES)
+        alone = None
+        if below > 1:
+            alone = _rate(latency, _transfer_s(device, MESSAGE_BYTES[1], ranks, below, alone=True))
         links.append(
             Link(
                 name=name,
                 devices=devices,
                 latency_s=latency,
-                bytes_per_s=MESSAGE_BYTES[1] / max(transfer - latency, 0.1 * transfer),
-                collectives=tuple(c for n in sizes for c in _collectives(device, ranks, n, stride)),
+                bytes_per_s=_rate(latency, transfer),
+                collectives=tuple(
+                    c for size, stride in groups_of(below, devices) for c in _collectives(device, ranks, size, stride)
+                ),
+                alone_bytes_per_s=alone,
             )
         )
     return tuple(links)
 
 
-def _transfer_s(device: torch.device, size: int, ranks: int, stride: int) -> float:
-    """Seconds of a message from a rank to the one ``stride`` above it, all pairs at once: half a round trip."""
+def groups_of(below: int, devices: int) -> list[tuple[int, int]]:
+    """Sizes and strides of the groups of a mesh that need the link which connects ``devices`` devices, where an inner
+    one connects ``below``. Inside a node the stride makes no difference."""
+    strides = [s for s in range(1, below + 1) if below % s == 0]
+    return [
+        (size, stride)
+        for stride in strides
+        for size in range(2, devices // stride + 1)
+        if devices // stride % size == 0 and size * stride > below
+    ]
+
+
+def _rate(latency_s: float, transfer_s: float) -> float:
+    """Bytes per second of the large message, without the latency."""
+    return MESSAGE_BYTES[1] / max(transfer_s - latency_s, 0.1 * transfer_s)
+
+
+def _transfer_s(device: torch.device, size: int, ranks: int, stride: int, *, alone: bool = False) -> float:
+    """Seconds of a message from a rank to the one ``stride`` above it: half a round trip. All pairs at once, or the
+    first one ``alone``."""
     rank = dist.get_rank()
     upper = rank // stride % 2 == 1
     peer = rank - stride if upper else rank + stride
@@ -172,7 +203,7 @@ def _transfer_s(device: torch.device, size: int, ranks: int, stride: int) -> flo
             dist.send(message, peer)
             dist.recv(message, peer)
 
-    return _typical(round_trip if peer < ranks else None, device, count=4) / 2
+    return _typical(round_trip if peer < ranks and not (alone and min(rank, peer)) else None, device) / 2
 
 
 def _collectives(device: torch.device, ranks: int, size: int, stride: int) -> list[Collective]:
@@ -190,11 +221,10 @@ def _collectives(device: torch.device, ranks: int, size: int, stride: int) -> li
             mine = group
     found = []
     for kind in COLLECTIVES:
-        seconds = [
-            _typical(_collective(kind, total, size, mine, device), device, count=3) for total in COLLECTIVE_BYTES
-        ]
+        seconds = [_typical(_collective(kind, total, size, mine, device), device) for total in COLLECTIVE_BYTES]
         rates = tuple(total / spent for total, spent in zip(COLLECTIVE_BYTES, seconds, strict=True))
-        found.append(Collective(kind=kind, ranks=size, rates=Curve(tuple(map(float, COLLECTIVE_BYTES)), rates)))
+        curve = Curve(tuple(map(float, COLLECTIVE_BYTES)), rates)
+        found.append(Collective(kind=kind, ranks=size, stride=stride, rates=curve))
     if mine is not None:
         dist.destroy_process_group(mine)
     return found
@@ -215,22 +245,32 @@ def _collective(
     return lambda: REDUCE_SCATTER(part, whole, group=group)
 
 
-def _typical(run: Callable[[], object] | None, device: torch.device, *, count: int) -> float:
-    """Seconds of a communication, ``count`` in a row: the lower quartile, as disturbances only add; mean over ranks."""
-    times = []
-    for _ in range(REPEATS):
-        _barrier()
-        if run is None:
-            continue
-        _synchronize(device)
-        began = time.perf_counter()
-        for _ in range(count):
-            run()
-        _synchronize(device)
-        times.append((time.perf_counter() - began) / count)
-    seconds = quantiles(times, n=4)[0] if times else 0.0
-    total, taking_part = _mean([seconds, float(run is not None)])
-    return total / taking_part
+def _typical(run: Callable[[], object] | None, device: torch.device) -> float:
+    """Seconds of a communication: the lower quartile, as disturbances only add; mean over the ranks that take part.
+
+    The first run opens connections and says how often it can be repeated.
+    """
+    once = _seconds(run, 1, device)
+    once, taking_part = _mean([min(once, _seconds(run, 1, device)), float(run is not None)])
+    once /= taking_part
+    count = max(1, min(8, round(IN_A_ROW_S / once)))
+    fewest, most = REPEATS
+    repeats = max(fewest, min(most, round(SPEND_S / (count * once))))
+    times = [_seconds(run, count, device) for _ in range(repeats)]
+    return _mean([quantiles(times, n=4)[0]])[0] / taking_part
+
+
+def _seconds(run: Callable[[], object] | None, count: int, device: torch.device) -> float:
+    """Seconds of one run of ``count`` in a row, from a point where all ranks meet; 0 for those that have none."""
+    _barrier()
+    if run is None:
+        return 0.0
+    _synchronize(device)
+    began = time.perf_counter()
+    for _ in range(count):
+        run()
+    _synchronize(device)
+    return (time.perf_counter() - began) / count
 
 
 def _barrier() -> None:

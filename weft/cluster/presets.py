@@ -5,8 +5,9 @@ from __future__ import annotations
 import tomllib
 from importlib import resources
 
+from weft.cluster.curve import Curve
 from weft.cluster.file import Table
-from weft.cluster.topology import LIMITED_SHARE, UNLIMITED_SHARE, Cluster, Curve, Device, Link, Nodes
+from weft.cluster.topology import LIMITED_SHARE, UNLIMITED_SHARE, Cluster, Device, Link, Nodes
 from weft.errors import ClusterError
 from weft.quantity import parse_size
 

@@ -7,14 +7,13 @@ each run at ``min(1, cores / A)``.
 
 from __future__ import annotations
 
-import math
 import re
-from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from weft.cluster.curve import Curve
 from weft.errors import ClusterError
 
 CALIBRATIONS = ("measured here", "preset", "datasheet")
@@ -31,48 +30,6 @@ UNLIMITED_SHARE = 0.3
 """The same where it is not limited: freed tensors stay in one heap, with holes."""
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A rate over the size of the work, interpolated on the logarithm of the size and constant beyond both ends.
-
-    Attributes:
-        sizes: increasing; flops or bytes.
-        rates: flop/s or bytes/s at each size.
-
-    Raises:
-        ClusterError: empty, unequal lengths, sizes that do not increase, numbers that are not positive.
-    """
-
-    sizes: tuple[float, ...]
-    rates: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.sizes) != len(self.rates) or not self.sizes:
-            raise ClusterError(f"a curve needs as many rates as sizes, got {len(self.rates)} and {len(self.sizes)}")
-        if not all(math.isfinite(v) and v > 0 for v in (*self.sizes, *self.rates)):
-            raise ClusterError(f"a curve's sizes and rates must be positive, got {self.sizes} and {self.rates}")
-        if any(a >= b for a, b in zip(self.sizes, self.sizes[1:], strict=False)):
-            raise ClusterError(f"a curve's sizes must increase, got {self.sizes}")
-
-    @cached_property
-    def _logs(self) -> tuple[float, ...]:
-        return tuple(math.log(size) for size in self.sizes)
-
-    def at(self, size: float) -> float:
-        """The rate for work of this size."""
-        if size <= self.sizes[0]:
-            return self.rates[0]
-        if size >= self.sizes[-1]:
-            return self.rates[-1]
-        i = bisect_right(self.sizes, size)
-        share = (math.log(size) - self._logs[i - 1]) / (self._logs[i] - self._logs[i - 1])
-        return self.rates[i - 1] + share * (self.rates[i] - self.rates[i - 1])
-
-    def scaled(self, factor: float) -> Curve:
-        """The same curve, every rate times ``factor``."""
-        return Curve(self.sizes, tuple(rate * factor for rate in self.rates))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,17 +93,22 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """A collective as measured on ``ranks`` ranks: ``rates`` in bytes/s over bytes, both of the whole tensor."""
+    """A collective as measured on groups of ``ranks`` ranks, ``stride`` apart, all groups at once: ``rates`` in bytes/s
+    over bytes, both of the whole tensor."""
 
     kind: str
     ranks: int
     rates: Curve
+    stride: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in COLLECTIVES:
             raise ClusterError(f"collective {self.kind!r} is unknown; known ones are {', '.join(COLLECTIVES)}")
-        if self.ranks < 2:
-            raise ClusterError(f"collective {self.kind}: ranks must be at least 2, got {self.ranks}")
+        if self.ranks < 2 or self.stride < 1:
+            raise ClusterError(
+                f"collective {self.kind}: ranks must be at least 2 and stride at least 1, got {self.ranks} and "
+                f"{self.stride}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +120,8 @@ class Link:
         latency_s: of one message.
         bytes_per_s: per device and direction, while all devices send.
         collectives: as measured at this level; where there are none they are computed by the ring algorithm.
+        alone_bytes_per_s: of a device whose neighbours send nothing, where they share what carries the messages (a
+            node's one network card); None: a device has the same whatever others do.
     """
 
     name: str
@@ -165,6 +129,7 @@ class Link:
     latency_s: float
     bytes_per_s: float
     collectives: tuple[Collective, ...] = ()
+    alone_bytes_per_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.devices < 2 or not self.latency_s >= 0 or not self.bytes_per_s > 0:
@@ -172,6 +137,20 @@ class Link:
                 f"link {self.name}: needs devices >= 2, latency_s >= 0 and bytes_per_s > 0, "
                 f"got {self.devices}, {self.latency_s} and {self.bytes_per_s}"
             )
+        if self.alone_bytes_per_s is not None and not self.alone_bytes_per_s > 0:
+            raise ClusterError(f"link {self.name}: alone_bytes_per_s must be positive, got {self.alone_bytes_per_s}")
+
+    def shared_by(self, senders: int, of: int) -> Link:
+        """The link as one of ``senders`` devices sees it that send at once, ``of`` so many that share it."""
+        if self.alone_bytes_per_s is None:
+            return self
+        rate = min(self.alone_bytes_per_s, self.bytes_per_s * of / senders)
+        return replace(self, bytes_per_s=max(rate, self.bytes_per_s))
+
+    def at_stride(self, stride: int) -> Link:
+        """The link for groups of ranks ``stride`` apart: with the collectives measured on such groups, if any were."""
+        own = tuple(c for c in self.collectives if c.stride == stride)
+        return replace(self, collectives=own) if own else self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,12 +288,25 @@ class Cluster:
 
     def link(self, ranks: int, stride: int = 1) -> Link:
         """The innermost link that connects every group of ``ranks`` ranks, ``stride`` apart, of a mesh dimension."""
-        span = ranks * stride
-        return next((link for link in self.links if link.devices % span == 0), self.links[-1])
+        if (ranks, stride) not in self._known:
+            span = ranks * stride
+            link = next((link for link in self.links if link.devices % span == 0), self.links[-1])
+            # A ring over several nodes leaves each of them once: its groups are what shares a node's card.
+            self._known[ranks, stride] = self._shared(link.at_stride(stride), stride)
+        return self._known[ranks, stride]
 
-    def link_between(self, one: int, other: int) -> Link:
-        """The innermost link that connects two devices, by number."""
-        return next((link for link in self.links if one // link.devices == other // link.devices), self.links[-1])
+    @cached_property
+    def _known(self) -> dict[tuple[int, int], Link]:
+        return {}
+
+    def link_between(self, one: int, other: int, senders: int | None = None) -> Link:
+        """The innermost link that connects two devices, by number, as seen while ``senders`` devices of a node send
+        over it at once; None: all of them."""
+        link = next((link for link in self.links if one // link.devices == other // link.devices), self.links[-1])
+        return link if senders is None else self._shared(link, senders)
+
+    def _shared(self, link: Link, senders: int) -> Link:
+        return link.shared_by(min(senders, self.devices_per_node), self.devices_per_node)
 
     def with_memory(self, memory_bytes: int) -> Cluster:
         """The same cluster, its devices limited to this much memory."""

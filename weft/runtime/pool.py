@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
@@ -40,6 +41,23 @@ GRACE_S = 5.0
 """Seconds the others get to fail by themselves after the first failure of a run."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a process of a pool runs, where that is not simply here.
+
+    Attributes:
+        node: processes of one node have LOCAL_RANK and LOCAL_WORLD_SIZE among themselves, as torchrun sets them.
+        command: what the interpreter is started by, as in ``("taskset", "-c", "0")``.
+        environment: variables, before the pool's.
+        memory_bytes: limit during each run; None: the pool's.
+    """
+
+    node: int = 0
+    command: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    memory_bytes: int | None = None
+
+
 class Pool:
     """Up to ``devices`` processes, started when a run needs them. Use it as a context manager, or call ``close``.
 
@@ -48,6 +66,8 @@ class Pool:
         memory: limit per device during each run, in bytes or as ``"2GiB"``.
         device: ``"cpu"``, or a type of accelerator; None takes the accelerator where there is one.
         timeout_s: seconds a collective waits for its peers.
+        places: of the processes by rank; those beyond run here.
+        address: where the processes reach this one.
     """
 
     def __init__(
@@ -57,9 +77,13 @@ class Pool:
         memory: int | str | None = None,
         device: str | None = None,
         timeout_s: float = TIMEOUT_S,
+        places: Sequence[Place] = (),
+        address: str = "127.0.0.1",
     ) -> None:
         self.settings = settings_for(devices, memory, device, timeout_s)
         self.devices = devices or device_count(self.settings.device)
+        self._places = [*places, *[Place()] * (self.devices - len(places))]
+        self._address = address
         self._runs = 0
         self._directory = tempfile.TemporaryDirectory(prefix="weft-")
         self._workers: list[_Worker] = []
@@ -83,8 +107,10 @@ class Pool:
         (job / "call").write_bytes(call_of(fn, args))
         self._ready(count)
         workers = self._workers[:count]
-        for each in workers:
-            each.pipe.send((str(job), count))
+        nodes = [place.node for place in self._places[:count]]
+        for rank, each in enumerate(workers):
+            local_rank, local_count = nodes[:rank].count(nodes[rank]), nodes.count(nodes[rank])
+            each.pipe.send((str(job), count, local_rank, local_count))
         try:
             exits = _collect(workers)
         except BaseException:  # Ctrl-C: the run is given up, and so are its processes
@@ -115,25 +141,25 @@ class Pool:
         for rank in range(count):
             if rank < len(self._workers) and self._workers[rank].process.poll() is None:
                 continue
-            fresh = _Worker(rank, self.settings, self.devices, self._store.port)
+            meeting = f"{self._address}:{self._store.port}"
+            fresh = _Worker(rank, self._places[rank], self.settings, self.devices, meeting)
             self._workers[rank : rank + 1] = [fresh]
 
 
 class _Worker:
     """One process of the pool and the pipe to it."""
 
-    def __init__(self, rank: int, settings: Settings, devices: int, port: int) -> None:
+    def __init__(self, rank: int, place: Place, settings: Settings, devices: int, meeting: str) -> None:
         self.rank = rank
         self.pipe, theirs = Pipe()
-        environment = environment_for(devices)
-        arguments = command("pool", environment)
+        arguments = command("pool", {**environment_for(devices), **place.environment})
         self.process = subprocess.Popen(
-            [sys.executable, *arguments, str(rank), str(port), str(theirs.fileno())],
+            [*place.command, sys.executable, *arguments, str(rank), meeting, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             start_new_session=True,  # Ctrl-C is for this process, which then ends them
         )
         theirs.close()
-        self.pipe.send(settings)
+        self.pipe.send(replace(settings, memory_bytes=place.memory_bytes or settings.memory_bytes))
 
     def stop(self) -> None:
         """End it now."""
@@ -172,19 +198,21 @@ def _collect(workers: list[_Worker]) -> dict[int, int]:
 
 def main() -> None:
     """Serve runs until the pipe closes."""
-    rank, port, pipe = int(sys.argv[1]), int(sys.argv[2]), Connection(int(sys.argv[3]))
+    rank, pipe = int(sys.argv[1]), Connection(int(sys.argv[3]))
+    address, _, port = sys.argv[2].rpartition(":")
     settings: Settings = pipe.recv()
     prepare(settings)
-    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=settings.timeout_s))
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+    store = TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=settings.timeout_s))
+    os.environ["RANK"] = str(rank)
     known, caches = 0, list[Callable[[], object]]()
     while True:
         try:
-            directory, count = pipe.recv()
+            directory, *numbers = pipe.recv()
         except (EOFError, ConnectionResetError):
             return
         job = Path(directory)
-        os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(count)
+        for name, number in zip(("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), numbers, strict=True):
+            os.environ[name] = str(number)
         os.environ[JOB] = directory
         pipe.send(_serve(job, rank, settings, PrefixStore(job.name, store)))
         new = len(sys.modules) > known
