@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,16 +46,21 @@ PERIOD_US = 10_000
 """A process with a share of a core runs and stands still in turns this long; shorter than any step."""
 
 
+_networks = itertools.count()
+
+
 @dataclass(frozen=True)
 class Network:
     """Hosts that can reach each other and this process.
 
     Attributes:
         address: of this process.
+        addresses: of the hosts.
         commands: by host, what starts a program in it.
     """
 
     address: str
+    addresses: tuple[str, ...]
     commands: tuple[tuple[str, ...], ...]
 
     def place(self, host: int, *, memory_bytes: int | None = None) -> Place:
@@ -73,9 +80,10 @@ def hosts(count: int, *, bits_per_s: float | None = None) -> Iterator[Network]:
     Raises:
         OSError: this machine cannot; see ``missing``.
     """
-    number = os.getpid()
+    # Names and addresses of its own for every network of every process.
+    outside = f"weft{os.getpid()}-{next(_networks)}"
+    number = zlib.crc32(outside.encode())
     subnet = f"10.{64 + number // 256 % 128}.{number % 256}"
-    outside = f"weft{number}"
     with contextlib.ExitStack() as held:
         switch = held.enter_context(_namespace())
         _run(f"ip link add {outside} type veth peer name outside netns {switch}")
@@ -86,19 +94,20 @@ def hosts(count: int, *, bits_per_s: float | None = None) -> Iterator[Network]:
         _run("ip link add bridge type bridge", inside_switch)
         _run("ip link set bridge addrgenmode none up", inside_switch)
         _run("ip link set outside addrgenmode none master bridge up", inside_switch)
-        commands = []
+        commands, addresses = [], []
         for host in range(count):
             process = held.enter_context(_namespace())
             commands.append(_into(process))
+            addresses.append(f"{subnet}.{host + 1}")
             _run(f"ip link add {CARD} netns {process} type veth peer name port{host} netns {switch}")
             _run(f"ip link set port{host} addrgenmode none master bridge up", inside_switch)
             _run("ip link set lo up", commands[host])
-            _run(f"ip address add {subnet}.{host + 1}/24 dev {CARD}", commands[host])
+            _run(f"ip address add {addresses[host]}/24 dev {CARD}", commands[host])
             _run(f"ip link set {CARD} addrgenmode none up", commands[host])
             if bits_per_s is not None:
                 _shape(CARD, bits_per_s, commands[host])
                 _shape(f"port{host}", bits_per_s, inside_switch)
-        yield Network(f"{subnet}.254", tuple(commands))
+        yield Network(f"{subnet}.254", tuple(addresses), tuple(commands))
 
 
 @contextlib.contextmanager

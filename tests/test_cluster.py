@@ -86,7 +86,17 @@ def measured() -> Cluster:
                 bytes_per_s=1e9,
                 collectives=(Collective(kind="all_reduce", ranks=4, rates=flat),),
             ),
-            Link(name="out", devices=8, latency_s=1e-4, bytes_per_s=1e8),
+            Link(
+                name="out",
+                devices=8,
+                latency_s=1e-4,
+                bytes_per_s=1e8,
+                collectives=tuple(
+                    Collective(kind="all_reduce", ranks=8 // stride, stride=stride, rates=flat.scaled(1 / stride))
+                    for stride in (1, 4)
+                ),
+                alone_bytes_per_s=3e8,
+            ),
         ),
         calibration="measured here",
     )
@@ -107,9 +117,24 @@ def test_a_saved_cluster_reads_back_equal(cluster, tmp_path):
     assert Cluster.parse(str(path)) == cluster
 
 
+def test_a_link_is_as_those_see_it_that_share_it():
+    cluster = measured()  # two nodes of four devices, a card for each node: four senders get 1e8 each, one alone 3e8
+    rates = [cluster.link_between(0, 4, senders).bytes_per_s for senders in (1, 2, 3, 4, 8)]
+    assert rates == pytest.approx([3e8, 2e8, 4e8 / 3, 1e8, 1e8])
+    assert cluster.link_between(0, 4).bytes_per_s == 1e8
+    assert cluster.link_between(0, 1, 1).bytes_per_s == cluster.links[0].bytes_per_s
+    # Four groups of two ranks cross at once, or one group of all eight.
+    assert (cluster.link(2, 4).bytes_per_s, cluster.link(8).bytes_per_s) == (1e8, 3e8)
+    assert [c.ranks for c in cluster.link(2, 4).collectives] == [2]
+    assert [c.ranks for c in cluster.link(8).collectives] == [8]
+    assert len(cluster.link(4, 2).collectives) == 2  # none was measured so: both are better than nothing
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda t: t.replace("alone_bytes_per_s = 3", "alone_bytes_per_s = -3"), "alone_bytes_per_s must be positive"),
+        (lambda t: t.replace("stride = 4", "stride = 0"), "stride at least 1"),
         (lambda t: t.replace("overhead_s", "overhead"), "unknown key 'overhead'"),
         (lambda t: t.replace('name = "c"\n', ""), "'name' is missing"),
         (lambda t: t.replace("measured here", "guessed"), "calibration 'guessed'"),
@@ -164,6 +189,7 @@ def test_links_are_the_innermost_that_reach():
     assert cluster.link(2, stride=2).name == "in"
     assert cluster.link(2, stride=4).name == "out"
     assert cluster.link(3).name == "out"  # ranks 3, 4 and 5 are on two nodes
+    assert cluster.link(4).collectives == cluster.links[0].collectives
     assert cluster.link_between(0, 3).name == "in"
     assert cluster.link_between(3, 4).name == "out"
 

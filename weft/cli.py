@@ -21,7 +21,7 @@ from rich.console import Console, RenderableType
 from weft.capture import capture
 from weft.cluster import Cluster, measure
 from weft.cluster.file import write_cluster
-from weft.errors import PlanError, TargetError, WeftError, WorkerError
+from weft.errors import InputError, PlanError, TargetError, WeftError, WorkerError
 from weft.fixed import WITHOUT_DEGREES, takes_fixed
 from weft.jobs import compare as comparing
 from weft.jobs import train as training
@@ -33,7 +33,7 @@ from weft.report import tables
 from weft.report.progress import Bar, TrainingLog, show_cursor
 from weft.runtime.launch import device_count, launch_script
 from weft.runtime.launch import launch as launch_function
-from weft.runtime.worker import device_type
+from weft.runtime.worker import device_type, run_here
 from weft.target import Target
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Train one model on many devices.")
@@ -181,10 +181,18 @@ def cluster(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure this machine: all devices at once."""
+    """Measure this machine, all devices at once; in a process that torchrun started, the machines of its job."""
+    limit = None if memory is None else parse_size(memory)
+    rank = os.environ.get("RANK")
+    if rank is not None and devices is not None:
+        raise InputError(f"this job has its processes already and --devices is {devices}; leave --devices out")
     with output(as_json) as show:
-        limit = None if memory is None else parse_size(memory)
-        found: Cluster = launch_function(measure_here, limit, devices=devices, memory=limit)[0]
+        if rank is None:
+            found: Cluster = launch_function(measure_here, limit, devices=devices, memory=limit)[0]
+        else:
+            found = run_here(measure_here, limit, memory_bytes=limit)
+        if rank not in (None, "0"):
+            return
         if save is not None:
             found.save(save)
         show(tables.cluster(found), write_cluster(found))

@@ -41,11 +41,10 @@ from weft.errors import ClusterError
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-REPEATS = (2, 7)
-"""Fewest and most measurements of a communication: as many as SPEND_S allows."""
-
-IN_A_ROW_S, SPEND_S = 2e-3, 0.2
-"""A measurement is of so many in a row as take this long; all of them together take about SPEND_S."""
+REPEATS = 7
+IN_A_ROW_S, SPEND_S = 2e-3, 0.4
+"""A measurement of a communication is of so many in a row as take this long; there are REPEATS of them, or as many as
+take SPEND_S: one where it takes longer."""
 
 MESSAGE_BYTES = (64, 2**22)
 """A message that is all latency, and one that is all bandwidth: many times what a network card lets through at once."""
@@ -151,20 +150,23 @@ def _links(device: torch.device, ranks: int, per_node: int) -> tuple[Link, ...]:
         levels.append(("between nodes", per_node, ranks))
     links = []
     for name, below, devices in levels:
-        latency, transfer = (_transfer_s(device, size, ranks, below) for size in MESSAGE_BYTES)
-        alone = None
-        if below > 1:
-            alone = _rate(latency, _transfer_s(device, MESSAGE_BYTES[1], ranks, below, alone=True))
+        small, large = MESSAGE_BYTES
+        latency = _transfer_s(device, small, ranks, below) / 2
+        rates = [
+            large / max(seconds - 2 * latency, 0.1 * seconds)
+            for alone in (False, True)[: 1 + (below > 1)]
+            for seconds in [_transfer_s(device, large, ranks, below, alone=alone)]
+        ]
         links.append(
             Link(
                 name=name,
                 devices=devices,
                 latency_s=latency,
-                bytes_per_s=_rate(latency, transfer),
+                bytes_per_s=rates[0],
                 collectives=tuple(
                     c for size, stride in groups_of(below, devices) for c in _collectives(device, ranks, size, stride)
                 ),
-                alone_bytes_per_s=alone,
+                alone_bytes_per_s=rates[1] if below > 1 else None,
             )
         )
     return tuple(links)
@@ -182,28 +184,24 @@ def groups_of(below: int, devices: int) -> list[tuple[int, int]]:
     ]
 
 
-def _rate(latency_s: float, transfer_s: float) -> float:
-    """Bytes per second of the large message, without the latency."""
-    return MESSAGE_BYTES[1] / max(transfer_s - latency_s, 0.1 * transfer_s)
-
-
 def _transfer_s(device: torch.device, size: int, ranks: int, stride: int, *, alone: bool = False) -> float:
-    """Seconds of a message from a rank to the one ``stride`` above it: half a round trip. All pairs at once, or the
-    first one ``alone``."""
+    """Seconds of a message from a rank to the one ``stride`` above it and of a word back. All pairs at once, or one
+    ``alone``."""
     rank = dist.get_rank()
     upper = rank // stride % 2 == 1
     peer = rank - stride if upper else rank + stride
-    message = torch.zeros(size, dtype=torch.uint8, device=device)
+    message, word = torch.zeros(size, dtype=torch.uint8, device=device), torch.zeros(1, device=device)
 
-    def round_trip() -> None:
+    def there_and_back() -> None:
         if upper:
             dist.recv(message, peer)
-            dist.send(message, peer)
+            dist.send(word, peer)
         else:
             dist.send(message, peer)
-            dist.recv(message, peer)
+            dist.recv(word, peer)
 
-    return _typical(round_trip if peer < ranks and not (alone and min(rank, peer)) else None, device) / 2
+    takes_part = peer < ranks and not (alone and min(rank, peer))
+    return _typical(there_and_back if takes_part else None, device)
 
 
 def _collectives(device: torch.device, ranks: int, size: int, stride: int) -> list[Collective]:
@@ -246,18 +244,21 @@ def _collective(
 
 
 def _typical(run: Callable[[], object] | None, device: torch.device) -> float:
-    """Seconds of a communication: the lower quartile, as disturbances only add; mean over the ranks that take part.
+    """Seconds until a communication is over on all ranks: the lower quartile, as disturbances only add.
 
-    The first run opens connections and says how often it can be repeated.
+    The first runs open connections and say how often it can be repeated.
     """
-    once = _seconds(run, 1, device)
-    once, taking_part = _mean([min(once, _seconds(run, 1, device)), float(run is not None)])
-    once /= taking_part
+
+    def measure(count: int, repeats: int) -> list[float]:
+        return _over_ranks(max, [_seconds(run, count, device) for _ in range(repeats)])
+
+    once = measure(1, 1)[0]
+    if once < SPEND_S / REPEATS:
+        once = measure(1, 1)[0]
     count = max(1, min(8, round(IN_A_ROW_S / once)))
-    fewest, most = REPEATS
-    repeats = max(fewest, min(most, round(SPEND_S / (count * once))))
-    times = [_seconds(run, count, device) for _ in range(repeats)]
-    return _mean([quantiles(times, n=4)[0]])[0] / taking_part
+    repeats = min(REPEATS, int(SPEND_S / (count * once)))
+    times = measure(count, repeats) if repeats else [once]
+    return quantiles(times, n=4)[0] if repeats > 1 else times[0]
 
 
 def _seconds(run: Callable[[], object] | None, count: int, device: torch.device) -> float:
@@ -285,11 +286,16 @@ def _synchronize(device: torch.device) -> None:
 
 def _mean(values: list[float]) -> list[float]:
     """Means over all ranks."""
+    return _over_ranks(fmean, values)
+
+
+def _over_ranks(combine: Callable[[tuple[float, ...]], float], values: list[float]) -> list[float]:
+    """Every value combined with the other ranks'."""
     if not dist.is_initialized():
         return values
     gathered: list[list[float]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, values)
-    return [fmean(column) for column in zip(*gathered, strict=True)]
+    return [combine(column) for column in zip(*gathered, strict=True)]
 
 
 def _agree(cluster: Cluster) -> Cluster:

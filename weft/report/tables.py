@@ -96,6 +96,7 @@ def cluster(found: Cluster) -> RenderableType:
         *(
             f"link {link.name}, {link.devices} devices: {format_seconds(link.latency_s)} and "
             f"{format_count(link.bytes_per_s, 'B/s')} each way"
+            + (f", {format_count(link.alone_bytes_per_s, 'B/s')} alone" if link.alone_bytes_per_s else "")
             for link in found.links
         ),
     ]

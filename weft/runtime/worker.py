@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cloudpickle
 import torch
@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import HashStore, Store  # torch.distributed has
 from weft.runtime import memory
 from weft.runtime.failure import Failure
 
+T = TypeVar("T")
 JOB = "WEFT_JOB"
 """Names the job's directory to its processes. Read when a process starts and when a stage is described."""
 
@@ -119,6 +120,17 @@ def main() -> None:
         # Written first, while the peers cannot know yet; then out, without waiting for threads that wait for peers.
         Failure.of(error, rank, limit).save(job / f"{rank}.failure")
         _leave(1)
+
+
+def run_here(fn: Callable[..., T], *args: Any, memory_bytes: int | None = None) -> T:
+    """Run ``fn(*args)`` in this process of a job that torchrun, or what works like it, has started."""
+    settings = Settings(parent=os.getppid(), device=device_type(), memory_bytes=memory_bytes, timeout_s=TIMEOUT_S)
+    prepare(settings)
+    join()
+    with limited(settings):
+        result = fn(*args)
+    dist.destroy_process_group()
+    return result
 
 
 def run_script(script: str, arguments: list[str]) -> None:
