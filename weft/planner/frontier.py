@@ -1,7 +1,7 @@
 """Best first: of all candidates the fastest that fits, and the fastest of each other kind, without costing every one.
 
-Every candidate has a *bound*, seconds that its step takes at least, and is looked at in the order of its bound, more and
-more closely:
+Every candidate has a *bound*, seconds that its step takes at least, and is looked at in the order of its bound, more
+and more closely:
 
     degrees      the least of its candidates' bounds                                    _of_degrees
     candidate    S sum over calls of forward + backward, m microbatches, p stages: at best stages are cut so that
@@ -11,9 +11,9 @@ more closely:
                  gathered, reduced, and the optimizer's step
     costed       the simulated timeline
 
-What comes out costed is the fastest there is, since everything else has a bound that is no less. So pruning loses nothing
-of what is searched: all degrees, numbers of microbatches (space.counts), schedules, stages of the sharded optimizer; with
-stages cut by exact balance (balance.ends) and recomputation as recompute.py chooses it, which is greedy.
+What comes out costed is the fastest there is, since everything else has a bound that is no less. So pruning loses
+nothing of what is searched: all degrees, numbers of microbatches (space.counts), schedules, stages of the sharded
+optimizer; with stages cut by exact balance (balance.ends) and recomputation as recompute.py chooses it, greedily.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from weft.planner import space
 from weft.planner.evaluate import Evaluator
 from weft.planner.recompute import recomputing
 from weft.planner.space import Candidate, Constraints, Degrees, everywhere
-from weft.planner.stages import BOUNDED, Ends, call_s
+from weft.planner.stages import Ends, call_s
 
 
 class Costed(NamedTuple):
@@ -91,6 +91,7 @@ class Frontier:
     fits: set[Degrees] = field(default_factory=set)
     costed: int = 0
     _floors: dict[object, tuple[float, float]] = field(default_factory=dict)
+    _roomy: dict[object, bool] = field(default_factory=dict)
 
     @property
     def memory_bytes(self) -> float:
@@ -120,11 +121,13 @@ class Frontier:
             if degrees.kind in settled:
                 continue
             if isinstance(what, Degrees):
+                if self.standing(what, 3) > self.memory_bytes:
+                    continue
                 for candidate in self._of_degrees(what):
                     push(max(bound, self._floor(candidate)), candidate)
             elif isinstance(what, Candidate):
-                cut = self.cut(what)
-                if cut.peak <= self.memory_bytes:
+                cut = self.cut(what) if self._may_fit(what) else None
+                if cut and cut.peak <= self.memory_bytes:
                     self.fits.add(degrees)
                     push(max(bound, self.evaluator.bound(cut.candidate, cut.ends)), cut, cut.peak)
             elif isinstance(what, Cut):
@@ -177,13 +180,12 @@ class Frontier:
         if plain.peak <= self.memory_bytes or (self.constraints.recompute is not None and candidate.stages == 1):
             return plain
         options = [plain]
-        small = len(stages.profile.calls) * candidate.stages <= BOUNDED
-        if small:
-            options.append(found(candidate, stages.cut(candidate)))
+        if (ends := stages.cut(candidate)) != fastest:
+            options.append(found(candidate, ends))
         if self.constraints.recompute is None:
             # The stages as they would be with memory for everything, and as they can be with everything recomputed.
             full = candidate._replace(recompute=everywhere(stages.profile, "full"))
-            for ends in dict.fromkeys([fastest, stages.cut(full) if small else fastest]):
+            for ends in dict.fromkeys([fastest, stages.cut(full)]):
                 everything = found(full, ends)
                 fits = everything.peak <= self.memory_bytes
                 options.append(found(recomputing(stages, candidate, ends), ends) if fits else everything)
@@ -198,13 +200,44 @@ class Frontier:
             return min(fitting, key=lambda o: evaluator.bound(o.candidate, o.ends))
         return min(fitting, key=lambda o: evaluator.estimate(o.candidate, o.ends).step_time_s)
 
+    def standing(self, degrees: Degrees, zero: int) -> float:
+        """Bytes that the fullest device holds at least, in the optimizer's step: an equal part of what all hold."""
+        stages, device = self.evaluator.stages, self.evaluator.cluster.device
+        holding = stages.holding(degrees, [(0, len(stages.profile.calls))])
+        shards = holding.trainable_shard + holding.frozen_shard
+        whole = holding.trainable + holding.frozen if degrees.dp_shard > 1 and zero < 3 else 0.0
+        state = holding.trainable_shard * (1 + stages.profile.optimizer_state_bytes)  # and the gradients
+        return (shards + whole + state) / degrees.pp * (1 + device.allocator_share) + device.reserved_bytes
+
+    def _may_fit(self, candidate: Candidate) -> bool:
+        """False where it is known at once that a candidate does not fit: by what it holds in any case, or because smaller
+        microbatches would not. That holds for all numbers but one, which keeps no gradients beside activations, and for
+        GPipe where 1F1B does not fit, which keeps fewer microbatches."""
+        if self.standing(candidate.degrees, candidate.zero) > self.memory_bytes:
+            return False
+        if candidate.microbatches == 1 or self.constraints.recompute is not None:
+            return True
+        key = (candidate.degrees, candidate.zero)
+        if key not in self._roomy:
+            most = space.counts(self.evaluator.profile, candidate.degrees, self.constraints)[-1]
+            self._roomy[key] = self._least(candidate._replace(microbatches=most)).peak <= self.memory_bytes
+        return self._roomy[key]
+
+    def _least(self, candidate: Candidate) -> Cut:
+        """A candidate with everything recomputed and few microbatches alive, cut by time, or by memory too if it must."""
+        stages = self.evaluator.stages
+        if self.constraints.schedule is None:
+            candidate = candidate._replace(schedule="1f1b")
+        full = candidate._replace(recompute=everywhere(stages.profile, self.constraints.recompute or "full"))
+        fastest = stages.fastest(full)
+        if (peak := max(stages.peaks(full, fastest))) > self.memory_bytes:
+            fastest = stages.cut(full)
+            peak = max(stages.peaks(full, fastest))
+        return Cut(full, fastest, peak)
+
     def least(self, degrees: Degrees) -> Cut:
-        """The candidate of some degrees that needs least memory, or one that fits."""
-        found = None
-        for candidate in sorted(self._candidates(degrees), key=lambda c: (-c.zero, -c.microbatches, c.schedule)):
-            cut = self.cut(candidate)
-            found = cut if found is None or cut.peak < found.peak else found
-            if cut.peak <= self.memory_bytes:
-                break
-        assert found is not None
-        return found
+        """Of the candidates of some degrees the one that needs least memory, as far as their order tells: with one
+        microbatch, or with the most."""
+        counts = space.counts(self.evaluator.profile, degrees, self.constraints)
+        every = [c for c in self._candidates(degrees) if c.microbatches in (1, counts[-1])]
+        return min((self._least(c) for c in every), key=lambda cut: cut.peak)

@@ -57,9 +57,11 @@ def alive(schedule: str, device: int, devices: int, microbatches: int, chunks: i
 
     A backward in two parts lets go of activations with the second.
     """
+    if schedule == "gpipe":
+        return (Alive(microbatches, microbatches - 1),)
     # More microbatches than a pipeline takes to fill keep no more.
     rounds = max(2, 2 * chunks)
-    if microbatches > rounds * devices and schedule != "gpipe":
+    if microbatches > rounds * devices:
         microbatches = rounds * devices + (microbatches % devices if chunks == 1 else 0)
     order = ORDERS[schedule](device, devices, microbatches, chunks)
     ends = Kind.WEIGHT if any(action.kind is Kind.WEIGHT for action in order) else Kind.BACKWARD

@@ -239,15 +239,14 @@ def _without_room(frontier: Frontier, possible: list[Degrees], known: set[frozen
     for kind, members in kinds.items():
         if kind in fitting:
             continue
-        cuts = []
-        for degrees in members:
-            cuts.append(frontier.least(degrees))
-            if cuts[-1].peak <= frontier.memory_bytes:
-                break
-        least = min(cuts, key=lambda cut: cut.peak)
+        members.sort(key=lambda degrees: frontier.standing(degrees, 3))
+        least = frontier.least(members[0])
+        for degrees in members[1:]:
+            if least.peak > frontier.memory_bytes and frontier.standing(degrees, 3) <= frontier.memory_bytes:
+                least = min(least, frontier.least(degrees), key=lambda cut: cut.peak)
         if least.peak > frontier.memory_bytes:
             names = " x ".join(name for name in space.DEGREES if name in kind)
-            found[f"{names} alone, at best {least.candidate.degrees.describe()}"] = least
+            found[f"{names}, at best {least.candidate.degrees.describe()}"] = least
     return found
 
 
@@ -258,6 +257,8 @@ def _later(evaluator: Evaluator, best: list[Costed]) -> list[Later]:
         for candidate, lacks in space.later(evaluator.profile, costed.candidate):
             ends = evaluator.stages.fastest(candidate)
             if max(evaluator.stages.peaks(candidate, ends)) > evaluator.cluster.memory_bytes:
+                continue
+            if evaluator.bound(candidate, ends) >= best[0].estimate.step_time_s:
                 continue
             variant = Costed(candidate, ends, evaluator.estimate(candidate, ends))
             if variant.order < best[0].order:

@@ -23,8 +23,8 @@ from weft.planner.system import WEFT, System
 Ends = tuple[int, ...]
 Stretch = tuple[int, int]
 
-BOUNDED = 4000
-"""Calls times stages up to which stages are cut by time and memory; beyond, memory is left to recomputation."""
+EVEN = 200
+"""Calls times stages up to which a cut that memory asks for is as even as it can be beside its slowest stage."""
 
 
 class Stages:
@@ -108,14 +108,13 @@ class Stages:
         if fits or candidate.stages == 1 or candidate.chunks > 1:
             return fastest
         costs = self._costs(candidate)
-        if len(costs) * candidate.stages > BOUNDED:
-            return fastest
 
         def allowed(stage: int, start: int, end: int) -> bool:
             end = len(self.profile.calls) if end == len(costs) else end
             return sum(self.memory(candidate, stage, [(start, end)]).values()) <= self.cluster.memory_bytes
 
-        return tuple(balance.ends(costs, candidate.stages, allowed) or fastest)
+        by_memory = balance.ends if len(costs) * candidate.stages <= EVEN else balance.packed
+        return tuple(by_memory(costs, candidate.stages, allowed) or fastest)
 
     def fastest(self, candidate: Candidate) -> Ends:
         """Where each stage ends, balanced by time alone."""
