@@ -14,8 +14,8 @@ from weft.errors import MemoryLimitError, PlanError
 from weft.estimate import MEMORY_TERMS, TIME_TERMS
 from weft.plan import Plan
 from weft.planner import estimate, make_plan, search
-from weft.planner.communication import collective_s
-from weft.planner.space import Constraints, Degrees, candidates, products
+from weft.planner.communication import Path, collective_s
+from weft.planner.space import DEGREES, Constraints, Degrees, candidates, products
 from weft.quantity import format_bytes
 
 EVERY = [
@@ -95,7 +95,12 @@ def test_the_choice_is_the_fastest_of_every_candidate_that_fits(cluster):
     for degrees in products(4, Constraints()):
         for candidate in candidates(profile, degrees, Constraints()):
             plan = make_plan(
-                profile, cluster, **degrees._asdict(), microbatches=candidate.microbatches, schedule=candidate.schedule
+                profile,
+                cluster,
+                **{name: getattr(degrees, name) for name in DEGREES},
+                microbatches=candidate.microbatches,
+                schedule=candidate.schedule,
+                zero=candidate.zero,
             )
             found = estimate(profile, cluster, plan)
             if max(found.peak_memory_bytes) <= cluster.memory_bytes:
@@ -130,7 +135,7 @@ def test_refused_plans_say_what_bound_them_and_it_is_true():
         degrees = dict(part.split("=") for part in what.split() if what != "one device")
         best = min(
             max(estimate(profile, cluster, make_plan(profile, cluster, **{k: int(v) for k, v in degrees.items()},
-                microbatches=c.microbatches, schedule=c.schedule, recompute="full")).peak_memory_bytes)
+                microbatches=c.microbatches, schedule=c.schedule, zero=c.zero, recompute="full")).peak_memory_bytes)
             for c in candidates(profile, Degrees(**{k: int(v) for k, v in degrees.items()}), Constraints())
         )  # fmt: skip
         assert best > cluster.memory_bytes
@@ -239,15 +244,15 @@ def test_measured_collectives_are_believed():
     link = Link(name="l", devices=4, latency_s=1e-3, bytes_per_s=1e9)
     points = Curve((1e3, 1e6), (1e3 / 5e-3, 1e6 / 9e-3))
     measured = replace(link, collectives=(Collective(kind="all_reduce", ranks=4, rates=points),))
-    assert collective_s("all_reduce", 1e6, 4, link) == pytest.approx(2 * 3 * (1e-3 + 1e6 / 4 / 1e9))
-    assert collective_s("all_reduce", 1e6, 4, measured) == pytest.approx(9e-3)
-    assert collective_s("all_reduce", 1, 4, measured) == pytest.approx(5e-3)
-    assert collective_s("all_reduce", (1e3 + 1e6) / 2, 4, measured) == pytest.approx(7e-3)
-    assert collective_s("all_reduce", 1e7, 4, measured) == pytest.approx(90e-3)
-    assert collective_s("all_reduce", 1e6, 2, measured) == pytest.approx(
+    assert collective_s("all_reduce", 1e6, Path.flat(link, 4)) == pytest.approx(2 * 3 * (1e-3 + 1e6 / 4 / 1e9))
+    assert collective_s("all_reduce", 1e6, Path.flat(measured, 4)) == pytest.approx(9e-3)
+    assert collective_s("all_reduce", 1, Path.flat(measured, 4)) == pytest.approx(5e-3)
+    assert collective_s("all_reduce", (1e3 + 1e6) / 2, Path.flat(measured, 4)) == pytest.approx(7e-3)
+    assert collective_s("all_reduce", 1e7, Path.flat(measured, 4)) == pytest.approx(90e-3)
+    assert collective_s("all_reduce", 1e6, Path.flat(measured, 2)) == pytest.approx(
         9e-3 * (2 * (1e-3 + 5e5 / 1e9)) / (6 * (1e-3 + 2.5e5 / 1e9))
     )
-    assert collective_s("all_gather", 1e6, 4, measured) == pytest.approx(3 * (1e-3 + 1e6 / 4 / 1e9))
+    assert collective_s("all_gather", 1e6, Path.flat(measured, 4)) == pytest.approx(3 * (1e-3 + 1e6 / 4 / 1e9))
 
 
 def test_the_plan_explains_itself_until_it_is_saved(tmp_path):

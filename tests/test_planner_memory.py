@@ -17,7 +17,7 @@ PROCESS = processes(1, memory_bytes=2**30, cores=1).device
 
 
 def call(saved, workspace=0.0):
-    return CallCost(0.0, 0.0, (), (), saved, workspace)
+    return CallCost(0.0, 0.0, 0.0, (), (), saved, workspace)
 
 
 def holding(gradients, shards=None, units=None):
@@ -29,14 +29,14 @@ def holding(gradients, shards=None, units=None):
 
 def memory(calls, held, **changes):
     settings = {
-        "alive": Alive(1, 0),
+        "alive": [Alive(1, 0)],
         "degrees": Degrees(),
         "device": PROCESS,
         "optimizer_state": 2.0,
         "boundary_bytes": 0.0,
-        "kept_output_bytes": 0.0,
+        "kept_output_bytes": [0.0],
     }
-    return stage_memory(calls, held, **(settings | changes))
+    return stage_memory([calls], held, **(settings | changes))
 
 
 def walked(saved, gradients, order, kept):
@@ -59,7 +59,7 @@ def walked(saved, gradients, order, kept):
 
 
 @given(
-    st.sampled_from(sorted(ORDERS)),
+    st.sampled_from(["1f1b", "gpipe"]),
     st.integers(1, 4),
     st.integers(1, 6),
     st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=5),
@@ -81,17 +81,17 @@ def test_the_fullest_moment_is_the_walk_s(schedule, stages, microbatches, costs,
         assert terms["buffers"] == 0.0
 
 
-@given(st.sampled_from(sorted(ORDERS)), st.integers(1, 6), st.integers(1, 12))
+@given(st.sampled_from(["1f1b", "gpipe"]), st.integers(1, 6), st.integers(1, 12))
 def test_alive_is_what_the_schedule_keeps(schedule, stages, microbatches):
     for stage in range(stages):
         counted = alive(schedule, stage, stages, microbatches)
-        assert max(counted) == in_flight(schedule, stage, stages, microbatches)
+        assert max(counted[0]) == in_flight(schedule, stage, stages, microbatches)
 
 
 def test_one_microbatch_never_holds_all_activations_and_all_gradients():
     terms = memory([call(100.0), call(100.0)], holding([60.0, 60.0]))
     assert (terms["activations"], terms["gradients"]) == (200.0, 60.0)
-    kept = memory([call(100.0), call(100.0)], holding([60.0, 60.0]), alive=Alive(1, 1))
+    kept = memory([call(100.0), call(100.0)], holding([60.0, 60.0]), alive=[Alive(1, 1)])
     assert (kept["activations"], kept["gradients"]) == (200.0, 120.0)
 
 
@@ -99,7 +99,7 @@ def test_replicas_keep_buckets():
     """Gradients are views of them, however many microbatches there are."""
     twice = Degrees(dp_replicate=2)
     once = memory([call(100.0), call(100.0)], holding([60.0, 60.0]), degrees=twice)
-    several = memory([call(100.0), call(100.0)], holding([60.0, 60.0]), degrees=twice, alive=Alive(1, 1))
+    several = memory([call(100.0), call(100.0)], holding([60.0, 60.0]), degrees=twice, alive=[Alive(1, 1)])
     assert (once["activations"], once["gradients"], once["buffers"]) == (200.0, 120.0, 0.0)
     assert (several["activations"], several["gradients"], several["buffers"]) == (200.0, 120.0, 0.0)
 
@@ -112,13 +112,15 @@ def test_the_optimizer_step_can_be_the_fullest_moment():
     )
 
 
-def test_sharding_gathers_whole_units_and_keeps_whole_gradients_between_microbatches():
+def test_sharding_gathers_whole_units_and_keeps_shards_of_gradients():
     held = holding([80.0, 40.0], [20.0, 10.0], {"a": 80.0, "b": 40.0})
     once = memory([call(500.0), call(0.0)], held, degrees=Degrees(dp_shard=4))
-    again = memory([call(500.0), call(0.0)], held, degrees=Degrees(dp_shard=4), alive=Alive(1, 1))
+    again = memory([call(500.0), call(0.0)], held, degrees=Degrees(dp_shard=4), alive=[Alive(1, 1)])
     assert (once["parameters"], once["optimizer"]) == (30.0, 60.0)
     assert once["buffers"] == (GATHER_COPIES + REDUCE_COPIES) * 80.0
-    assert (once["gradients"], again["gradients"]) == (30.0, 120.0)
+    assert (once["gradients"], again["gradients"]) == (30.0, 30.0)
+    optimizer_only = memory([call(500.0), call(0.0)], held, degrees=Degrees(dp_shard=4), alive=[Alive(1, 1)], zero=1)
+    assert (optimizer_only["gradients"], optimizer_only["parameters"]) == (120.0, 150.0)
 
 
 def test_holdings_divide_what_tensor_parallelism_and_sharding_divide():

@@ -7,7 +7,7 @@ from weft.cluster.presets import processes
 from weft.errors import MemoryLimitError, PlanError
 from weft.plan import Plan
 from weft.planner import estimate, make_plan, search
-from weft.planner.compute import CallCosts
+from weft.planner.compute import CallCosts, Division
 from weft.planner.explain import _stretches
 
 MIB = 2**20
@@ -27,7 +27,7 @@ def test_what_a_mode_costs_and_frees():
     costs = CallCosts(profile, cluster().device)
     block = profile.calls[1]
     for tp in (1, 2):
-        none, selective, full = (costs.of(1, 8, tp, mode) for mode in (None, "selective", "full"))
+        none, selective, full = (costs.of(1, Division(8, tp), mode) for mode in (None, "selective", "full"))
         assert none.saved_bytes > selective.saved_bytes > full.saved_bytes
         assert none.backward_s < selective.backward_s < full.backward_s
         assert none.forward_s == selective.forward_s == full.forward_s
@@ -38,7 +38,7 @@ def test_what_a_mode_costs_and_frees():
         if tp == 1:
             assert full.backward_s - none.backward_s == pytest.approx(none.forward_s)
     assert full.saved_bytes == sum(s.bytes.at(8) for s in block.recompute["full"].saved)
-    assert costs.of(0, 8, 1, "full") == costs.of(0, 8, 1)  # the embedding has no ways in this profile
+    assert costs.of(0, Division(8), "full") == costs.of(0, Division(8))  # the embedding has no ways in this profile
 
 
 @pytest.mark.parametrize("degrees", DEGREES, ids=str)
@@ -56,7 +56,7 @@ def test_recomputation_trades_time_for_memory(degrees):
 @pytest.mark.parametrize("degrees", DEGREES, ids=str)
 def test_as_much_as_memory_asks_for_and_no_more(degrees):
     profile, devices = gpt(layers=12, hidden=128), 2 if degrees else 1
-    fixed = {**dict.fromkeys(("pp", "dp_replicate", "dp_shard", "tp"), 1), **degrees, "microbatches": 1}
+    fixed = {**dict.fromkeys(("pp", "dp_replicate", "dp_shard", "tp"), 1), **degrees, "microbatches": 1, "zero": 3}
     peaks = {
         mode: peak(profile, make_plan(profile, cluster(devices), **degrees, recompute=mode), devices)
         for mode in ("none", "selective", "full")

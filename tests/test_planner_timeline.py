@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.planner.timeline import Stage, Work, simulate
+from weft.planner.timeline import simulate
+from weft.planner.work import Stage, Work
 from weft.schedule import Edge, actions
 
 

@@ -1,10 +1,14 @@
 """The drawings in weft/schedule.py are what the generators make."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from weft import schedule
+from weft.planner.timeline import simulate
+from weft.planner.work import Stage, Work
 from weft.schedule import Action, Edge, Kind, actions, in_flight
 
 
@@ -80,12 +84,35 @@ def test_in_flight(name, stage, kept):
     assert in_flight(name, stage, 4, 8) == kept
 
 
-@given(st.sampled_from(sorted(schedule.ORDERS)), st.integers(1, 6), st.integers(1, 12))
-def test_every_microbatch_goes_forward_then_backward_once(name, stages, microbatches):
-    for stage in range(stages):
-        order = schedule.ORDERS[name](stage, stages, microbatches)
-        assert sorted(order, key=lambda a: (a.kind, a.microbatch)) == [
-            Action(kind, m) for kind in (Kind.BACKWARD, Kind.FORWARD) for m in range(microbatches)
+@given(st.sampled_from(sorted(schedule.ORDERS)), st.integers(1, 6), st.integers(1, 12), st.integers(1, 3))
+def test_every_microbatch_goes_forward_then_backward_once(name, devices, microbatches, chunks):
+    chunks = chunks if name == "interleaved" else 1
+    microbatches *= devices if name == "interleaved" else 1
+    kinds = [Kind.BACKWARD, Kind.FORWARD] + [Kind.WEIGHT] * (name == "zero_bubble")
+    for device in range(devices):
+        order = schedule.ORDERS[name](device, devices, microbatches, chunks)
+        every = [(m, c) for m in range(microbatches) for c in range(chunks)]
+        assert sorted(order, key=lambda a: (a.kind, a.microbatch, a.chunk)) == [
+            Action(kind, m, chunk=c) for kind in kinds for m, c in every
         ]
-        for m in range(microbatches):
-            assert order.index(Action(Kind.FORWARD, m)) < order.index(Action(Kind.BACKWARD, m))
+        for m, c in every:
+            places = [order.index(Action(kind, m, chunk=c)) for kind in (Kind.FORWARD, *kinds[::2], *kinds[2:])]
+            assert places == sorted(places)
+
+
+@given(st.sampled_from(["interleaved", "zero_bubble"]), st.integers(2, 5), st.integers(1, 4), st.integers(1, 3))
+def test_schedules_that_are_only_planned_run_to_their_end(name, devices, rounds, chunks):
+    """Simulated with transfers that take time, no device waits for ever, and more chunks leave less idle."""
+    chunks = chunks if name == "interleaved" else 1
+    stages = devices * chunks
+    edges = [Edge(s, s + 1) for s in range(stages - 1)]
+    work = [Stage(Work(1 / chunks), Work(1 / chunks), Work(0.0), Work(0.0), weight=Work(1 / chunks))] * stages
+    if name == "interleaved":
+        work = [replace(stage, backward=Work(2 / chunks)) for stage in work]
+    times = {pair: 0.0 for e in edges for pair in ((e.source, e.target), (e.target, e.source))}
+    lists = actions(name, devices, rounds * devices, edges, chunks)
+    end = max(spent.end_s for spent in simulate(lists, work, times))
+    if name == "interleaved":  # bubble (p - 1)(F + B) / v, Narayanan et al. 2021
+        assert end == pytest.approx(3 * rounds * devices + 3 * (devices - 1) / chunks)
+    elif rounds > 1:  # bubble (p - 1)(F + B - W), Qi et al. 2023
+        assert end == pytest.approx(3 * rounds * devices + devices - 1)

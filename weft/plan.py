@@ -11,7 +11,7 @@ from typing import Any
 
 from weft.errors import PlanError
 
-VERSION = 2
+VERSION = 3
 SCHEDULES = ("gpipe", "1f1b")
 DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Mesh dimensions, outermost first: neighbours in rank order differ in the innermost, the chattiest."""
@@ -100,6 +100,7 @@ class Plan:
         ep: expert-parallel degree, laid over the data-parallel dimensions.
         microbatches: what a batch is cut into, per step; every replica takes its part of each.
         schedule: ``"gpipe"`` or ``"1f1b"``: the order of a pipeline's actions.
+        zero: what ``dp_shard`` shards, by the stages of ZeRO: 1 optimizer state, 2 gradients too, 3 parameters too.
         stages: per pipeline stage the calls placed on it, in order of the forward; ``"h.0"`` is the first call
             of unit ``h.0``, ``"h.0@2"`` its second.
         tensor: names of modules, parameters and numbers to how tensor parallelism divides them; others are replicated.
@@ -123,6 +124,7 @@ class Plan:
     ep: int = 1
     microbatches: int = 1
     schedule: str = "1f1b"
+    zero: int = 3
     stages: tuple[tuple[str, ...], ...]
     tensor: Mapping[str, TensorStyle] = field(default_factory=dict)
     batch_size: int
@@ -141,6 +143,9 @@ class Plan:
                 raise PlanError(f"plan: {name}={getattr(self, name)} cannot run yet; use {name}=1")
         if self.schedule not in SCHEDULES:
             raise PlanError(f"plan: schedule {self.schedule!r} is unknown; choose from {', '.join(SCHEDULES)}")
+        if self.zero not in (1, 2, 3) or (self.zero < 3 and self.dp_shard == 1):
+            wanted = "1, 2 or 3" if self.dp_shard > 1 else "left out, or dp_shard above 1"
+            raise PlanError(f"plan: zero={self.zero!r} with dp_shard={self.dp_shard}; zero must be {wanted}")
         for unit, mode in self.recompute.items():
             if mode not in RECOMPUTE:
                 raise PlanError(f"plan: recompute {mode!r} of {unit} is unknown; choose from {', '.join(RECOMPUTE)}")

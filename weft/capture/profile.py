@@ -6,6 +6,7 @@ and every operation is put on the line through both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -136,6 +137,11 @@ class Parameter:
     trainable: bool
     tensor_dim: int | None = None
     group: int = NO_GROUP
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,17 @@
 """Seconds and bytes of communication.
 
-For ``n`` ranks, a tensor of ``B`` bytes (the whole tensor), latency ``a`` and bandwidth ``w`` of the link they span, by
-the ring algorithm (Patarasuk and Yuan 2009):
+Ranks that talk to each other span levels of links (``Path``). On a level, ``M`` devices stand together below it, each
+has its own link of bandwidth ``w`` out of there, and all of them carry a part, so ``n`` ranks reach ``W = min(M w)``
+over the levels, and a message goes ``n - 1`` hops of latency ``a``, each of its level. For a tensor of ``B`` bytes (the
+whole tensor), by the ring algorithm (Patarasuk and Yuan 2009):
 
-    all_reduce      2 (n - 1) (a + B / (n w))
-    all_gather        (n - 1) (a + B / (n w))
-    reduce_scatter    (n - 1) (a + B / (n w))
-    transfer                   a + B / w                     point to point
+    all_reduce      2 (sum a + (n - 1) / n B / W)
+    all_gather         sum a + (n - 1) / n B / W
+    reduce_scatter     sum a + (n - 1) / n B / W
+    transfer               a + B / w                     point to point
+
+or, where it is less, an all-reduce by trees over the ``N`` parts of the outermost level and chains below (Sanders,
+Speck and Traff 2009, as in NCCL): ``2 (log2(N) a + chains + B / W)``.
 
 A link that carries measured collectives is believed instead: the measurement on as many ranks, or the one nearest in
 number, scaled by the ratio of the formulas above.
@@ -14,7 +19,9 @@ number, scaled by the ratio of the formulas above.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
+from typing import NamedTuple
 
 from weft.cluster.topology import Cluster, Collective, Link
 
@@ -22,18 +29,87 @@ ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 """Times a ring passes ``n - 1`` parts of a tensor around."""
 
 
-def ring_s(kind: str, size: float, ranks: int, link: Link) -> float:
-    """Seconds of a collective on a tensor of ``size`` bytes by the ring algorithm."""
-    return ROUNDS[kind] * (ranks - 1) * (link.latency_s + size / (ranks * link.bytes_per_s))
+class Level(NamedTuple):
+    """A level of links that ranks span: how many ranks stand together below it, and with it."""
+
+    link: Link
+    below: int
+    within: int
 
 
-def collective_s(kind: str, size: float, ranks: int, link: Link) -> float:
-    """Seconds of a collective on a tensor of ``size`` bytes (the whole tensor) over ``ranks`` ranks."""
-    if ranks == 1 or size <= 0:
+class Path(NamedTuple):
+    """The levels of links that a group of ranks spans, innermost first."""
+
+    levels: tuple[Level, ...]
+
+    @classmethod
+    def of(cls, cluster: Cluster, ranks: int, stride: int) -> Path:
+        """The path of ``ranks`` ranks that are ``stride`` devices apart."""
+        levels, below = [], 1
+        for link in cluster.links:
+            whole = link.devices // stride if link.devices % stride == 0 or link.devices > stride else 1
+            within = min(max(whole, 1), ranks)
+            if within > below and ranks % within:  # a group does not end where the level does
+                within = math.gcd(ranks, within)
+            if within > below:
+                levels.append(Level(link, below, within))
+                below = within
+        if below < ranks:
+            levels.append(Level(cluster.links[-1], below, ranks))
+        return cls(tuple(levels))
+
+    @classmethod
+    def flat(cls, link: Link, ranks: int) -> Path:
+        """Ranks on one level."""
+        return cls((Level(link, 1, ranks),))
+
+    @property
+    def ranks(self) -> int:
+        """How many they are."""
+        return self.levels[-1].within
+
+    @property
+    def link(self) -> Link:
+        """The outermost link."""
+        return self.levels[-1].link
+
+    @property
+    def bytes_per_s(self) -> float:
+        """What every rank passes on while all do."""
+        return min(level.below * level.link.bytes_per_s for level in self.levels)
+
+    @property
+    def hops_s(self) -> float:
+        """Latency of once around the ring, but for the last hop."""
+        return sum((self.ranks // v.below - self.ranks // v.within) * v.link.latency_s for v in self.levels)
+
+    @property
+    def tree_s(self) -> float:
+        """Latency of a tree over the outermost level's parts and of the chains below; infinite on one level."""
+        if len(self.levels) == 1:
+            return math.inf
+        top = self.levels[-1]
+        chains = sum((v.within // v.below - 1) * v.link.latency_s for v in self.levels[:-1])
+        return math.log2(top.within / top.below) * top.link.latency_s + chains
+
+
+def ring_s(kind: str, size: float, path: Path) -> float:
+    """Seconds of a collective on a tensor of ``size`` bytes: by rings, an all-reduce also by trees."""
+    n = path.ranks
+    seconds = ROUNDS[kind] * (path.hops_s + (n - 1) / n * size / path.bytes_per_s)
+    if kind != "all_reduce":
+        return seconds
+    return min(seconds, 2 * (path.tree_s + size / path.bytes_per_s))
+
+
+def collective_s(kind: str, size: float, path: Path) -> float:
+    """Seconds of a collective on a tensor of ``size`` bytes (the whole tensor) along a path."""
+    if not path.levels or size <= 0:
         return 0.0
-    measured = [c for c in link.collectives if c.kind == kind]
+    measured = [c for c in path.link.collectives if c.kind == kind]
     if not measured:
-        return ring_s(kind, size, ranks, link)
+        return ring_s(kind, size, path)
+    ranks = path.ranks
 
     def distance(collective: Collective) -> float:
         return max(collective.ranks / ranks, ranks / collective.ranks)
@@ -42,7 +118,8 @@ def collective_s(kind: str, size: float, ranks: int, link: Link) -> float:
     seconds = measured_s(nearest, size)
     if nearest.ranks == ranks:
         return seconds
-    return seconds * ring_s(kind, size, ranks, link) / ring_s(kind, size, nearest.ranks, link)
+    here, there = Path.flat(path.link, ranks), Path.flat(path.link, nearest.ranks)
+    return seconds * ring_s(kind, size, here) / ring_s(kind, size, there)
 
 
 def measured_s(collective: Collective, size: float) -> float:
@@ -70,34 +147,31 @@ def transfer_s(size: float, link: Link) -> float:
 
 
 class Mesh:
-    """The links that each dimension of a mesh spans on a cluster, in the rank order of ``plan.DIMENSIONS``."""
+    """The links that each dimension of a mesh spans on a cluster, in the rank order of ``plan.DIMENSIONS``.
 
-    def __init__(self, cluster: Cluster, *, pp: int, dp_replicate: int, dp_shard: int, tp: int) -> None:
-        stride = 1
-        self._links: dict[str, Link] = {}
-        self._ranks = {"tp": tp, "dp_shard": dp_shard, "dp_replicate": dp_replicate, "pp": pp}
-        for dimension, ranks in self._ranks.items():
-            if ranks > 1:
-                self._links[dimension] = cluster.link(ranks, stride)
-            stride *= ranks
-        self._everyone = cluster.link(stride) if stride > 1 else None
-        self._devices = stride
+    The ranks of ``cp`` keep the same parameters: they average gradients with those of ``dp_shard``, which shard
+    among all of them, or where there are none with those of ``dp_replicate``.
+    """
+
+    def __init__(self, cluster: Cluster, *, pp: int, dp_replicate: int, dp_shard: int, tp: int, cp: int = 1) -> None:
+        shards, copies = (dp_shard * cp, dp_replicate) if dp_shard > 1 else (1, dp_replicate * cp)
+        spans = {"tp": (tp, 1), "cp": (cp, tp), "dp_shard": (shards, tp), "dp_replicate": (copies, tp * shards)}
+        self.devices = pp * dp_replicate * dp_shard * cp * tp
+        spans |= {"pp": (pp, self.devices // pp), "everyone": (self.devices, 1)}
+        self._paths = {name: Path.of(cluster, *span) for name, span in spans.items() if span[0] > 1}
+
+    def ranks(self, dimension: str) -> int:
+        """How many ranks a dimension spans, as its collectives do."""
+        return self._paths[dimension].ranks if dimension in self._paths else 1
 
     def collective_s(self, dimension: str, kind: str, size: float) -> float:
         """Seconds of a collective along a dimension; 0 where its degree is 1."""
-        if dimension not in self._links:
-            return 0.0
-        return collective_s(kind, size, self._ranks[dimension], self._links[dimension])
+        return collective_s(kind, size, self._paths[dimension]) if dimension in self._paths else 0.0
 
     def bytes(self, dimension: str, kind: str, size: float) -> float:
         """Bytes a rank sends in a collective along a dimension."""
-        return collective_bytes(kind, size, self._ranks[dimension])
+        return collective_bytes(kind, size, self.ranks(dimension))
 
-    def everyone_s(self, size: float) -> float:
-        """Seconds of an all-reduce over every device."""
-        return 0.0 if self._everyone is None else collective_s("all_reduce", size, self._devices, self._everyone)
-
-    @property
-    def pipeline(self) -> Link | None:
-        """The link between neighbouring stages; None where there is one stage."""
-        return self._links.get("pp")
+    def link(self, dimension: str) -> Link | None:
+        """The link between neighbours along a dimension; None where its degree is 1."""
+        return self._paths[dimension].link if dimension in self._paths else None

@@ -1,7 +1,7 @@
 """Seconds of computation, from the profile's operations and the device's rates.
 
 operation  = max(flops / rate(flops), bytes / bandwidth(bytes)) + overhead         Device.seconds
-call       = sum of its operations; an operation of a tensor group is divided by tp        CallCosts.of
+call       = sum of its operations, each divided as Division says                          CallCosts.of
 recompute  = the backward does part of the forward again, its all-reduces too               CallCosts.of
 stage step = optimizer passes + gradient norm and clipping                                 optimizer_s
 accumulate = every microbatch after the first adds its gradients to the kept ones         accumulate_s
@@ -9,11 +9,12 @@ accumulate = every microbatch after the first adds its gradients to the kept one
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from weft.capture.profile import NO_GROUP, Operation, Profile, Saved
+from weft.capture.profile import LOSS, NO_GROUP, Affine, Operation, Profile, Saved
 from weft.cluster.topology import Device
+from weft.planner.system import WEFT, System
 
 CLIP_PASSES = 3.0
 """Bytes per byte of gradient that the global norm (one read) and scaling (a read and a write) move."""
@@ -36,89 +37,122 @@ SHARDED_OPERATIONS = 10
 """The same for one unit that ``fully_shard`` gathers, and frees or reduces."""
 
 
+class Division(NamedTuple):
+    """What part of a call a rank computes.
+
+    Attributes:
+        samples: of the microbatch.
+        tp: ranks that divide layers.
+        sequence: what they do not divide they divide along the sequence (Korthikanti et al. 2022).
+        cp: ranks that divide every sequence.
+    """
+
+    samples: int
+    tp: int = 1
+    sequence: bool = False
+    cp: int = 1
+
+
 class CallCost(NamedTuple):
-    """One call of a unit at some microbatch size and tensor-parallel degree.
+    """One call of a unit on one of the ranks that divide it.
 
     Attributes:
         forward_s, backward_s: seconds of computation on a device alone.
+        weight_s: of ``backward_s``, what makes gradients of weights.
         forward_reduced, backward_reduced: sizes in bytes of the tensors that its tensor groups all-reduce.
         saved_bytes: activations kept for the backward.
         workspace_bytes: temporaries above that.
+        exchanged_bytes: keys and values that the ranks of ``cp`` pass around in a forward.
     """
 
     forward_s: float
     backward_s: float
+    weight_s: float
     forward_reduced: tuple[float, ...]
     backward_reduced: tuple[float, ...]
     saved_bytes: float
     workspace_bytes: float
+    exchanged_bytes: float = 0.0
 
 
 class CallCosts:
-    """Costs of a profile's calls on a device, each kind of call worked out once per (samples, tp)."""
+    """Costs of a profile's calls on a device, each kind of call worked out once per way of dividing it."""
 
-    def __init__(self, profile: Profile, device: Device) -> None:
-        self._profile, self._device = profile, device
-        self._known: dict[tuple[int, int, int, str | None], CallCost] = {}
+    def __init__(self, profile: Profile, device: Device, system: System = WEFT) -> None:
+        self._profile, self._device, self._system = profile, device, system
+        self._known: dict[tuple[int, Division, str | None], CallCost] = {}
         self._groups: dict[str, list[int]] = {}
         for index, group in enumerate(profile.tensor_groups):
             self._groups.setdefault(group.unit, []).append(index)
 
-    def of(self, index: int, samples: int, tp: int, recompute: str | None = None) -> CallCost:
-        """Cost of call number ``index`` for a microbatch of ``samples`` samples on one of ``tp`` ranks.
+    def of(self, index: int, division: Division, recompute: str | None = None) -> CallCost:
+        """Cost of call number ``index``.
 
         ``recompute`` is the mode of the call's unit, None where everything is kept.
         """
         call = self._profile.calls[index]
         mode = recompute if recompute in call.recompute else None
-        key = (call.kind, samples, tp, mode)
+        key = (call.kind, division, mode)
         if key not in self._known:
-            self._known[key] = self._cost(index, samples, tp) if mode is None else self._again(index, samples, tp, mode)
+            self._known[key] = self._cost(index, division) if mode is None else self._again(index, division, mode)
         return self._known[key]
 
-    def _cost(self, index: int, samples: int, tp: int) -> CallCost:
-        call = self._profile.calls[index]
+    def _cost(self, index: int, division: Division) -> CallCost:
+        call, tp = self._profile.calls[index], division.tp
         groups = [self._profile.tensor_groups[g] for g in self._groups.get(call.unit, ())]
         reduced = [group for group in groups if tp > 1 and group.divisible_by(tp)]
         modules = sum(len(group.styles) for group in reduced)
         python = dtensor_s(self._device, modules * DIVIDED_OPERATIONS)
+        last = call.name == LOSS
+        backward = self._seconds(call.backward, division, last)
+        products = [op for op in call.backward if op.kind in ("matmul", "convolution")]
+        exchanged = sum(self.size(op.bytes, op.group, division) for op in call.forward if op.kind == "attention") / 2
         return CallCost(
-            forward_s=self._seconds(call.forward, samples, tp) + python,
-            backward_s=self._seconds(call.backward, samples, tp) + python,
-            forward_reduced=tuple(group.forward_bytes.at(samples) for group in reduced),
-            backward_reduced=tuple(group.backward_bytes.at(samples) for group in reduced),
-            saved_bytes=self._bytes(call.saved, samples, tp),
-            workspace_bytes=call.workspace_bytes.at(samples),
+            forward_s=self._seconds(call.forward, division, last) + python,
+            backward_s=backward + python,
+            # Of the two products that a projection's backward is made of, one is its weight's.
+            weight_s=self._seconds(products, division, last) / 2,
+            forward_reduced=tuple(group.forward_bytes.at(division.samples / division.cp) for group in reduced),
+            backward_reduced=tuple(group.backward_bytes.at(division.samples / division.cp) for group in reduced),
+            saved_bytes=self._bytes(call.saved, division, last),
+            workspace_bytes=self.size(call.workspace_bytes, NO_GROUP, division._replace(sequence=False)),
+            exchanged_bytes=exchanged if division.cp > 1 else 0.0,
         )
 
-    def _again(self, index: int, samples: int, tp: int, mode: str) -> CallCost:
+    def _again(self, index: int, division: Division, mode: str) -> CallCost:
         """A call whose unit is recomputed: what it would have kept is back while its backward runs."""
-        call, whole = self._profile.calls[index], self.of(index, samples, tp)
+        call, whole = self._profile.calls[index], self.of(index, division)
         way = call.recompute[mode]
-        saved = self._bytes(way.saved, samples, tp)
-        return CallCost(
-            forward_s=whole.forward_s,
-            backward_s=whole.backward_s + self._seconds(way.again, samples, tp),
-            forward_reduced=whole.forward_reduced,
+        saved = self._bytes(way.saved, division, last=False)
+        return whole._replace(
+            backward_s=whole.backward_s + self._seconds(way.again, division, last=False),
             backward_reduced=(*whole.backward_reduced, *whole.forward_reduced),
             saved_bytes=saved,
             workspace_bytes=whole.workspace_bytes + max(0.0, whole.saved_bytes - saved),
         )
 
-    def _bytes(self, kept: Iterable[Saved], samples: int, tp: int) -> float:
-        return sum(saved.bytes.at(samples) / self.share(saved.group, tp) for saved in kept)
+    def _bytes(self, kept: Iterable[Saved], division: Division, last: bool) -> float:
+        division = self._of_loss(division) if last else division
+        return sum(self.size(saved.bytes, saved.group, division) for saved in kept)
 
-    def _seconds(self, operations: Iterable[Operation], samples: int, tp: int) -> float:
+    def _seconds(self, operations: Sequence[Operation], division: Division, last: bool) -> float:
         total = 0.0
+        division = self._of_loss(division) if last else division
         for op in operations:
-            share = self.share(op.group, tp)
-            flops, size = op.flops.at(samples) / share, op.bytes.at(samples) / share
+            flops, size = self.size(op.flops, op.group, division), self.size(op.bytes, op.group, division)
             total += self._device.seconds(op.kind, flops, size, op.dtype)
         return total
 
-    def share(self, group: int, tp: int) -> int:
-        """Into how many parts tensor parallelism divides what belongs to a group: ``tp``, or 1."""
-        return tp if group != NO_GROUP and self._profile.tensor_groups[group].divisible_by(tp) else 1
+    def _of_loss(self, division: Division) -> Division:
+        """How the loss is divided: along the sequence stands for along the vocabulary, which is as much."""
+        return division._replace(sequence=self._system.parallel_loss)
+
+    def size(self, quantity: Affine, group: int, division: Division) -> float:
+        """A rank's part of a quantity that belongs to a tensor group."""
+        samples = division.samples / division.cp
+        if group != NO_GROUP and self._profile.tensor_groups[group].divisible_by(division.tp):
+            return quantity.at(samples) / division.tp
+        return quantity.at(samples / division.tp if division.sequence else samples)
 
 
 def dtensor_s(device: Device, operations: float) -> float:

@@ -42,6 +42,7 @@ def explain(
     refused: Sequence[Refused],
     without_recompute: float | None = None,
     notes: Sequence[str] = (),
+    later: Sequence[tuple[str, Estimate, str]] = (),
 ) -> str:
     """The text of ``Plan.explain()``.
 
@@ -57,6 +58,7 @@ def explain(
         without_recompute: bytes the fullest device would need if nothing were recomputed; None where the planner did
             not choose to.
         notes: what the user should know of it besides.
+        later: faster plans that weft cannot run yet, with what it lacks.
     """
     step, peak = estimate.step_time_s, max(estimate.peak_memory_bytes)
     lines = [
@@ -81,6 +83,9 @@ def explain(
     if alternatives:
         lines += ["", "Alternatives:"]
         lines += [f"  {name}: {separates(estimate, other)}" for name, other in alternatives]
+    if later:
+        lines += ["", "Faster, but weft cannot run them yet:"]
+        lines += [f"  {name}: {separates(estimate, other)}; needs {lacks}" for name, other, lacks in later]
     if refused:
         lines += ["", "Left out:"]
         lines += [f"  {r.what}: {r.reason}" for r in refused[:REFUSED_SHOWN]]

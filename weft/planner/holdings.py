@@ -76,6 +76,56 @@ class Holdings:
             self._known[key] = self._holding(start, end, tp, dp_shard)
         return self._known[key]
 
+    def own(self, index: int) -> tuple[object, ...]:
+        """What tells the parameters that only this call reads from those of another call."""
+        unit = self._profile.calls[index].unit
+        parameters = [(name, self._profile.parameters[name]) for name in self._own[index]]
+        return tuple(
+            (p.shape, p.bytes, p.trainable, p.tensor_dim, self._sizes(p), belongs(p, unit), name in self._buffers)
+            for name, p in parameters
+        )
+
+    def shared_by(self, index: int) -> bool:
+        """Whether this call reads a parameter that others read too."""
+        return any(index in readers for readers in self._shared.values())
+
+    def _sizes(self, parameter: Parameter) -> object:
+        if parameter.group == NO_GROUP:
+            return None
+        group = self._profile.tensor_groups[parameter.group]
+        return group.sizes, group.uneven
+
+    def tied(self, stretches: Sequence[tuple[int, int]], mine: set[int]) -> float:
+        """Bytes of trainable parameters that stretches with these numbers read, and others too."""
+        total = 0.0
+        for name, readers in self._shared.items():
+            parameter = self._profile.parameters[name]
+            if parameter.trainable:
+                homes = {s for s, (start, end) in enumerate(stretches) if any(start <= r < end for r in readers)}
+                total += parameter.bytes * bool(homes & mine and homes - mine)
+        return total
+
+    def joined(self, stretches: Sequence[tuple[int, int]], tp: int, dp_shard: int) -> Holding:
+        """What several stretches of one device hold together."""
+        parts = [self.of(*stretch, tp, dp_shard) for stretch in stretches]
+        if len(parts) == 1:
+            return parts[0]
+        units: dict[str, float] = {}
+        for part in parts:
+            for unit, size in part.units.items():
+                units[unit] = units.get(unit, 0.0) + size
+        return Holding(
+            sum(part.trainable for part in parts),
+            sum(part.frozen for part in parts),
+            sum(part.trainable_shard for part in parts),
+            sum(part.frozen_shard for part in parts),
+            sum(part.tensors for part in parts),
+            max(part.largest for part in parts),
+            units,
+            tuple(gradient for part in parts for gradient in part.gradients),
+            tuple(gradient for part in parts for gradient in part.gradient_shards),
+        )
+
     def _holding(self, start: int, end: int, tp: int, dp_shard: int) -> Holding:
         if (tp, dp_shard) not in self._divided:
             self._divided[tp, dp_shard] = [self._sum(i, own, tp, dp_shard) for i, own in enumerate(self._own)]

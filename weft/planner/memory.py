@@ -1,6 +1,6 @@
 """Bytes on a device of each stage, at the fullest moment of a step.
 
-A stage keeps its parameters and optimizer state throughout. Activations come and go with the microbatches, and
+A device keeps its parameters and optimizer state throughout. Activations come and go with the microbatches, and
 gradients appear as the backward goes on, so the fullest moment is one of
 
     backward    the first backward: ``alive`` microbatches' activations, minus what the backward has already let go,
@@ -11,8 +11,13 @@ gradients appear as the backward goes on, so the fullest moment is one of
 Every moment adds its own workspace. How many microbatches are alive follows from the schedule's own list of actions
 (``alive``).
 
-How data parallelism keeps gradients: replicas in buckets that live from step to step, beside the gradients of earlier
-microbatches if there are several; ``fully_shard`` whole until the last microbatch reduces them, then sharded.
+How data parallelism keeps gradients: replicas in buckets that live from step to step; sharded optimizers (ZeRO,
+Rajbhandari et al. 2020) by their stage:
+
+    zero  parameters                          gradients
+    1     whole for a step                    whole until the last microbatch reduces them
+    2     whole for a step                    each microbatch's are reduced and kept in shards
+    3     whole while a unit computes         as 2
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from weft.cluster.topology import Device
 from weft.planner.compute import CallCost
 from weft.planner.holdings import Holding
 from weft.planner.space import Degrees
+from weft.planner.system import WEFT, System
 from weft.schedule import ORDERS, Kind
 
 GATHER_COPIES = 3.0
@@ -38,80 +44,112 @@ STEP_COPIES = 2.0
 
 
 class Alive(NamedTuple):
-    """Microbatches whose activations a stage keeps: when its first backward begins, and the most afterwards."""
+    """Microbatches whose activations a chunk keeps: when the device's first backward begins, and afterwards when most
+    are kept."""
 
     first: int
     later: int
 
 
-@lru_cache(maxsize=4096)
-def alive(schedule: str, stage: int, stages: int, microbatches: int) -> Alive:
-    """Microbatches alive on a stage, itself included; ``later`` is 0 where the first backward is the last action."""
-    now = first = later = 0
-    for action in ORDERS[schedule](stage, stages, microbatches):
+@lru_cache(maxsize=65536)
+def alive(schedule: str, device: int, devices: int, microbatches: int, chunks: int = 1) -> tuple[Alive, ...]:
+    """Microbatches alive by chunk of a device; ``later`` is 0 where the first backward is the last action.
+
+    A backward in two parts lets go of activations with the second.
+    """
+    if schedule == "gpipe":
+        return (Alive(microbatches, microbatches - 1),)
+    # More microbatches than a pipeline takes to fill keep no more.
+    rounds = max(2, 2 * chunks)
+    if microbatches > rounds * devices:
+        microbatches = rounds * devices + (microbatches % devices if chunks == 1 else 0)
+    order = ORDERS[schedule](device, devices, microbatches, chunks)
+    ends = Kind.WEIGHT if any(action.kind is Kind.WEIGHT for action in order) else Kind.BACKWARD
+    now, later = [0] * chunks, [0] * chunks
+    first: list[int] = []
+    for action in order:
         if action.kind is Kind.FORWARD:
-            now += 1
-        if first:
-            later = max(later, now)
-        if action.kind is Kind.BACKWARD:
-            first = first or now
-            now -= 1
-    return Alive(first, later)
+            now[action.chunk] += 1
+        if first and sum(now) > sum(later):
+            later = list(now)
+        if action.kind is ends:
+            first = first or list(now)
+            now[action.chunk] -= 1
+    return tuple(Alive(f, n) for f, n in zip(first, later, strict=True))
 
 
 def stage_memory(
-    calls: Sequence[CallCost],
+    chunks: Sequence[Sequence[CallCost]],
     holding: Holding,
     *,
-    alive: Alive,
+    alive: Sequence[Alive],
     degrees: Degrees,
     device: Device,
     optimizer_state: float,
     boundary_bytes: float,
-    kept_output_bytes: float,
+    kept_output_bytes: Sequence[float],
+    zero: int = 3,
+    system: System = WEFT,
+    item_bytes: float = 4.0,
 ) -> dict[str, float]:
-    """Bytes by term of MEMORY_TERMS at the fullest moment of a stage.
+    """Bytes by term of MEMORY_TERMS at the fullest moment of a device.
 
     Args:
-        calls: costs of the stage's calls, in order.
+        chunks: costs of the device's calls, in order, by chunk.
         holding: its parameters.
-        alive: how many microbatches it keeps.
+        alive: how many microbatches each chunk keeps.
         degrees: of the plan.
         device: whose memory it is.
         optimizer_state: bytes per byte of trainable parameter.
         boundary_bytes: tensors on their way to and from other stages, and the batch.
-        kept_output_bytes: outputs for other stages that wait for their gradients, per microbatch.
+        kept_output_bytes: outputs for other stages that wait for their gradients, per microbatch, by chunk.
+        zero: stage of the sharded optimizer.
+        system: whose conventions.
+        item_bytes: of an element of a trainable parameter.
     """
-    whole = holding.gradients
-    saved = sum(call.saved_bytes for call in calls) + kept_output_bytes
     sharded = degrees.dp_shard > 1
-    replicated = degrees.dp_replicate > 1 and not sharded
-    several = alive.later > 0
-    standing = replicated  # the reducer's buckets are there from the start, and gradients are views of them
-    # With one microbatch a unit's gradient is sharded as soon as it is whole.
-    grown = holding.gradient_shards if sharded and not several else whole
+    several = any(chunk.later for chunk in alive)
+    saved = [sum(c.saved_bytes for c in calls) + k for calls, k in zip(chunks, kept_output_bytes, strict=True)]
+    kept = 1.0 if system.gradient_bytes is None else system.gradient_bytes / item_bytes
+    whole = kept * holding.trainable
+    # The reducer's buckets are there from the start, and gradients are views of them.
+    standing = degrees.dp_replicate > 1 and not sharded
+    if system.standing_gradients is not None:
+        standing = system.standing_gradients
+    shards = sharded and (zero >= 2 or not (several or standing))
+    everything = kept * holding.trainable_shard if shards else whole
+    grown = holding.gradient_shards if shards else holding.gradients
 
     moments: list[tuple[float, float, float]] = []  # activations, gradients, workspace
-    done = 0.0
-    gone = 0.0
-    for call, gradient in zip(reversed(calls), reversed(grown), strict=True):
+    first = sum(a.first * s for a, s in zip(alive, saved, strict=True))
+    done = gone = 0.0
+    last = chunks[-1]  # whose backward is the first
+    for call, gradient in zip(reversed(last), reversed(grown[len(grown) - len(last) :]), strict=True):
         # The call's activations are still held while its gradients are made.
-        done += gradient
-        moments.append((alive.first * saved - gone, sum(whole) if standing else done, call.workspace_bytes))
+        done += kept * gradient
+        moments.append((first - gone, everything if standing else done, call.workspace_bytes))
         gone += call.saved_bytes
     if several:
-        workspace = max(call.workspace_bytes for call in calls)
-        moments.append((alive.later * saved, sum(whole), workspace))
-    moments.append((0.0, sum(holding.gradient_shards) if sharded else sum(whole), STEP_COPIES * holding.largest))
+        workspace = max(call.workspace_bytes for calls in chunks for call in calls)
+        moments.append((sum(a.later * s for a, s in zip(alive, saved, strict=True)), everything, workspace))
+    step = STEP_COPIES * holding.largest if system.step_bytes is None else 0.0
+    moments.append((0.0, kept * holding.trainable_shard if sharded and not standing else everything, step))
     activations, gradients, workspace = max(moments, key=sum)
 
-    buffers = boundary_bytes
-    if sharded:
-        buffers += (GATHER_COPIES + REDUCE_COPIES) * max(holding.units.values(), default=0.0)
+    buffers, largest = boundary_bytes, max(holding.units.values(), default=0.0)
+    gathered = 1.0 if system.gather_bytes is None else system.gather_bytes / item_bytes
+    parameters = holding.trainable_shard + holding.frozen_shard
+    if sharded and zero == 3:
+        buffers += GATHER_COPIES * gathered * largest
+    elif sharded:
+        parameters = parameters * system.shards_beside + gathered * (holding.trainable + holding.frozen)
+    if sharded and not standing:
+        buffers += REDUCE_COPIES * (system.reduce_bytes or item_bytes) / item_bytes * largest
+    state = optimizer_state if system.state_bytes is None else system.state_bytes / item_bytes
     terms = {
-        "parameters": holding.trainable_shard + holding.frozen_shard,
+        "parameters": parameters,
         "gradients": gradients,
-        "optimizer": optimizer_state * holding.trainable_shard,
+        "optimizer": state * holding.trainable_shard,
         "activations": activations,
         "buffers": buffers,
     }

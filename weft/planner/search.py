@@ -1,13 +1,12 @@
-"""The search: every legal candidate is costed, the fastest that fits is chosen.
+"""The search: the fastest plan that fits, what stands next to it, what cannot be and why.
 
-Exhaustive over degrees, microbatch counts (divisors of a replica's batch and powers of two) and schedules; stages are
-cut by exact dynamic programming (balance). What does not fit is tried again with recomputation, unless that is fixed.
+What is looked through, and why nothing faster is overlooked, stands in ``frontier``. Plans that weft cannot run yet are
+variants of the best of each kind (``space.later``); they are told of, never chosen.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Unpack
 
@@ -19,12 +18,17 @@ from weft.plan import RECOMPUTE, Plan
 from weft.planner import space
 from weft.planner.evaluate import Evaluator, StageRow
 from weft.planner.explain import explain, remarks
-from weft.planner.recompute import pruned, recomputing
+from weft.planner.frontier import Costed, Cut, Frontier, title
+from weft.planner.recompute import pruned
 from weft.planner.space import Candidate, Constraints, Degrees, Keywords, Refused, everywhere
 from weft.planner.stages import Ends
 from weft.quantity import format_bytes
 
 ALTERNATIVES = 5
+"""Plans of other kinds that stand next to the choice."""
+
+FAMILIES = 64
+"""Choices of degrees up to which each that does not fit is refused by itself; beyond, the kinds of which none fits."""
 
 
 class Alternative(NamedTuple):
@@ -32,6 +36,14 @@ class Alternative(NamedTuple):
 
     plan: Plan
     estimate: Estimate
+
+
+class Later(NamedTuple):
+    """A plan that would be faster, in a line; its estimate; what weft lacks to run it."""
+
+    what: str
+    estimate: Estimate
+    lacks: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +55,7 @@ class Choice:
         estimate: of it.
         stages: what each of its stages contributes.
         alternatives: the best of other kinds, fastest first.
+        later: what would be faster once weft can run it, fastest first.
         refused: what was left out and what bound it.
         capture_s, search_s: seconds spent.
     """
@@ -51,6 +64,7 @@ class Choice:
     estimate: Estimate
     stages: tuple[StageRow, ...]
     alternatives: tuple[Alternative, ...]
+    later: tuple[Later, ...]
     refused: tuple[Refused, ...]
     capture_s: float
     search_s: float
@@ -61,31 +75,11 @@ class Choice:
             "plan": self.plan.to_json(),
             "estimate": self.estimate.to_json(),
             "alternatives": [{"plan": a.plan.to_json(), "estimate": a.estimate.to_json()} for a in self.alternatives],
+            "later": [{"what": x.what, "estimate": x.estimate.to_json(), "lacks": x.lacks} for x in self.later],
             "refused": [r._asdict() for r in self.refused],
             "capture_s": self.capture_s,
             "search_s": self.search_s,
         }
-
-
-class _Costed(NamedTuple):
-    candidate: Candidate
-    ends: Ends
-    estimate: Estimate
-
-    @property
-    def peak(self) -> float:
-        return max(self.estimate.peak_memory_bytes)
-
-    @property
-    def title(self) -> str:
-        degrees, count = self.candidate.degrees, self.candidate.microbatches
-        schedule = f", {self.candidate.schedule}" if degrees.pp > 1 else ""
-        again = ", recomputing" if self.candidate.recompute else ""
-        return f"{degrees.describe()}, {count} microbatch{'es' if count > 1 else ''}{schedule}{again}"
-
-    @property
-    def order(self) -> tuple[float, float]:
-        return self.estimate.step_time_s, self.peak
 
 
 def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> Choice:
@@ -109,34 +103,29 @@ def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> 
             f"workload with precision={constraints.precision!r}"
         )
     evaluator = Evaluator(profile, cluster)
-    free = constraints.recompute is None
-    compiled = bool(constraints.compile)
+    free, compiled = constraints.recompute is None, bool(constraints.compile)
     refused: list[Refused] = _one_device(evaluator, constraints) if cluster.devices > 1 else []
-    best: list[_Costed] = []
-    smallest: list[_Costed] = []
+    possible = []
     for degrees in space.products(cluster.devices, constraints):
         if reason := space.refuse(profile, degrees, constraints.microbatches):
             refused.append(Refused(degrees.describe(), reason))
-            continue
-        costed = [
-            _cost(evaluator, candidate, free=free) for candidate in space.candidates(profile, degrees, constraints)
-        ]
-        fitting = [c for c in costed if c.peak <= cluster.memory_bytes]
-        fitting = _whole_batches(profile, fitting)
-        least = min(costed, key=lambda c: c.peak)
-        smallest.append(least)
-        if fitting:
-            best.append(min(fitting, key=lambda c: c.order))
         else:
-            refused.append(Refused(degrees.describe(), f"needs {_needs(least, cluster)}"))
-    if not smallest:
+            possible.append(degrees)
+    if not possible:
         raise PlanError(_impossible(constraints, refused))
+    frontier = Frontier(evaluator, constraints, possible)
+    best: list[Costed] = []
+    for costed in frontier:
+        best.append(_prune(evaluator, costed) if free else costed)
+        if len(best) > ALTERNATIVES:
+            break
+    tight = _without_room(frontier, possible, {costed.candidate.degrees.kind for costed in best})
     if not best:
-        raise MemoryLimitError(_too_large(min(smallest, key=lambda c: c.peak), cluster))
-    if free:
-        best = [_prune(evaluator, costed) for costed in best]
+        raise MemoryLimitError(_too_large(min(tight.values(), key=lambda cut: cut.peak), cluster))
+    refused += [Refused(what, f"needs {_needs(cut, cluster)}") for what, cut in tight.items()]
     best.sort(key=lambda c: c.order)
-    chosen, others = best[0], _different(best[1:])
+    chosen, others = best[0], best[1:]
+    later = _later(evaluator, best)
     estimate, stages = evaluator.evaluate(chosen.candidate, chosen.ends)
     without = chosen.candidate._replace(recompute={})
     reasons = explain(
@@ -152,9 +141,10 @@ def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> 
         if free and chosen.candidate.recompute
         else None,
         notes=remarks(profile, chosen.candidate),
+        later=[(x.what, x.estimate, x.lacks) for x in later],
     )
 
-    def made(costed: _Costed) -> Plan:
+    def made(costed: Costed) -> Plan:
         return _plan(profile, costed.candidate, costed.ends, compiled=compiled)
 
     return Choice(
@@ -162,6 +152,7 @@ def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> 
         estimate=estimate,
         stages=tuple(stages),
         alternatives=tuple(Alternative(made(c), c.estimate) for c in others),
+        later=tuple(later),
         refused=tuple(refused),
         capture_s=profile.capture_s,
         search_s=time.perf_counter() - began,
@@ -178,6 +169,7 @@ def make_plan(
     tp: int = 1,
     microbatches: int = 1,
     schedule: str = "1f1b",
+    zero: int = 3,
     recompute: str | None = None,
     compile: bool = False,
 ) -> Plan:
@@ -193,7 +185,7 @@ def make_plan(
         raise PlanError(f"{degrees.describe()}: {reason}")
     if recompute not in (None, "none", *RECOMPUTE):
         raise PlanError(f"recompute {recompute!r} is unknown; choose from none, {', '.join(RECOMPUTE)}")
-    candidate = Candidate(degrees, microbatches, schedule, everywhere(profile, recompute))
+    candidate = Candidate(degrees, microbatches, schedule, everywhere(profile, recompute), zero)
     return _plan(profile, candidate, Evaluator(profile, cluster).stages.cut(candidate), compiled=compile)
 
 
@@ -221,55 +213,71 @@ def estimate(profile: Profile, cluster: Cluster, plan: Plan) -> Estimate:
     for stage in plan.stages:
         end += len(stage)
         ends.append(end)
-    candidate = Candidate(degrees, plan.microbatches, plan.schedule, plan.recompute)
+    candidate = Candidate(degrees, plan.microbatches, plan.schedule, plan.recompute, plan.zero)
     return Evaluator(profile, cluster).estimate(candidate, tuple(ends))
 
 
-def _cost(evaluator: Evaluator, candidate: Candidate, *, free: bool) -> _Costed:
-    """The candidate as it is, or where that does not fit and is free to be, with as much recomputation as it takes."""
-
-    def costed(candidate: Candidate, ends: Ends) -> _Costed:
-        return _Costed(candidate, ends, evaluator.estimate(candidate, ends))
-
-    stages, memory = evaluator.stages, evaluator.cluster.memory_bytes
-    ends = stages.cut(candidate)
-    found = costed(candidate, ends)
-    if not free or (found.peak <= memory and ends == stages.fastest(candidate)):
-        return found
-    # The stages as they would be with memory for everything, and as they can be with everything recomputed.
-    full = candidate._replace(recompute=everywhere(evaluator.profile, "full"))
-    options = [found]
-    for cut in dict.fromkeys([stages.fastest(candidate), stages.cut(full)]):
-        options.append(costed(recomputing(stages, candidate, cut), cut))
-    fitting = [option for option in options if option.peak <= memory]
-    return min(fitting, key=lambda c: c.order) if fitting else min(options, key=lambda c: c.peak)
-
-
-def _whole_batches(profile: Profile, fitting: list[_Costed]) -> list[_Costed]:
-    """Plans that do not cut the batch, where cutting would change the statistics taken over it and no pipeline asks
-    for it; all of them if there is none."""
-    whole = [c for c in fitting if c.candidate.microbatches == 1 and c.candidate.degrees.pp == 1]
-    return whole if profile.batch_statistics and whole else fitting
-
-
-def _prune(evaluator: Evaluator, costed: _Costed) -> _Costed:
+def _prune(evaluator: Evaluator, costed: Costed) -> Costed:
     candidate = pruned(evaluator.stages, costed.candidate, costed.ends)
     if candidate == costed.candidate:
         return costed
-    return _Costed(candidate, costed.ends, evaluator.estimate(candidate, costed.ends))
+    return Costed(candidate, costed.ends, evaluator.estimate(candidate, costed.ends))
+
+
+def _without_room(frontier: Frontier, possible: list[Degrees], known: set[frozenset[str]]) -> dict[str, Cut]:
+    """What does not fit, by its name, and the least it would take: degrees one by one if they are few, else kinds."""
+    found: dict[str, Cut] = {}
+    if len(possible) <= FAMILIES:
+        for degrees in possible:
+            if degrees not in frontier.fits and (least := frontier.least(degrees)).peak > frontier.memory_bytes:
+                found[degrees.describe()] = least
+        return found
+    kinds: dict[frozenset[str], list[Degrees]] = {}
+    for degrees in possible:
+        kinds.setdefault(degrees.kind, []).append(degrees)
+    fitting = {degrees.kind for degrees in frontier.fits} | known
+    for kind, members in kinds.items():
+        if kind in fitting:
+            continue
+        members.sort(key=lambda degrees: frontier.standing(degrees, 3))
+        least = frontier.least(members[0])
+        for degrees in members[1:]:
+            if least.peak > frontier.memory_bytes and frontier.standing(degrees, 3) <= frontier.memory_bytes:
+                least = min(least, frontier.least(degrees), key=lambda cut: cut.peak)
+        if least.peak > frontier.memory_bytes:
+            names = " x ".join(name for name in space.DEGREES if name in kind)
+            found[f"{names}, at best {least.candidate.degrees.describe()}"] = least
+    return found
+
+
+def _later(evaluator: Evaluator, best: list[Costed]) -> list[Later]:
+    """Variants of the best plans that would be faster than the choice."""
+    found = []
+    for costed in best:
+        for candidate, lacks in space.later(evaluator.profile, costed.candidate):
+            ends = evaluator.stages.fastest(candidate)
+            if max(evaluator.stages.peaks(candidate, ends)) > evaluator.cluster.memory_bytes:
+                continue
+            if evaluator.bound(candidate, ends) >= best[0].estimate.step_time_s:
+                continue
+            variant = Costed(candidate, ends, evaluator.estimate(candidate, ends))
+            if variant.order < best[0].order:
+                found.append(Later(variant.title, variant.estimate, lacks))
+    found.sort(key=lambda x: x.estimate.step_time_s)
+    return found[:2]
 
 
 def _one_device(evaluator: Evaluator, constraints: Constraints) -> list[Refused]:
     """Why one of these devices would not do, if it would not: the first thing one wants to know of a plan for many."""
-    mode = constraints.recompute
-    candidates = space.candidates(evaluator.profile, Degrees(), Constraints(recompute=mode))
-    least = min((_cost(evaluator, c, free=mode is None) for c in candidates), key=lambda c: c.peak)
+    one = Constraints(recompute=constraints.recompute, microbatches=constraints.microbatches)
+    frontier = Frontier(evaluator, one, [Degrees()])
+    least = frontier.least(Degrees())
     if least.peak <= evaluator.cluster.memory_bytes:
         return []
     return [Refused(Degrees().describe(), f"needs {_needs(least, evaluator.cluster)}")]
 
 
-def _title(chosen: _Costed, precision: str, *, compiled: bool) -> str:
+def _title(chosen: Costed, precision: str, *, compiled: bool) -> str:
     """The plan in a line."""
     extras = ([precision] if precision != "float32" else []) + (["compiled"] if compiled else [])
     return ", ".join([chosen.title, *extras])
@@ -280,7 +288,8 @@ def _plan(profile: Profile, candidate: Candidate, ends: Ends, *, compiled: bool)
     degrees = candidate.degrees
     groups = [group for group in profile.tensor_groups if degrees.tp > 1 and group.divisible_by(degrees.tp)]
     return Plan(
-        **degrees._asdict(),
+        **{name: getattr(degrees, name) for name in space.DEGREES},
+        zero=candidate.zero,
         microbatches=candidate.microbatches,
         schedule=candidate.schedule,
         stages=tuple(tuple(names[start:end]) for start, end in zip((0, *ends), ends, strict=False)),
@@ -292,27 +301,16 @@ def _plan(profile: Profile, candidate: Candidate, ends: Ends, *, compiled: bool)
     )
 
 
-def _different(costed: Iterable[_Costed]) -> list[_Costed]:
-    """The fastest of each other kind first, then others, ALTERNATIVES at most, fastest first."""
-    kinds: set[frozenset[str]] = set()
-    firsts: list[_Costed] = []
-    rest: list[_Costed] = []
-    for c in costed:
-        (rest if c.candidate.degrees.kind in kinds else firsts).append(c)
-        kinds.add(c.candidate.degrees.kind)
-    return sorted([*firsts, *rest][:ALTERNATIVES], key=lambda c: c.order)
-
-
-def _needs(least: _Costed, cluster: Cluster) -> str:
+def _needs(least: Cut, cluster: Cluster) -> str:
     again = " with recomputation" if least.candidate.recompute else ""
     return f"{format_bytes(least.peak)} of {format_bytes(cluster.memory_bytes)}{again}"
 
 
-def _too_large(least: _Costed, cluster: Cluster) -> str:
+def _too_large(least: Cut, cluster: Cluster) -> str:
     whole = -(-int(least.peak) // 2**20)
     return (
         f"nothing fits in {format_bytes(cluster.memory_bytes)} per device; the least that would do is {whole}MiB, "
-        f"with {least.title}; give each device {whole}MiB or use more devices"
+        f"with {title(least.candidate)}; give each device {whole}MiB or use more devices"
     )
 
 

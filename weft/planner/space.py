@@ -2,6 +2,7 @@
 
     degrees        every product of pp, dp_replicate, dp_shard and tp that equals the number of devices
     microbatches   divisors of a replica's share of the batch, and powers of two
+    zero           every stage of the sharded optimizer, where dp_shard is above one
     schedule       every order of weft.schedule where there is a pipeline; one name for it where there is none
     recompute      none, or as much as memory asks for (recompute.py)
 
@@ -32,6 +33,7 @@ class Keywords(TypedDict, total=False):
     ep: int | None
     microbatches: int | None
     schedule: str | None
+    zero: int | None
     recompute: str | None
     precision: str | None
     compile: bool | None
@@ -53,6 +55,7 @@ class Constraints:
     ep: int | None = None
     microbatches: int | None = None
     schedule: str | None = None
+    zero: int | None = None
     recompute: str | None = None
     precision: str | None = None
     compile: bool | None = None
@@ -65,6 +68,8 @@ class Constraints:
         for name in ("cp", "ep"):
             if getattr(self, name) not in (None, 1):
                 raise PlanError(f"{name}={getattr(self, name)} cannot run yet; leave {name} out")
+        if self.zero not in (None, 1, 2, 3):
+            raise PlanError(f"zero must be 1, 2 or 3, got {self.zero!r}")
         if self.schedule not in (None, *SCHEDULES):
             raise PlanError(f"schedule {self.schedule!r} is unknown; choose from {', '.join(SCHEDULES)}")
         for name, choices in (("recompute", ("none", *RECOMPUTE)), ("precision", PRECISIONS)):
@@ -102,6 +107,7 @@ class Degrees(NamedTuple):
     dp_replicate: int = 1
     dp_shard: int = 1
     tp: int = 1
+    cp: int = 1
 
     @property
     def devices(self) -> int:
@@ -129,12 +135,28 @@ class Degrees(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A plan before its stages are cut; ``recompute`` as in Plan."""
+    """A plan before its stages are cut.
+
+    Attributes:
+        degrees, microbatches: as in Plan.
+        schedule: a key of ``schedule.ORDERS``.
+        recompute, zero: as in Plan.
+        chunks: stages on each device of a pipeline.
+        sequence: what tensor parallelism does not divide is divided along the sequence.
+    """
 
     degrees: Degrees
     microbatches: int
     schedule: str
     recompute: Mapping[str, str] = MappingProxyType({})
+    zero: int = 3
+    chunks: int = 1
+    sequence: bool = False
+
+    @property
+    def stages(self) -> int:
+        """How many stages the model is cut into."""
+        return self.degrees.pp * self.chunks
 
 
 class Refused(NamedTuple):
@@ -214,19 +236,45 @@ def refuse_tensor(profile: Profile, tp: int) -> str | None:
     return "no module of this model can be divided"
 
 
-def candidates(profile: Profile, degrees: Degrees, constraints: Constraints) -> Iterator[Candidate]:
-    """Every number of microbatches and schedule for these degrees."""
-    samples = profile.batch_size // degrees.replicas  # at least one sample for each microbatch
+def counts(profile: Profile, degrees: Degrees, constraints: Constraints) -> list[int]:
+    """Every number of microbatches for these degrees, at least one sample for each."""
     if constraints.microbatches is not None:
-        counts = [constraints.microbatches]
-    else:
-        largest = -(-profile.batch_size // degrees.replicas)
-        powers = [1 << i for i in range(samples.bit_length())]
-        counts = sorted({count for count in (*divisors(largest), *powers) if count <= samples})
+        return [constraints.microbatches]
+    samples, largest = profile.batch_size // degrees.replicas, -(-profile.batch_size // degrees.replicas)
+    powers = [1 << i for i in range(samples.bit_length())]
+    return sorted({count for count in (*divisors(largest), *powers) if count <= samples})
+
+
+def candidates(profile: Profile, degrees: Degrees, constraints: Constraints) -> Iterator[Candidate]:
+    """Every number of microbatches, schedule and stage of the sharded optimizer for these degrees."""
     schedules = [constraints.schedule] if constraints.schedule else ["1f1b"] if degrees.pp == 1 else list(SCHEDULES)
-    for count in counts:
+    zeros = [constraints.zero] if constraints.zero else [3, 2, 1] if degrees.dp_shard > 1 else [3]
+    again = everywhere(profile, constraints.recompute)
+    for count in counts(profile, degrees, constraints):
         for schedule in schedules:
-            yield Candidate(degrees, count, schedule, everywhere(profile, constraints.recompute))
+            for zero in zeros:
+                if zero != 2 or count > 1:  # with one microbatch stages 1 and 2 are the same
+                    yield Candidate(degrees, count, schedule, again, zero)
+
+
+def later(profile: Profile, candidate: Candidate) -> Iterator[tuple[Candidate, str]]:
+    """Variants of a candidate that weft cannot run yet, and what it lacks for each."""
+    degrees = candidate.degrees
+    variants = [candidate]
+    if degrees.tp > 1:
+        variants.append(candidate._replace(sequence=True))
+    holders = sum(1 for call in profile.calls[:-1] if call.parameters)
+    for variant in variants:
+        lacks = ["sequence parallelism"] if variant.sequence else []
+        if lacks:
+            yield variant, lacks[0]
+        if degrees.pp == 1:
+            continue
+        yield variant._replace(schedule="zero_bubble"), " and ".join([*lacks, "the zero-bubble schedule"])
+        for chunks in (2, 3, 4, 6, 8, 12):
+            if candidate.microbatches % degrees.pp == 0 and degrees.pp * chunks <= holders:
+                interleaved = variant._replace(schedule="interleaved", chunks=chunks)
+                yield interleaved, " and ".join([*lacks, "interleaved stages"])
 
 
 def everywhere(profile: Profile, mode: str | None) -> dict[str, str]:

@@ -1,0 +1,243 @@
+"""Best first: of all candidates the fastest that fits, and the fastest of each other kind, without costing every one.
+
+Every candidate has a *bound*, seconds that its step takes at least, and is looked at in the order of its bound, more
+and more closely:
+
+    degrees      the least of its candidates' bounds                                    _of_degrees
+    candidate    S sum over calls of forward + backward, m microbatches, p stages: at best stages are cut so that
+                 every one of them ends at the same time, S / (1 - (1 - 1 / m) ** p), and no stage is faster than the
+                 slowest call                                                            _floor
+    cut          stages are cut and recomputation is chosen; the bound of Evaluator.bound, with what is exchanged,
+                 gathered, reduced, and the optimizer's step
+    costed       the simulated timeline
+
+What comes out costed is the fastest there is, since everything else has a bound that is no less. So pruning loses
+nothing of what is searched: all degrees, numbers of microbatches (space.counts), schedules, stages of the sharded
+optimizer; with stages cut by exact balance (balance.ends) and recomputation as recompute.py chooses it, greedily.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from typing import NamedTuple
+
+from weft.estimate import Estimate
+from weft.planner import space
+from weft.planner.evaluate import Evaluator
+from weft.planner.recompute import recomputing
+from weft.planner.space import Candidate, Constraints, Degrees, everywhere
+from weft.planner.stages import Ends, call_s
+
+
+class Costed(NamedTuple):
+    """A candidate with its stages cut, and its estimate."""
+
+    candidate: Candidate
+    ends: Ends
+    estimate: Estimate
+
+    @property
+    def peak(self) -> float:
+        """Bytes of the fullest device."""
+        return max(self.estimate.peak_memory_bytes)
+
+    @property
+    def title(self) -> str:
+        """The candidate in a line."""
+        return title(self.candidate)
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """Fastest first, of equals the one that needs least memory."""
+        return self.estimate.step_time_s, self.peak
+
+
+def title(candidate: Candidate) -> str:
+    """A candidate in a line."""
+    degrees, microbatches = candidate.degrees, candidate.microbatches
+    parts = [degrees.describe(), f"{microbatches} microbatch{'es' if microbatches > 1 else ''}"]
+    if degrees.pp > 1:
+        parts.append(candidate.schedule + (f" in {candidate.chunks} chunks" if candidate.chunks > 1 else ""))
+    parts += [f"zero={candidate.zero}"] * (degrees.dp_shard > 1) + ["sequence-parallel"] * candidate.sequence
+    return ", ".join(parts + ["recomputing"] * bool(candidate.recompute))
+
+
+class Cut(NamedTuple):
+    """A candidate with its stages cut, not yet costed."""
+
+    candidate: Candidate
+    ends: Ends
+    peak: float
+
+
+@dataclass
+class Frontier:
+    """One search.
+
+    Attributes:
+        evaluator: of the profile on the cluster.
+        constraints: what is fixed.
+        degrees: those that are possible at all.
+        fits: degrees of which a candidate was seen to fit.
+        costed: how many candidates were looked at closely.
+    """
+
+    evaluator: Evaluator
+    constraints: Constraints
+    degrees: list[Degrees]
+    fits: set[Degrees] = field(default_factory=set)
+    costed: int = 0
+    _floors: dict[object, tuple[float, float]] = field(default_factory=dict)
+    _roomy: dict[object, bool] = field(default_factory=dict)
+
+    @property
+    def memory_bytes(self) -> float:
+        """Of a device."""
+        return self.evaluator.cluster.memory_bytes
+
+    def __iter__(self) -> Iterator[Costed]:
+        """The fastest that fits of each kind of plan, fastest first."""
+        number = count()
+        heap: list[tuple[float, float, int, Degrees | Candidate | Cut | Costed]] = []
+        settled: set[frozenset[str]] = set()
+
+        def push(bound: float, what: Degrees | Candidate | Cut | Costed, peak: float = 0.0) -> None:
+            heapq.heappush(heap, (bound, peak, next(number), what))
+
+        for degrees in self.degrees:
+            push(min(self._floor(c) for c in self._candidates(degrees)), degrees)
+        while heap:
+            bound, _, _, what = heapq.heappop(heap)
+            degrees = (
+                what
+                if isinstance(what, Degrees)
+                else what.degrees
+                if isinstance(what, Candidate)
+                else (what.candidate.degrees)
+            )
+            if degrees.kind in settled:
+                continue
+            if isinstance(what, Degrees):
+                if self.standing(what, 3) > self.memory_bytes:
+                    continue
+                for candidate in self._of_degrees(what):
+                    push(max(bound, self._floor(candidate)), candidate)
+            elif isinstance(what, Candidate):
+                cut = self.cut(what) if self._may_fit(what) else None
+                if cut and cut.peak <= self.memory_bytes:
+                    self.fits.add(degrees)
+                    push(max(bound, self.evaluator.bound(cut.candidate, cut.ends)), cut, cut.peak)
+            elif isinstance(what, Cut):
+                self.costed += 1
+                found = Costed(what.candidate, what.ends, self.evaluator.estimate(what.candidate, what.ends))
+                push(max(bound, found.estimate.step_time_s), found, found.peak)
+            else:
+                settled.add(degrees.kind)
+                yield what
+
+    def _candidates(self, degrees: Degrees) -> list[Candidate]:
+        return list(space.candidates(self.evaluator.profile, degrees, self.constraints))
+
+    def _of_degrees(self, degrees: Degrees) -> list[Candidate]:
+        """The candidates of some degrees. Where cutting the batch would change the statistics taken over it and no
+        pipeline asks for it, those that do not, if one of them fits."""
+        every = self._candidates(degrees)
+        if not self.evaluator.profile.batch_statistics or degrees.pp > 1:
+            return every
+        whole = [c for c in every if c.microbatches == 1]
+        return whole if any(self.cut(c).peak <= self.memory_bytes for c in whole) else every
+
+    def _floor(self, candidate: Candidate) -> float:
+        """Seconds that a candidate's step takes at least, before its stages are cut."""
+        stages, cluster = self.evaluator.stages, self.evaluator.cluster
+        degrees, m = candidate.degrees, candidate.microbatches
+        key = (stages.division(candidate), degrees.tp)
+        if key not in self._floors:
+            mesh = stages.mesh(Degrees(tp=degrees.tp, cp=degrees.cp))
+            calls = stages.calls(candidate._replace(recompute={}), 0, len(stages.profile.calls))
+            seconds = [call_s(call, mesh) for call in calls]
+            self._floors[key] = sum(seconds), max(seconds)
+        total, slowest = self._floors[key]
+        shown = 1 - self.evaluator.system.hides_tensor
+        floor = shown * max(total / (1 - (1 - 1 / m) ** degrees.pp), m * slowest)
+        if cluster.cores is not None and len(cluster.nodes) == 1 and cluster.nodes[0].count == 1:
+            computing = sum(c.forward_s + c.backward_s for c in stages.calls(candidate, 0, len(stages.profile.calls)))
+            floor = max(floor, m * computing * degrees.devices / degrees.pp / cluster.cores)
+        return floor
+
+    def cut(self, candidate: Candidate) -> Cut:
+        """The candidate as it is, or where that does not fit, cut by memory too, or recomputing as much as it takes."""
+        stages = self.evaluator.stages
+
+        def found(candidate: Candidate, ends: Ends) -> Cut:
+            return Cut(candidate, ends, max(stages.peaks(candidate, ends)))
+
+        fastest = stages.fastest(candidate)
+        plain = found(candidate, fastest)
+        if plain.peak <= self.memory_bytes or (self.constraints.recompute is not None and candidate.stages == 1):
+            return plain
+        options = [plain]
+        if (ends := stages.cut(candidate)) != fastest:
+            options.append(found(candidate, ends))
+        if self.constraints.recompute is None:
+            # The stages as they would be with memory for everything, and as they can be with everything recomputed.
+            full = candidate._replace(recompute=everywhere(stages.profile, "full"))
+            for ends in dict.fromkeys([fastest, stages.cut(full)]):
+                everything = found(full, ends)
+                fits = everything.peak <= self.memory_bytes
+                options.append(found(recomputing(stages, candidate, ends), ends) if fits else everything)
+        fitting = [option for option in options if option.peak <= self.memory_bytes]
+        if not fitting:
+            return min(options, key=lambda o: o.peak)
+        if len(fitting) == 1:
+            return fitting[0]
+        # The bound tells little where devices share cores; clusters of such are small.
+        evaluator = self.evaluator
+        if evaluator.cluster.cores is None:
+            return min(fitting, key=lambda o: evaluator.bound(o.candidate, o.ends))
+        return min(fitting, key=lambda o: evaluator.estimate(o.candidate, o.ends).step_time_s)
+
+    def standing(self, degrees: Degrees, zero: int) -> float:
+        """Bytes that the fullest device holds at least, in the optimizer's step: an equal part of what all hold."""
+        stages, device = self.evaluator.stages, self.evaluator.cluster.device
+        holding = stages.holding(degrees, [(0, len(stages.profile.calls))])
+        shards = holding.trainable_shard + holding.frozen_shard
+        whole = holding.trainable + holding.frozen if degrees.dp_shard > 1 and zero < 3 else 0.0
+        state = holding.trainable_shard * (1 + stages.profile.optimizer_state_bytes)  # and the gradients
+        return (shards + whole + state) / degrees.pp * (1 + device.allocator_share) + device.reserved_bytes
+
+    def _may_fit(self, candidate: Candidate) -> bool:
+        """False where it is known at once that a candidate does not fit: by what it holds in any case, or because smaller
+        microbatches would not. That holds for all numbers but one, which keeps no gradients beside activations, and for
+        GPipe where 1F1B does not fit, which keeps fewer microbatches."""
+        if self.standing(candidate.degrees, candidate.zero) > self.memory_bytes:
+            return False
+        if candidate.microbatches == 1 or self.constraints.recompute is not None:
+            return True
+        key = (candidate.degrees, candidate.zero)
+        if key not in self._roomy:
+            most = space.counts(self.evaluator.profile, candidate.degrees, self.constraints)[-1]
+            self._roomy[key] = self._least(candidate._replace(microbatches=most)).peak <= self.memory_bytes
+        return self._roomy[key]
+
+    def _least(self, candidate: Candidate) -> Cut:
+        """A candidate with everything recomputed and few microbatches alive, cut by time, or by memory too if it must."""
+        stages = self.evaluator.stages
+        if self.constraints.schedule is None:
+            candidate = candidate._replace(schedule="1f1b")
+        full = candidate._replace(recompute=everywhere(stages.profile, self.constraints.recompute or "full"))
+        fastest = stages.fastest(full)
+        if (peak := max(stages.peaks(full, fastest))) > self.memory_bytes:
+            fastest = stages.cut(full)
+            peak = max(stages.peaks(full, fastest))
+        return Cut(full, fastest, peak)
+
+    def least(self, degrees: Degrees) -> Cut:
+        """Of the candidates of some degrees the one that needs least memory, as far as their order tells: with one
+        microbatch, or with the most."""
+        counts = space.counts(self.evaluator.profile, degrees, self.constraints)
+        every = [c for c in self._candidates(degrees) if c.microbatches in (1, counts[-1])]
+        return min((self._least(c) for c in every), key=lambda cut: cut.peak)

@@ -1,0 +1,205 @@
+"""What every stage of a candidate does: seconds of one microbatch by term, and of the step's end.
+
+forward, backward   its calls (CallCosts.of), what ranks exchange inside them (exchange_s), gathering sharded
+                    parameters, adding gradients to those of earlier microbatches
+reduce              averaging gradients over the replicas: after the last microbatch, from ``zero`` 2 on after each
+step                optimizer, gradient norm and clipping, and up to ``zero`` 2 gathering parameters for the next step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from weft.planner.communication import Mesh, transfer_s
+from weft.planner.compute import SHARDED_OPERATIONS, accumulate_s, dtensor_s, optimizer_s
+from weft.planner.holdings import Holding
+from weft.planner.space import Candidate
+from weft.planner.stages import Ends, Stages, Stretch, exchange_s
+from weft.planner.work import Stage, Work
+
+COPY_PASSES = 2.0
+"""Bytes moved per byte copied: a read and a write."""
+
+CONTROL_BYTES = 64.0
+"""Size of the sums that every device exchanges once a step: the sample count, the loss, the gradient norm."""
+
+
+class Load(NamedTuple):
+    """What a stage does."""
+
+    work: Stage
+    tensor_s: float  # of forward + backward, in exchanges inside layers
+    gather_s: float
+    tied_s: float  # of reduce
+    bytes_sent: float
+
+    @property
+    def microbatch_s(self) -> float:
+        """Seconds of one microbatch."""
+        return sum(sum(work) for work in (self.work.forward, self.work.backward, self.work.weight))
+
+    @property
+    def end_s(self) -> float:
+        """Seconds after the last microbatch."""
+        return sum(self.work.reduce) + sum(self.work.step)
+
+
+class Flow(NamedTuple):
+    """Bytes from one stage to another for one microbatch, and of the gradients that come back."""
+
+    activation: float
+    gradient: float
+
+
+Flows = dict[tuple[int, int], Flow]
+
+
+class Loads:
+    """Loads of any candidate's stages, those of equal content worked out once."""
+
+    def __init__(self, stages: Stages) -> None:
+        self.stages, self.cluster, self.system = stages, stages.cluster, stages.system
+        self._known: dict[tuple[object, ...], Load] = {}
+
+    def of(
+        self, candidate: Candidate, ends: Ends, flows: Flows, sending: Mapping[tuple[int, int], float]
+    ) -> list[Load]:
+        """The load of every stage; ``sending``: seconds a stage spends sending to another."""
+        stretches, pp = self.stages.stretches(ends), candidate.degrees.pp
+        apart = candidate.degrees.devices // pp
+        mixed = {"recompute": None, "schedule": candidate.schedule == "zero_bubble"}
+        common = tuple((candidate._asdict() | mixed).values())
+        found = []
+        for stage, stretch in enumerate(stretches):
+            own = stretches[stage % pp :: pp]
+            tied = 0.0
+            if pp > 1 and stage < pp:
+                tied = self.stages.holdings.tied(stretches, set(range(stage, len(stretches), pp)))
+            forward_s = sum(sending[s, t] for s, t in flows if s == stage) if sending else 0.0
+            backward_s = sum(sending[t, s] for s, t in flows if t == stage) if sending else 0.0
+            content = tuple(self.stages.content(each, self.stages.modes(candidate, each)) for each in own)
+            key = (stage // pp, content, common, tied, forward_s, backward_s)
+            if key not in self._known:
+                ending = own if stage < pp else []
+                self._known[key] = self._load(candidate, stretch, ending, tied, forward_s, backward_s)
+            load = self._known[key]
+            if node := stage % pp * apart // self.cluster.devices_per_node:
+                load = load._replace(work=replace(load.work, node=node))
+            crossing = sum(f.activation * (s == stage) + f.gradient * (t == stage) for (s, t), f in flows.items())
+            found.append(load._replace(bytes_sent=load.bytes_sent + candidate.microbatches * crossing))
+        return found
+
+    def _load(
+        self,
+        candidate: Candidate,
+        stretch: Stretch,
+        ending: Sequence[Stretch],
+        tied: float,
+        forward_s: float,
+        backward_s: float,
+    ) -> Load:
+        """Load of one stage. ``ending`` are all stretches of its device where it is the device's first, with which the
+        end of the step stands; ``tied`` is what the device shares with others, in bytes."""
+        degrees, microbatches, system = candidate.degrees, candidate.microbatches, self.system
+        mesh, device = self.stages.mesh(degrees), self.cluster.device
+        calls, holding = self.stages.calls(candidate, *stretch), self.stages.holding(degrees, [stretch])
+        on_node = min(degrees.devices, self.cluster.devices_per_node)
+        hides = self.cluster.cores is None or self.cluster.cores >= on_node
+        hides_gather, hides_reduce = hides and system.hides_gather, hides and system.hides_reduce
+
+        forward, backward = sum(call.forward_s for call in calls), sum(call.backward_s for call in calls)
+        later = (microbatches - 1) / microbatches  # the first microbatch's gradients are kept as they are
+        backward += later * accumulate_s(device, holding.trainable, holding.tensors)
+        forward_tp = backward_tp = sent = 0.0
+        if degrees.tp * degrees.cp > 1:
+            exchanged = [exchange_s(call, mesh) for call in calls]
+            forward_tp, backward_tp = (
+                (1 - system.hides_tensor) * sum(pair[way] for pair in exchanged) for way in (0, 1)
+            )
+            sizes = [size for call in calls for size in (*call.forward_reduced, *call.backward_reduced)]
+            sent = microbatches * sum(mesh.bytes("tp", "all_reduce", size) for size in sizes)
+
+        sharded, each_s, gather_forward, gather_backward = degrees.dp_shard > 1, 0.0, 0.0, 0.0
+        if sharded and candidate.zero == 3:
+            gathers, copies, gathered = self._gathers(holding, mesh)
+            forward, backward = forward + copies, backward + copies
+            gather_forward = exposed(gathers, forward) if hides_gather else sum(gathers)
+            gather_backward = exposed(gathers, backward) if hides_gather else sum(gathers)
+            sent += 2 * microbatches * gathered
+        if sharded and candidate.zero >= 2 and microbatches > 1:  # the last microbatch's are in ``reduce``
+            each, size = self._reduce(candidate, holding, mesh, backward if hides_reduce else 0.0)
+            each_s, sent = later * each.collective_s, sent + (microbatches - 1) * size
+            backward += later * each.compute_s
+        weight = sum(call.weight_s for call in calls) if candidate.schedule == "zero_bubble" else 0.0
+
+        reduce, step, tied_s = Work(0.0), Work(0.0), 0.0
+        if ending:
+            whole, link = self.stages.holding(degrees, ending), mesh.link("pp")
+            reduce, size = self._reduce(candidate, whole, mesh, len(ending) * backward if hides_reduce else 0.0)
+            tied_s = 2 * transfer_s(tied / degrees.dp_shard, link) if tied and link else 0.0
+            reduce = Work(reduce.compute_s, reduce.collective_s + tied_s)
+            seconds = self._step(candidate, whole)
+            sent += size + tied / degrees.dp_shard
+            if sharded and candidate.zero < 3:
+                gathers, copies, gathered = self._gathers(whole, mesh)
+                seconds += copies + (exposed(gathers, len(ending) * forward) if hides_gather else sum(gathers))
+                sent += gathered
+            step = Work(seconds, mesh.collective_s("everyone", "all_reduce", CONTROL_BYTES))
+        work = Stage(
+            forward=Work(forward, forward_tp + gather_forward, forward_s),
+            backward=Work(backward - weight, backward_tp + gather_backward + each_s, backward_s),
+            weight=Work(weight),
+            reduce=reduce,
+            step=step,
+            devices=min(degrees.devices // degrees.pp, self.cluster.devices_per_node),
+        )
+        gather_s = gather_forward + gather_backward + each_s
+        return Load(work, forward_tp + backward_tp, gather_s, tied_s, sent)
+
+    def _gathers(self, holding: Holding, mesh: Mesh) -> tuple[list[float], float, float]:
+        """Gathering every unit's parameters: seconds of each, seconds of copying, bytes sent."""
+        device = self.cluster.device
+        scale = 1.0 if self.system.gather_bytes is None else self.system.gather_bytes / self.stages.item_bytes
+        units = [scale * size for size in holding.units.values()]
+        copies = sum(device.seconds("copy", 0.0, COPY_PASSES * size) for size in units)
+        copies += dtensor_s(device, len(units) * SHARDED_OPERATIONS)
+        seconds = [mesh.collective_s("dp_shard", "all_gather", size) for size in units]
+        return seconds, copies, sum(mesh.bytes("dp_shard", "all_gather", size) for size in units)
+
+    def _step(self, candidate: Candidate, holding: Holding) -> float:
+        """Seconds of a device's optimizer step."""
+        passes = self.stages.profile.optimizer_passes
+        if self.system.step_bytes is not None:
+            passes = self.system.step_bytes / self.stages.item_bytes
+        tensors = holding.tensors
+        dtensors = tensors if candidate.degrees.uses_fsdp else 0
+        seconds = optimizer_s(self.cluster.device, holding.trainable_shard, tensors, passes, dtensors=dtensors)
+        return seconds + self.system.step_s
+
+    def _reduce(self, candidate: Candidate, holding: Holding, mesh: Mesh, hidden_s: float) -> tuple[Work, float]:
+        """Averaging the gradients over the replicas, what ``hidden_s`` does not hide of it; and the bytes sent."""
+        device, degrees = self.cluster.device, candidate.degrees
+        if mesh.ranks("dp_shard") == mesh.ranks("dp_replicate") == 1 or not holding.trainable:
+            return Work(0.0), 0.0
+        scale = 1.0 if self.system.reduce_bytes is None else self.system.reduce_bytes / self.stages.item_bytes
+        if degrees.dp_shard > 1:
+            parts = [scale * size for size in holding.units.values() if size]
+            seconds = [mesh.collective_s("dp_shard", "reduce_scatter", size) for size in parts]
+            sent = sum(mesh.bytes("dp_shard", "reduce_scatter", size) for size in parts)
+            shards = [size / mesh.ranks("dp_shard") for size in parts]
+        else:
+            count = max(1, round(scale * holding.trainable / self.system.bucket_bytes))
+            parts = shards = [scale * holding.trainable / count] * count
+            seconds, sent = [0.0] * count, 0.0
+        copied = [mesh.collective_s("dp_replicate", "all_reduce", shard) for shard in shards]
+        seconds = [s + more for s, more in zip(seconds, copied, strict=True)]
+        sent += sum(mesh.bytes("dp_replicate", "all_reduce", shard) for shard in shards)
+        copies = sum(device.seconds("copy", 0.0, COPY_PASSES * size) for size in parts)
+        return Work(copies, exposed(seconds, hidden_s) if hidden_s else sum(seconds)), sent
+
+
+def exposed(parts: Sequence[float], hidden_s: float) -> float:
+    """What remains of communication in parts that overlaps ``hidden_s`` of computation: never less than one part."""
+    return max(max(parts, default=0.0), sum(parts) - hidden_s)
