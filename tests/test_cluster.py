@@ -123,11 +123,10 @@ def test_a_link_is_as_those_see_it_that_share_it():
     assert rates == pytest.approx([3e8, 2e8, 4e8 / 3, 1e8, 1e8])
     assert cluster.link_between(0, 4).bytes_per_s == 1e8
     assert cluster.link_between(0, 1, 1).bytes_per_s == cluster.links[0].bytes_per_s
-    # Four groups of two ranks cross at once, or one group of all eight.
-    assert (cluster.link(2, 4).bytes_per_s, cluster.link(8).bytes_per_s) == (1e8, 3e8)
-    assert [c.ranks for c in cluster.link(2, 4).collectives] == [2]
-    assert [c.ranks for c in cluster.link(8).collectives] == [8]
-    assert len(cluster.link(4, 2).collectives) == 2  # none was measured so: both are better than nothing
+    assert [c.ranks for c in cluster.links[1].measured("all_reduce", 4)] == [2]
+    assert [c.ranks for c in cluster.links[1].measured("all_reduce", 1)] == [8]
+    assert [c.ranks for c in cluster.links[1].measured("all_reduce", 2)] == [8, 2]  # better than nothing
+    assert cluster.links[1].measured("all_gather", 1) == ()
 
 
 @pytest.mark.parametrize(
@@ -189,7 +188,6 @@ def test_links_are_the_innermost_that_reach():
     assert cluster.link(2, stride=2).name == "in"
     assert cluster.link(2, stride=4).name == "out"
     assert cluster.link(3).name == "out"  # ranks 3, 4 and 5 are on two nodes
-    assert cluster.link(4).collectives == cluster.links[0].collectives
     assert cluster.link_between(0, 3).name == "in"
     assert cluster.link_between(3, 4).name == "out"
 

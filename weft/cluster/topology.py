@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
 from weft.cluster.curve import Curve
@@ -147,10 +146,10 @@ class Link:
         rate = min(self.alone_bytes_per_s, self.bytes_per_s * of / senders)
         return replace(self, bytes_per_s=max(rate, self.bytes_per_s))
 
-    def at_stride(self, stride: int) -> Link:
-        """The link for groups of ranks ``stride`` apart: with the collectives measured on such groups, if any were."""
-        own = tuple(c for c in self.collectives if c.stride == stride)
-        return replace(self, collectives=own) if own else self
+    def measured(self, kind: str, stride: int) -> tuple[Collective, ...]:
+        """Collectives of a kind as measured on groups of ranks that are so far apart; none were: on any groups."""
+        known = tuple(c for c in self.collectives if c.kind == kind)
+        return tuple(c for c in known if c.stride == stride) or known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,25 +287,14 @@ class Cluster:
 
     def link(self, ranks: int, stride: int = 1) -> Link:
         """The innermost link that connects every group of ``ranks`` ranks, ``stride`` apart, of a mesh dimension."""
-        if (ranks, stride) not in self._known:
-            span = ranks * stride
-            link = next((link for link in self.links if link.devices % span == 0), self.links[-1])
-            # A ring over several nodes leaves each of them once: its groups are what shares a node's card.
-            self._known[ranks, stride] = self._shared(link.at_stride(stride), stride)
-        return self._known[ranks, stride]
-
-    @cached_property
-    def _known(self) -> dict[tuple[int, int], Link]:
-        return {}
+        span = ranks * stride
+        return next((link for link in self.links if link.devices % span == 0), self.links[-1])
 
     def link_between(self, one: int, other: int, senders: int | None = None) -> Link:
         """The innermost link that connects two devices, by number, as seen while ``senders`` devices of a node send
         over it at once; None: all of them."""
         link = next((link for link in self.links if one // link.devices == other // link.devices), self.links[-1])
-        return link if senders is None else self._shared(link, senders)
-
-    def _shared(self, link: Link, senders: int) -> Link:
-        return link.shared_by(min(senders, self.devices_per_node), self.devices_per_node)
+        return link if senders is None else link.shared_by(min(senders, self.devices_per_node), self.devices_per_node)
 
     def with_memory(self, memory_bytes: int) -> Cluster:
         """The same cluster, its devices limited to this much memory."""
