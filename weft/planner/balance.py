@@ -75,16 +75,16 @@ def packed(costs: Sequence[float], parts: int, allowed: Allowed, *, steps: int =
         found, start = [], 0
         for part in range(parts):
             most = min(bisect_right(sums, sums[start] + limit) - 1, n - (parts - part - 1))
-            low, high = start, most  # the furthest end that is allowed
-            if high > start and allowed(part, start, high):
-                low = high
-            while low < high:
-                middle = (low + high + 1) // 2
-                low, high = (middle, high) if allowed(part, start, middle) else (low, middle - 1)
-            if low == start:
+            # The furthest end that is allowed, from where the part before would have ended.
+            end = min(start + (found[-1] - (found[-2] if part > 1 else 0) if found else most), most)
+            while end > start and not allowed(part, start, end):
+                end = start + (end - start) // 2 if part == 0 else end - 1
+            while start < end < most and allowed(part, start, end + 1):
+                end += 1
+            if end <= start:
                 return None
-            found.append(low)
-            start = low
+            found.append(end)
+            start = end
         return found if start == n else None
 
     best, low, high = fill(math.inf), _pace(sums, parts), sums[-1]
