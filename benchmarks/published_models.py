@@ -1,13 +1,10 @@
 """Models of published runs, written from a Shape as their frameworks compute them: plain modules and operators.
 
-    decoder     embedding, [norm, attention, norm, MLP] x layers, norm, head         GPT and Llama
+    decoder     embedding, [norm, attention, norm, MLP or experts] x layers, norm, head            GPT, Llama, Mixtral
     bert        the same without a causal mask, a head of dense, GELU, norm and embedding, and one for the next sentence
     t5          two towers that share an embedding; the second also attends to the first
 
-No block knows its number, so one is captured for all. Activations are batch first where attention is one kernel, and
-sequence first where it is not, as Megatron-LM has them, so that no product needs a copy. Two simplifications that no
-cost depends on: the scale and mask of unfused attention, which its softmax kernel applies on its way, are left out; and
-experts get equal numbers of tokens whatever the router says, since shapes must not depend on values.
+No block knows its number, so one is captured for all. The parts stand in published_parts.
 """
 
 from __future__ import annotations
@@ -16,7 +13,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from published_kernels import dropout, dropout_add, gate, rms_norm, rotate
+from published_kernels import dropout_add
+from published_parts import MLP, Angles, Attention, Experts, LatentAttention, norm_of
 from published_run import Run, Shape
 from torch import Tensor, nn
 
@@ -29,163 +27,29 @@ SEGMENTS = 2
 """BERT's token types."""
 
 
-class RMSNorm(nn.Module):
-    """One kernel, or PyTorch's own composition of operators."""
-
-    def __init__(self, size: int, fused: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.fused = fused
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shapes: (..., size) to the same."""
-        return rms_norm(x, self.weight) if self.fused else F.rms_norm(x, self.weight.shape, self.weight, 1e-5)
-
-
-def norm_of(shape: Shape, size: int | None = None) -> nn.Module:
-    """The model's kind of norm, of the hidden size or another."""
-    size = size or shape.hidden
-    return nn.LayerNorm(size) if shape.norm == "layer" else RMSNorm(size, shape.fused)
-
-
-Angles = tuple[Tensor, Tensor]
-"""Cosines and sines of rotary positions, (tokens, 1, half a head): one table for all blocks."""
-
-
-def turned(x: Tensor, angles: Angles, fused: bool) -> Tensor:
-    """Rotary positions of (samples, tokens, heads, size)."""
-    cos, sin = angles
-    if fused:
-        return rotate(x, cos, sin)
-    one, two = x.float().chunk(2, -1)
-    return torch.cat((one * cos - two * sin, two * cos + one * sin), -1).to(x.dtype)
-
-
-class Attention(nn.Module):
-    """Attention of a sequence to itself, or to another where ``cross``."""
-
-    def __init__(self, shape: Shape, *, causal: bool, cross: bool = False) -> None:
-        super().__init__()
-        self.size, self.each = shape.head_size, shape.heads // shape.kv_heads
-        self.causal, self.cross, self.fused = causal, cross, shape.fused
-        self.p, self.flash = shape.attention_dropout, shape.attention == "flash"
-        width, own = shape.head_size * shape.heads, shape.head_size * shape.kv_heads
-        self.joined = shape.joined and not cross
-        if self.joined:
-            self.qkv = nn.Linear(shape.hidden, width + 2 * own, bias=shape.bias)
-        else:
-            self.q = nn.Linear(shape.hidden, width, bias=shape.bias)
-            if cross:
-                self.kv = nn.Linear(shape.hidden, 2 * own, bias=shape.bias)
-            else:
-                self.k = nn.Linear(shape.hidden, own, bias=shape.bias)
-                self.v = nn.Linear(shape.hidden, own, bias=shape.bias)
-        self.out = nn.Linear(width, shape.hidden, bias=shape.bias)
-        self.norms = nn.ModuleList([norm_of(shape, shape.head_size) for _ in range(2 if shape.qk_norm else 0)])
-
-    def forward(self, x: Tensor, angles: Angles | None = None, memory: Tensor | None = None) -> Tensor:
-        """Shapes: two leading dimensions and the hidden size, kept; ``memory`` is what is attended to, if not ``x``."""
-        q, k, v = self.heads(x, x if memory is None else memory)
-        if self.norms:
-            q, k = self.norms[0](q), self.norms[1](k)
-        if angles is not None:
-            q, k = turned(q, angles, self.fused), turned(k, angles, self.fused)
-        mixed = self.kernel(q, k, v) if self.flash else self.products(q, k, v)
-        return self.out(mixed)
-
-    def heads(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each with two leading dimensions, heads, and a head's size."""
-        if self.joined:  # by group of queries that share keys, so that a rank's columns are consecutive
-            fused = self.qkv(x).unflatten(-1, (-1, (self.each + 2) * self.size))
-            q, k, v = fused.split((self.each * self.size, self.size, self.size), -1)
-            return q.reshape(*x.shape[:2], -1, self.size), k, v
-        q = self.q(x).unflatten(-1, (-1, self.size))
-        if self.cross:
-            k, v = self.kv(memory).unflatten(-1, (-1, 2 * self.size)).split(self.size, -1)
-            return q, k, v
-        return q, self.k(memory).unflatten(-1, (-1, self.size)), self.v(memory).unflatten(-1, (-1, self.size))
-
-    def kernel(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One fused kernel; batch first."""
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=self.each > 1)
-        return out.transpose(1, 2).flatten(2)
-
-    def products(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Two products and a softmax; sequence first, so that samples and heads are one batch of the products."""
-        if self.each > 1:
-            k, v = (x.repeat_interleave(self.each, 2) for x in (k, v))
-        samples = q.shape[1]
-        q, k, v = (x.flatten(1, 2).transpose(0, 1) for x in (q, k, v))
-        weights = dropout(F.softmax(torch.bmm(q, k.transpose(1, 2)), -1), self.p)
-        mixed = torch.bmm(weights, v).unflatten(0, (samples, -1))
-        return mixed.permute(2, 0, 1, 3).flatten(2)
-
-
-class MLP(nn.Module):
-    """Up, activation, down."""
-
-    def __init__(self, shape: Shape, width: int) -> None:
-        super().__init__()
-        self.fused = shape.fused
-        self.gate = nn.Linear(shape.hidden, width, bias=shape.bias) if shape.gated else None
-        self.up = nn.Linear(shape.hidden, width, bias=shape.bias)
-        self.down = nn.Linear(width, shape.hidden, bias=shape.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shapes: (..., hidden) to the same."""
-        up = self.up(x)
-        if self.gate is None:
-            return self.down(F.gelu(up))
-        return self.down(gate(self.gate(x), up) if self.fused else F.silu(self.gate(x)) * up)
-
-
-class Experts(nn.Module):
-    """A router, and experts whose weights lie in one tensor; every expert gets the same number of tokens."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.count, self.top_k = shape.experts, shape.top_k
-        self.router = nn.Linear(shape.hidden, shape.experts, bias=False)
-        width = shape.expert_ffn
-        self.gates = nn.Parameter(torch.empty(shape.experts, shape.hidden, width)) if shape.gated else None
-        self.ups = nn.Parameter(torch.empty(shape.experts, shape.hidden, width))
-        self.downs = nn.Parameter(torch.empty(shape.experts, width, shape.hidden))
-        self.shared = MLP(shape, shape.shared_ffn) if shape.shared_ffn else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shapes: (B, T, hidden) to the same."""
-        tokens = x.flatten(0, 1)
-        scores, chosen = F.softmax(self.router(tokens).float(), -1).topk(self.top_k, -1)
-        order = chosen.flatten().argsort()
-        rows = order // self.top_k
-        each = -(-rows.shape[0] // self.count)
-        routed = F.pad(tokens[rows], (0, 0, 0, each * self.count - rows.shape[0])).unflatten(0, (self.count, each))
-        up = torch.bmm(routed, self.ups)
-        inner = F.gelu(up) if self.gates is None else gate(torch.bmm(routed, self.gates), up)
-        back = torch.bmm(inner, self.downs).flatten(0, 1)[: rows.shape[0]]
-        weighed = back * scores.flatten()[order].unsqueeze(-1).to(back.dtype)
-        out = torch.zeros_like(tokens).index_add(0, rows, weighed).view_as(x)
-        return out if self.shared is None else out + self.shared(x)
-
-
 class Block(nn.Module):
-    """Attention and MLP, each after a norm and added to what came in; between them attention to a memory if ``cross``."""
+    """Attention and MLP, each after a norm and added to what came in; between them attention to a memory."""
 
     def __init__(self, shape: Shape, *, causal: bool = True, cross: bool = False, dense: bool = True) -> None:
         super().__init__()
         self.p = shape.dropout
-        self.norm1, self.attention = norm_of(shape), Attention(shape, causal=causal)
+        latent = shape.latent
+        self.norm1 = norm_of(shape)
+        self.attention = Attention(shape, causal=causal) if latent is None else LatentAttention(shape, latent)
         self.norm_cross = norm_of(shape) if cross else None
         self.cross = Attention(shape, causal=False, cross=True) if cross else None
         self.norm2, self.mlp = norm_of(shape), MLP(shape, shape.ffn) if dense else Experts(shape)
+        self.shared = MLP(shape, shape.shared_ffn) if shape.shared_ffn and not dense else None
 
     def forward(self, x: Tensor, angles: Angles | None = None, memory: Tensor | None = None) -> Tensor:
         """Shapes: two leading dimensions and the hidden size, kept."""
         x = dropout_add(self.attention(self.norm1(x), angles), x, self.p)
         if self.cross is not None and self.norm_cross is not None:
             x = dropout_add(self.cross(self.norm_cross(x), None, memory), x, self.p)
-        return dropout_add(self.mlp(self.norm2(x)), x, self.p)
+        normed = self.norm2(x)
+        if self.shared is not None:
+            x = x + self.shared(normed)
+        return dropout_add(self.mlp(normed), x, self.p)
 
 
 class Embedding(nn.Module):
@@ -223,6 +87,21 @@ class Head(nn.Module):
         return self.linear(x)
 
 
+class Further(nn.Module):
+    """A prediction further ahead: a block on what came out and the next token's embedding."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([norm_of(shape), norm_of(shape)])
+        self.join = nn.Linear(2 * shape.hidden, shape.hidden, bias=False)
+        self.block, self.norm = Block(shape, dense=not shape.experts), norm_of(shape)
+
+    def forward(self, x: Tensor, following: Tensor, angles: Angles | None) -> Tensor:
+        """Shapes: kept."""
+        joined = torch.cat((self.norms[0](following), self.norms[1](x)), -1)
+        return self.norm(self.block(self.join(joined), angles))
+
+
 class Decoder(nn.Module):
     """GPT or Llama."""
 
@@ -235,18 +114,26 @@ class Decoder(nn.Module):
         )
         self.norm = norm_of(shape)
         self.head = Head(shape, self.embedding.tokens if shape.tied else None)
+        self.further = nn.ModuleList([Further(shape) for _ in range(shape.extra_heads)])
         self.rotary = shape.positions == "rope"
+        turned = shape.latent.rope_size if shape.latent else shape.head_size
+        middle = (1,) if shape.attention == "flash" else (1, 1)
         if self.rotary:
             for name in ("cos", "sin"):
-                self.register_buffer(name, torch.ones(shape.seq_len, 1, shape.head_size // 2), persistent=False)
+                self.register_buffer(name, torch.ones(shape.seq_len, *middle, turned // 2), persistent=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Shapes: (B, T) to logits, in the layout of the activations."""
+    def forward(self, tokens: Tensor) -> list[Tensor]:
+        """Shapes: (B, T) to logits, in the layout of the activations, of the next token and of those further ahead."""
         x = self.embedding(tokens)
         angles = (self.cos, self.sin) if self.rotary else None
         for layer in self.layers:
             x = layer(x, angles)
-        return self.head(self.norm(x))
+        x = self.norm(x)
+        logits = [self.head(x)]
+        for further in self.further:
+            x = further(x, self.embedding(tokens), angles)
+            logits.append(self.head(x))
+        return logits
 
 
 class Bert(nn.Module):
@@ -325,7 +212,8 @@ def loss_of(shape: Shape) -> Callable[[nn.Module, Tensor], Tensor]:
         if shape.family == "bert":
             logits, following = model(batch)
             return entropy(logits, batch) + F.cross_entropy(following.float(), batch[:, 0])
-        return entropy(model(batch), batch)
+        total = [entropy(logits, batch) for logits in model(batch)]
+        return total[0] if len(total) == 1 else torch.stack(total).sum()
 
     return loss
 

@@ -3,8 +3,8 @@
     model FLOP of a sequence, forward and backward     3 (2 s (L (projections + MLP) + V h) + c 4 L s^2 a d)
 
 with s tokens, L layers, hidden size h, a heads of size d, a vocabulary of V. ``c`` is the share of the s x s scores
-that counts: 1 in Megatron-LM, NeMo and nanotron, 1/2 in Megatron-Bridge and torchtitan, which leave out what a causal mask
-hides. Megatron's table of 2021 counts the forward that recomputation repeats as well (HARDWARE).
+that counts: 1 in Megatron-LM, NeMo and nanotron, 1/2 in Megatron-Bridge and torchtitan, which leave out what a causal
+mask hides. Megatron's table of 2021 counts the forward that recomputation repeats as well (HARDWARE).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Published measurements as runs: reads the three kinds of table in ``benchmarks/data``, others of their formats too."""
+"""Published measurements as runs: reads the three kinds of table in ``benchmarks/data``, and others like them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 from collections.abc import Callable
 from pathlib import Path
 
+from published_megatron import read_megatron
 from published_run import Run, Skipped
 from published_training import read_single_node, read_training
 
@@ -13,6 +14,7 @@ DATA = Path(__file__).resolve().parent / "data"
 READERS: dict[str, Callable[[dict[str, str], int], Run | Skipped]] = {
     "training": read_training,
     "single-node": read_single_node,
+    "megatron-memory": read_megatron,
 }
 FILES = {
     "training": "training_runs.csv",

@@ -116,6 +116,7 @@ class Run:
         recompute_layers: of how many layers (block) or in groups of how many (uniform).
         sequence_parallel: activations between tensor-parallel regions are divided, too.
         compiled: run through torch.compile.
+        stage_layers: blocks of every pipeline stage where the row's are not equal, or empty.
         features: further words that the row gives: ``"async-tp"``, ``"offload"``, ``"cudagraph"``, ...
         step_time_s: seconds a step, measured or worked out from the row's rate; None where it has neither.
         derived: what the step time was worked out from: "" (it was given), ``"tokens"``, ``"tflops"`` or ``"mfu"``.
@@ -151,6 +152,7 @@ class Run:
     recompute_layers: int = 1
     sequence_parallel: bool = False
     compiled: bool = False
+    stage_layers: tuple[int, ...] = ()
     features: frozenset[str] = field(default_factory=frozenset)
     step_time_s: float | None = None
     derived: str = ""
