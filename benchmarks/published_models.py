@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from published_kernels import dropout_add
-from published_parts import MLP, Angles, Attention, Experts, LatentAttention, norm_of
+from published_parts import MLP, Angles, Attention, Experts, LatentAttention, angles_of, norm_of
 from published_run import Run, Shape
 from torch import Tensor, nn
 
@@ -115,17 +115,13 @@ class Decoder(nn.Module):
         self.norm = norm_of(shape)
         self.head = Head(shape, self.embedding.tokens if shape.tied else None)
         self.further = nn.ModuleList([Further(shape) for _ in range(shape.extra_heads)])
-        self.rotary = shape.positions == "rope"
-        turned = shape.latent.rope_size if shape.latent else shape.head_size
-        middle = (1,) if shape.attention == "flash" else (1, 1)
-        if self.rotary:
-            for name in ("cos", "sin"):
-                self.register_buffer(name, torch.ones(shape.seq_len, *middle, turned // 2), persistent=False)
+        self.rotary = (shape.latent.rope_size if shape.latent else shape.head_size) if shape.positions == "rope" else 0
+        self.sequence_first = shape.attention == "unfused"
 
     def forward(self, tokens: Tensor) -> list[Tensor]:
         """Shapes: (B, T) to logits, in the layout of the activations, of the next token and of those further ahead."""
         x = self.embedding(tokens)
-        angles = (self.cos, self.sin) if self.rotary else None
+        angles = angles_of(tokens, self.rotary, sequence_first=self.sequence_first) if self.rotary else None
         for layer in self.layers:
             x = layer(x, angles)
         x = self.norm(x)

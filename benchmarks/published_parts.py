@@ -35,7 +35,18 @@ def norm_of(shape: Shape, size: int | None = None) -> nn.Module:
 
 
 Angles = tuple[Tensor, Tensor]
-"""Cosines and sines of rotary positions, (tokens, 1, half a head): one table for all blocks."""
+"""Cosines and sines of rotary positions, (tokens, 1, half a head) or (tokens, 1, 1, half a head): one table for all."""
+
+THETA = 10_000.0
+"""Base of rotary positions."""
+
+
+def angles_of(tokens: Tensor, size: int, *, sequence_first: bool) -> Angles:
+    """The table for tokens (B, T) and heads of a size."""
+    places = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float32)
+    steps = THETA ** (-torch.arange(0, size, 2, device=tokens.device, dtype=torch.float32) / size)
+    angles = torch.outer(places, steps).view(len(places), *([1, 1] if sequence_first else [1]), size // 2)
+    return angles.cos(), angles.sin()
 
 
 def turned(x: Tensor, angles: Angles, fused: bool) -> Tensor:
