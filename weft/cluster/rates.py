@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.cluster.topology import Curve
+from weft.cluster.curve import Curve
 
 aten = torch.ops.aten
 

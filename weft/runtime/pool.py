@@ -31,9 +31,10 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed has them, but untyped
 
 from weft.errors import InputError
+from weft.quantity import Sizes
 from weft.runtime import worker
 from weft.runtime.failure import Failure
-from weft.runtime.launch import command, device_count, environment_for, read_failure, settings_for
+from weft.runtime.launch import command, environment_for, read_failure, settings_for
 from weft.runtime.worker import JOB, TIMEOUT_S, Settings, call_of, join, prepare
 
 GRACE_S = 5.0
@@ -45,7 +46,7 @@ class Pool:
 
     Args:
         devices: processes; None takes every accelerator, or every core of a machine that has none.
-        memory: limit per device during each run, in bytes or as ``"2GiB"``.
+        memory: limit per device during each run, in bytes or as ``"2GiB"``, or one for each: ``"2GiB,1GiB"``.
         device: ``"cpu"``, or a type of accelerator; None takes the accelerator where there is one.
         timeout_s: seconds a collective waits for its peers.
     """
@@ -54,12 +55,12 @@ class Pool:
         self,
         devices: int | None = None,
         *,
-        memory: int | str | None = None,
+        memory: Sizes = None,
         device: str | None = None,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.settings = settings_for(devices, memory, device, timeout_s)
-        self.devices = devices or device_count(self.settings.device)
+        self.devices = len(self.settings)
         self._runs = 0
         self._directory = tempfile.TemporaryDirectory(prefix="weft-")
         self._workers: list[_Worker] = []
@@ -115,7 +116,7 @@ class Pool:
         for rank in range(count):
             if rank < len(self._workers) and self._workers[rank].process.poll() is None:
                 continue
-            fresh = _Worker(rank, self.settings, self.devices, self._store.port)
+            fresh = _Worker(rank, self.settings[rank], self.devices, self._store.port)
             self._workers[rank : rank + 1] = [fresh]
 
 
