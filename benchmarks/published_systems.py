@@ -1,7 +1,7 @@
 """How weft is asked about a published run: the machines it ran on, how its program kept and moved numbers, its plan.
 
-Constants of kinds of GPU (shares of the data sheet's rates) stand in weft's presets, with the source they were fitted on.
-What stands here are facts of the programs and of the clusters.
+Constants of kinds of GPU (shares of the data sheet's rates) stand in weft's presets, with the source they were fitted
+on. What stands here are facts of the programs and of the clusters.
 """
 
 from __future__ import annotations

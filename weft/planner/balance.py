@@ -62,17 +62,18 @@ def cuts(costs: Sequence[float], parts: int, allowed: Allowed | None = None) -> 
 
 
 def packed(costs: Sequence[float], parts: int, allowed: Allowed, *, steps: int = 12) -> list[int] | None:
-    """Where each part ends, quickly: as ``ends`` but for evenness, for parts of which any piece is allowed where the whole
-    is. The largest sum is within ``2 ** -steps`` of the least one above even parts' own.
+    """Where each part ends, quickly: as ``ends`` but for evenness, for parts of which any piece is allowed where the
+    whole is. The largest sum is the least possible to within ``2 ** -steps`` of the sum of all.
 
-    Under a limit parts are filled from the left, each as far as it may go, which leaves least for the others; the limit is
-    found by bisection.
+    Under a limit parts are filled from the left, each as far as it may go, which leaves least for the others; the limit
+    is found by bisection.
     """
     sums = [0.0, *accumulate(costs)]
     n = len(costs)
 
     def fill(limit: float) -> list[int] | None:
-        found, start = [], 0
+        found: list[int] = []
+        start = 0
         for part in range(parts):
             most = min(bisect_right(sums, sums[start] + limit) - 1, n - (parts - part - 1))
             # The furthest end that is allowed, from where the part before would have ended.

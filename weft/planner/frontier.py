@@ -210,9 +210,9 @@ class Frontier:
         return (shards + whole + state) / degrees.pp * (1 + device.allocator_share) + device.reserved_bytes
 
     def _may_fit(self, candidate: Candidate) -> bool:
-        """False where it is known at once that a candidate does not fit: by what it holds in any case, or because smaller
-        microbatches, ZeRO-3 or 1F1B would not, which need less: but for a single microbatch, which keeps no gradients
-        beside activations."""
+        """False where it is known at once that a candidate does not fit: by what it holds in any case, or because
+        smaller microbatches, ZeRO-3 or 1F1B would not, which need less: but for a single microbatch, which keeps no
+        gradients beside activations."""
         if self.standing(candidate.degrees, candidate.zero) > self.memory_bytes:
             return False
         if candidate.microbatches == 1 or self.constraints.recompute is not None:
@@ -235,7 +235,7 @@ class Frontier:
         return self._roomy[key]
 
     def _least(self, candidate: Candidate) -> Cut:
-        """A candidate with everything recomputed and few microbatches alive, cut by time, or by memory too if it must."""
+        """A candidate with everything recomputed and few microbatches alive, cut by memory too if it must be."""
         stages = self.evaluator.stages
         if self.constraints.schedule is None:
             candidate = candidate._replace(schedule="1f1b")

@@ -64,8 +64,8 @@ class Replicated:
 
 
 class Sharded:
-    """Sharded parameters, through fully_shard, as ``plan.zero`` says: 1 reduces gradients in the last backward only, 1 and 2
-    gather parameters once a step."""
+    """Sharded parameters, through fully_shard, as ``plan.zero`` says: 1 reduces gradients in the last backward only, 1
+    and 2 gather parameters once a step."""
 
     def __init__(
         self, modules: list[FSDPModule], grid: Grid, zero: int, conditional: Sequence[nn.Parameter] = ()
