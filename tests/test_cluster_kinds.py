@@ -106,6 +106,10 @@ def test_presets_are_mixed_with_the_slower_network_between() -> None:
     assert mixed.link(4).name == "PCIe 4.0 x16"
     assert mixed.link(8).name == "25 Gbit/s Ethernet"
     assert Cluster.parse("h100-sxm:1x8+h100-sxm:1x8").link(8).name == "NVLink 4"
+    assert [(level.name, level.devices) for level in mixed.levels] == [("PCIe 4.0 x16", 4), ("25 Gbit/s Ethernet", 20)]
+    alike = Cluster.parse("a100-80:1x8+h100-sxm:2x8")
+    assert [(level.name, level.devices) for level in alike.levels] == [("NVLink 3", 8), ("InfiniBand HDR", 24)]
+    assert Cluster.parse("h100-sxm:2x8").levels == Cluster.parse("h100-sxm:2x8").links
 
 
 @pytest.mark.parametrize("text", ["a100-80:2x8+", "a100-80:2x8+h100", "+", "a100-80:2x8+nowhere.toml"])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -286,6 +286,20 @@ class Cluster:
             links = (self.link_between(*pair) for pair in ends)
             self._spanning[span] = min(links, key=lambda link: (link.bytes_per_s, -link.latency_s))
         return self._spanning[span]
+
+    @cached_property
+    def levels(self) -> tuple[Link, ...]:
+        """The links as one hierarchy for all devices: where some have another link than others, the slowest of them."""
+        if all(link.among is None for link in self.links):
+            return self.links
+        spans = sorted({link.devices for link in self.links})
+        found = [(span, self.link(span)) for span in spans]
+        outer = [*found[1:], None]
+        return tuple(
+            replace(link, devices=span, among=None)
+            for (span, link), above in zip(found, outer, strict=True)
+            if above is None or above[1] is not link
+        )
 
     def link_between(self, one: int, other: int) -> Link:
         """The innermost link that connects two devices, by number."""
