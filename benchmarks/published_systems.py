@@ -10,7 +10,10 @@ import weft
 from weft.capture import Profile
 from weft.planner import estimate, make_plan
 
-PRESETS = {"a100": "a100-80", "a100-80": "a100-80", "a100-40": "a100-40", "h100": "h100-sxm", "h200": "h200"}
+PRESETS = {"a100": "a100-80", "a100-80": "a100-80", "a100-40": "a100-40", "h100": "h100-sxm", "h200": "h200"} | {
+    "b200": "b200",
+    "gb200": "b200",
+}
 """Presets of GPUs; one with more words is looked for under fewer."""
 
 
@@ -20,7 +23,7 @@ class CannotPredictError(Exception):
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds a step, and bytes on the fullest device."""
+    """Seconds a step, and bytes on the device that the source tells of (``Run.memory_rank``)."""
 
     step_time_s: float
     peak_memory_bytes: float
@@ -55,4 +58,6 @@ def predict(run: Run, profile: Profile) -> Prediction:
         compile=run.compiled,
     )
     found = estimate(profile, cluster, plan)
-    return Prediction(found.step_time_s, max(found.peak_memory_bytes))
+    peaks = found.peak_memory_bytes
+    seen = {"first": peaks[0], "last": peaks[-1]}.get(run.memory_rank, max(peaks))
+    return Prediction(found.step_time_s, seen)
