@@ -99,6 +99,17 @@ def row_lines(found: list[Predicted]) -> str:
     return "\n".join(lines)
 
 
+def skipped_lines(skipped: list[Skipped]) -> str:
+    """Why rows were not predicted, and which."""
+    rows: dict[tuple[str, str], list[int]] = {}
+    for s in skipped:
+        rows.setdefault((s.source, s.reason), []).append(s.row)
+    return "\n".join(
+        f"skipped: {source}, row{'s' * (len(found) > 1)} {', '.join(map(str, sorted(found)))}: {reason}"
+        for (source, reason), found in rows.items()
+    )
+
+
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
@@ -133,8 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.rows:
         print(row_lines(found))
     print(table(result))
-    for s in skipped:
-        print(f"skipped: {s.source}, row {s.row} ({s.model}): {s.reason}")
+    if skipped:
+        print(skipped_lines(skipped))
     return 0
 
 

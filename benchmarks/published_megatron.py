@@ -56,11 +56,13 @@ class Family:
     vocab_unit: int = 128
     features: tuple[str, ...] = ()
     global_batch: int = 0
+    etp: int = 0
 
 
 FAMILIES = (
     Family("gpt3_15b", {**LLAMA, "norm": "layer"}, vocab=256_000, features=("fused-loss",), global_batch=384),
     Family("mixtral_8x", {**LLAMA, "top_k": 2}, vocab=32_000),
+    Family("mixtral_8x7b_tp1pp4ep8vpp8", {}, etp=1),
     Family(
         "deepseekv3_proxy",
         {**LATENT, "attention": "flash", "latent": DEEPSEEK, "top_k": 8, "expert_ffn": 2048, "shared_ffn": 2048}
@@ -95,7 +97,11 @@ FAMILIES = (
         features=("recompute-modules",),
     ),
     Family("_mla", {"latent": Latent(query_rank=192, kv_rank=64, nope_size=16, rope_size=8, value_size=16)}),
-    Family("modelopt_distill", {"norm": "rms", "positions": "rope", "bias": False}, features=("teacher",)),
+    Family(
+        "modelopt_distill",
+        {"norm": "rms", "positions": "rope", "bias": False, "attention": "unfused"},
+        features=("teacher",),
+    ),
     Family("rope", {"positions": "rope"}),
     Family("disable_bias_linear", {"bias": False}),
     Family("qk_layernorm", {"qk_norm": True}),
@@ -164,7 +170,7 @@ def read_megatron(row: Row, index: int) -> Run | Skipped:
         vpp=_chunks(row, shape.layers, pp),
         cp=cp,
         ep=ep,
-        etp=int(found.group(1)) if (found := re.search(r"etp(\d+)", name)) and shape.experts else tp,
+        etp=_expert_tensor_parallel(name, tp, matching) if shape.experts else 1,
         zero=_zero(row) if fsdp else int(_on(row, "use-distributed-optimizer") and dp * cp > 1),
         recompute=row["recompute-granularity"] or "none",
         recompute_what=_recomputed(row, features),
@@ -239,6 +245,12 @@ def _devices(row: Row, name: str, least: int) -> tuple[int, int]:
     nodes = whole(row, "nodes") or (RELEASE_NODES * 8 // per_node if "release" in name else 1)
     gpus = nodes * per_node
     return (gpus if gpus >= least else -(-least // per_node) * per_node), per_node
+
+
+def _expert_tensor_parallel(name: str, tp: int, matching: list[Family]) -> int:
+    """Into how many parts experts' matrices are divided: as others are, unless the test says so."""
+    said = re.search(r"etp(\d+)", name)
+    return int(said.group(1)) if said else next((f.etp for f in matching if f.etp), tp)
 
 
 def _chunks(row: Row, layers: int, pp: int) -> int:

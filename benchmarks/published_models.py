@@ -207,7 +207,7 @@ def loss_of(shape: Shape) -> Callable[[nn.Module, Tensor], Tensor]:
             return entropy(model(tokens, targets), targets)
         if shape.family == "bert":
             logits, following = model(batch)
-            return entropy(logits, batch) + F.cross_entropy(following.float(), batch[:, 0])
+            return entropy(logits, batch) + F.cross_entropy(following.float(), batch[:, 0] % SEGMENTS)
         total = [entropy(logits, batch) for logits in model(batch)]
         return total[0] if len(total) == 1 else torch.stack(total).sum()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def kind_of(path: Path) -> str:
 
 
 def read(path: Path, kind: str | None = None) -> tuple[list[Run], list[Skipped]]:
-    """Runs of a table, and the rows that cannot be modelled.
+    """Runs of a table, and the rows that cannot be modelled; a column that is missing counts as empty.
 
     Args:
         path: CSV file.
@@ -51,7 +52,7 @@ def read(path: Path, kind: str | None = None) -> tuple[list[Run], list[Skipped]]
     skipped: list[Skipped] = []
     with path.open(newline="", encoding="utf-8") as file:
         for index, cells in enumerate(csv.DictReader(file), start=1):
-            row = {name: (value or "").strip() for name, value in cells.items() if name is not None}
+            row = defaultdict(str, {n: v.strip() for n, v in cells.items() if n is not None and isinstance(v, str)})
             found = reader(row, index)
             if isinstance(found, Run):
                 runs.append(found)

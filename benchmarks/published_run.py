@@ -122,7 +122,7 @@ class Run:
         derived: what the step time was worked out from: "" (it was given), ``"tokens"``, ``"tflops"`` or ``"mfu"``.
         peak_memory_bytes: None where it was not measured.
         memory_of: ``"allocated"`` or ``"reserved"``: which of the allocator's peaks the source reports.
-        memory_rank: ``"max"`` over ranks, ``"first"`` or ``"last"`` rank's.
+        memory_rank: ``"max"`` over ranks, or of the ``"first"`` or ``"last"`` pipeline stage, where the log is made.
         notes: the row's own, joined.
     """
 

@@ -6,6 +6,7 @@ on. What stands here are facts of the programs and of the clusters.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from published_run import Run
@@ -20,8 +21,14 @@ from weft.planner.stages import Ends
 from weft.planner.system import System
 
 PRESETS = {"a100": "a100-80", "a100-80": "a100-80", "a100-40": "a100-40", "h100": "h100-sxm", "h200": "h200"} | {
-    "h100-96": "h100-96", "b200": "b200", "gb200": "b200",
+<<<<<<< HEAD
+    "h100-96": "h100-sxm", "b200": "b200", "gb200": "b200",
 }  # fmt: skip
+=======
+    "b200": "b200",
+    "gb200": "b200",
+}
+>>>>>>> h-rows
 """Presets of GPUs; one with more words is looked for under fewer."""
 
 MEGATRON = System(
@@ -56,6 +63,10 @@ SYSTEMS = {
     "nanotron": replace(MEGATRON, parallel_loss=True, scatters=False),
 }
 """By framework; others are taken for Megatron-LM."""
+
+
+BLOCK = re.compile(r"\.\d+$")
+"""Units that are one of a model's blocks."""
 
 
 class CannotPredictError(Exception):
@@ -116,7 +127,7 @@ def candidate_of(run: Run, profile: Profile) -> Candidate:
     mode = {"none": None}.get(run.recompute, run.recompute)
     if run.recompute_what == "core":
         mode = None
-    again = {c.unit: mode for c in profile.calls if mode and mode in c.recompute and c.unit.startswith("blocks")}
+    again = {c.unit: mode for c in profile.calls if mode and mode in c.recompute and BLOCK.search(c.unit)}
     return Candidate(
         degrees,
         run.microbatches,
@@ -126,12 +137,13 @@ def candidate_of(run: Run, profile: Profile) -> Candidate:
         run.vpp if run.pp > 1 else 1,
         run.sequence_parallel,
     )
+<<<<<<< HEAD
 
 
 def ends_of(run: Run, profile: Profile) -> Ends:
     """Where the run's stages end: equal numbers of blocks each, what is before them with the first, the rest with the
     last."""
-    blocks = [i for i, call in enumerate(profile.calls) if call.unit.startswith("blocks")]
+    blocks = [i for i, call in enumerate(profile.calls) if BLOCK.search(call.unit)]
     count = run.pp * (run.vpp if run.pp > 1 else 1)
     stages = run.stage_layers or ()
     if not stages:
@@ -143,3 +155,9 @@ def ends_of(run: Run, profile: Profile) -> Ends:
         ends.append(blocks[taken - 1] + 1)
     last = next(i for i, call in enumerate(profile.calls) if call.name == LOSS)
     return (*ends[:-1], last)
+=======
+    found = estimate(profile, cluster, plan)
+    peaks = found.peak_memory_bytes
+    seen = {"first": peaks[0], "last": peaks[-1]}.get(run.memory_rank, max(peaks))
+    return Prediction(found.step_time_s, seen)
+>>>>>>> h-rows
