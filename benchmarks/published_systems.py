@@ -21,14 +21,8 @@ from weft.planner.stages import Ends
 from weft.planner.system import System
 
 PRESETS = {"a100": "a100-80", "a100-80": "a100-80", "a100-40": "a100-40", "h100": "h100-sxm", "h200": "h200"} | {
-<<<<<<< HEAD
     "h100-96": "h100-sxm", "b200": "b200", "gb200": "b200",
 }  # fmt: skip
-=======
-    "b200": "b200",
-    "gb200": "b200",
-}
->>>>>>> h-rows
 """Presets of GPUs; one with more words is looked for under fewer."""
 
 MEGATRON = System(
@@ -137,7 +131,6 @@ def candidate_of(run: Run, profile: Profile) -> Candidate:
         run.vpp if run.pp > 1 else 1,
         run.sequence_parallel,
     )
-<<<<<<< HEAD
 
 
 def ends_of(run: Run, profile: Profile) -> Ends:
@@ -155,9 +148,3 @@ def ends_of(run: Run, profile: Profile) -> Ends:
         ends.append(blocks[taken - 1] + 1)
     last = next(i for i, call in enumerate(profile.calls) if call.name == LOSS)
     return (*ends[:-1], last)
-=======
-    found = estimate(profile, cluster, plan)
-    peaks = found.peak_memory_bytes
-    seen = {"first": peaks[0], "last": peaks[-1]}.get(run.memory_rank, max(peaks))
-    return Prediction(found.step_time_s, seen)
->>>>>>> h-rows
