@@ -63,13 +63,12 @@ class Network:
     addresses: tuple[str, ...]
     commands: tuple[tuple[str, ...], ...]
 
-    def place(self, host: int, *, memory_bytes: int | None = None) -> Place:
+    def place(self, host: int) -> Place:
         """A process of a pool, on this host. Where there are cores enough, every host has its own."""
         return Place(
             node=host,
             command=(*_cores_of(host, len(self.commands)), *self.commands[host]),
             environment={"GLOO_SOCKET_IFNAME": CARD},
-            memory_bytes=memory_bytes,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from weft.estimate import Estimate, Measurement
 from weft.jobs.compare import Comparison, Row
 from weft.jobs.train import Line
 from weft.jobs.verify import Verification
-from weft.plan import Plan
+from weft.plan import VERSION, Plan
 from weft.report import tables
 from weft.report.progress import Bar, TrainingLog, log_line, prediction_line
 
@@ -43,7 +44,7 @@ def as_json(weft: WEFT, *arguments: str) -> Any:
     return json.loads(out)  # and nothing else is there
 
 
-BROKEN_PLAN = '{"version": 1, "pp": 1, "colour": "red"}'
+BROKEN_PLAN = json.dumps({"version": VERSION, "pp": 1, "colour": "red"})
 
 
 @pytest.mark.parametrize(
@@ -129,6 +130,15 @@ def test_train_on_two_processes(weft: WEFT, tmp_path: Path) -> None:
     assert "plan: pp=2" in out
     assert "step 4/4  loss " in out
     assert "step 3/4" not in out
+
+
+def test_a_plan_with_unequal_shares_is_verified_and_trained(weft: WEFT, tmp_path: Path) -> None:
+    plan = Plan.from_json(as_json(weft, "plan", *SMALL, "--devices", "2", "--dp-replicate", "2")["plan"])
+    replace(plan, shares=(3, 1)).save(tmp_path / "plan.json")
+    data = as_json(weft, "verify", *SMALL, "--plan", "plan.json", "--steps", "1")
+    assert data["ok"]
+    data = as_json(weft, "train", *SMALL, "--plan", "plan.json", "--steps", "2")
+    assert data["plan"]["shares"] == [3, 1]
 
 
 def test_verify_holds(weft: WEFT) -> None:

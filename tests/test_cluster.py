@@ -106,6 +106,8 @@ SAVED = [
     measured(),
     Cluster.preset("h100-sxm", nodes=2),
     *(presets_room.processes(devices, memory_bytes=2**26, cores=2) for devices in (1, 2, 3)),
+    Cluster.parse("a100-80:2x8+h100-sxm:1x8"),
+    presets_room.processes(3, memory_bytes=2**26, cores=2).with_memory(2**26, 2**25, 2**25),
 ]
 
 
@@ -212,9 +214,3 @@ def test_processes_share_the_cores_there_are():
 def test_more_than_this_machine_has(devices, memory):
     with pytest.raises(ClusterError):
         Cluster.local(devices, memory)
-
-
-def test_unequal_nodes_are_refused_for_now():
-    nodes = measured().nodes
-    with pytest.raises(ClusterError, match="one kind"):
-        Cluster(name="c", nodes=(*nodes, *nodes), links=measured().links, calibration="preset")

@@ -61,3 +61,19 @@ def test_equals_one_device(pool: Pool, family: str, degrees: dict[str, int]) -> 
     assert result.gradient_error <= 1e-10, result.worst_gradient
     assert result.parameter_error <= 1e-10, result.worst_parameter
     assert result.ok
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+@pytest.mark.parametrize("degrees", [{"dp_shard": 2}, {"pp": 2, "dp_shard": 2}, {"tp": 2, "dp_shard": 2}], ids=name_of)
+@pytest.mark.parametrize("family", ["tied_decoder", "batchnorm_cnn", "experts"])
+def test_stages_of_the_sharded_optimizer_equal_one_device(
+    pool: Pool, family: str, degrees: dict[str, int], zero: int
+) -> None:
+    build = FAMILIES[family]
+    plan = plan_for(build(), degrees, profile_of(family), microbatches=3, zero=zero)
+
+    def job() -> Any:
+        return verify_here(build(), plan, steps=3, dtype="float64")
+
+    result = pool.run(job, ranks=plan.devices)[0]
+    assert max(result.loss_error, result.gradient_error, result.parameter_error) <= 1e-10, result.worst_gradient

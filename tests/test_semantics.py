@@ -265,7 +265,7 @@ def test_a_batch_of_any_form_is_cut() -> None:
 
     x = torch.arange(6.0)
     batch = UserDict({"rows": Rows(x, list("abcdef")), "array": x.numpy(), "scale": torch.tensor(2.0), "mode": "train"})
-    parts = [divide(opened(batch), replica=r, replicas=2, microbatches=2).microbatches for r in (0, 1)]
+    parts = [divide(opened(batch), replica=r, shares=(1, 1), microbatches=2).microbatches for r in (0, 1)]
     assert [m["rows"].names for part in parts for m in part] == [["a", "b"], ["d", "e"], ["c"], ["f"]]
     assert [m["array"].tolist() for part in parts for m in part] == [[0, 1], [3, 4], [2], [5]]
     assert all(m["mode"] == "train" and float(m["scale"]) == 2 for part in parts for m in part)

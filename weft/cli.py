@@ -28,7 +28,7 @@ from weft.jobs import train as training
 from weft.jobs import verify as verifying
 from weft.plan import Plan
 from weft.planner import Constraints, Keywords, search
-from weft.quantity import parse_size
+from weft.quantity import each_of, parse_sizes
 from weft.report import tables
 from weft.report.progress import Bar, TrainingLog, show_cursor
 from weft.runtime.launch import device_count, launch_script
@@ -41,7 +41,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Tr
 TargetText = Annotated[str, typer.Argument(metavar="TARGET", help="file.py, file.py:name or package.module:name")]
 Arguments = Annotated[list[str] | None, typer.Argument(metavar="[name=value]...", help="for the workload function")]
 Devices = Annotated[int | None, typer.Option(min=1, help="how many; default: all accelerators, or all cores")]
-Memory = Annotated[str | None, typer.Option(help="of each device, as in 2GiB; CPU processes are held to it")]
+Memory = Annotated[
+    str | None, typer.Option(help="of each device, as in 2GiB, or one by one: 2GiB,1GiB; CPU processes are held to it")
+]
 ClusterText = Annotated[str | None, typer.Option("--cluster", metavar="FILE|PRESET:NODESxDEVICES")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="run this plan instead of a search")]
 Steps = Annotated[int, typer.Option(min=1)]
@@ -102,7 +104,7 @@ def train(
             plan=given,
             cluster=known,
             constraints=fixed,
-            memory_bytes=None if memory is None else parse_size(memory),
+            memory_bytes=parse_sizes(memory),
             checkpoint=None if checkpoint is None else str(checkpoint),
             checkpoint_every=checkpoint_every,
             resume=resume,
@@ -128,12 +130,12 @@ def compare(
     """Train the same model under every kind of parallelism and show them side by side."""
     with output(as_json) as show:
         work = target_of(target, arguments)
-        limit = None if memory is None else parse_size(memory)
+        limits = parse_sizes(memory)
         count = devices_of(devices)
         Constraints(**fixed)  # what is wrong with it shows before any process starts
         with Bar() as bar:
             found = comparing.run(
-                work, devices=count, memory_bytes=limit, steps=steps, on_progress=bar, fixed=cast(Keywords, fixed)
+                work, devices=count, memory_bytes=limits, steps=steps, on_progress=bar, fixed=cast(Keywords, fixed)
             )
         show(tables.comparison(found, steps=steps), found.to_json())
 
@@ -182,15 +184,16 @@ def cluster(
     verbose: Verbose = False,
 ) -> None:
     """Measure this machine, all devices at once; in a process that torchrun started, the machines of its job."""
-    limit = None if memory is None else parse_size(memory)
+    limits = parse_sizes(memory)
     rank = os.environ.get("RANK")
     if rank is not None and devices is not None:
         raise InputError(f"this job has its processes already and --devices is {devices}; leave --devices out")
     with output(as_json) as show:
         if rank is None:
-            found: Cluster = launch_function(measure_here, limit, devices=devices, memory=limit)[0]
+            found: Cluster = launch_function(measure_here, limits, devices=devices, memory=limits)[0]
         else:
-            found = run_here(measure_here, limit, memory_bytes=limit)
+            mine = each_of(limits, int(os.environ["WORLD_SIZE"]))[int(rank)]
+            found = run_here(measure_here, limits, memory_bytes=mine)
         if rank not in (None, "0"):
             return
         if save is not None:
@@ -214,7 +217,7 @@ def launch(
     launch_script(script, arguments or [], devices=devices, memory=memory, nodes=nodes, rendezvous=rendezvous)
 
 
-def measure_here(memory_bytes: int | None) -> Cluster:
+def measure_here(memory_bytes: Sequence[int]) -> Cluster:
     """Measure inside a job."""
     return measure(memory_bytes=memory_bytes)
 
@@ -237,7 +240,7 @@ def cluster_of(text: str | None, devices: int | None, memory: str | None) -> Clu
     found = Cluster.parse(text)
     if devices is not None:
         found = found.with_devices(devices)
-    return found if memory is None else found.with_memory(parse_size(memory))
+    return found.with_memory(*parse_sizes(memory))
 
 
 def plan_of(path: Path, fixed: dict[str, Any]) -> Plan:

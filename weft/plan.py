@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.errors import PlanError
+from weft.shares import apportion
 
 VERSION = 3
 SCHEDULES = ("gpipe", "1f1b")
@@ -99,6 +100,8 @@ class Plan:
         pp, dp_replicate, dp_shard, cp, tp: mesh degrees; their product is the number of devices.
         ep: expert-parallel degree, laid over the data-parallel dimensions.
         microbatches: what a batch is cut into, per step; every replica takes its part of each.
+        shares: of every replica in each microbatch's samples, relative to the others', in the order of the replicas;
+            empty where all are equal. Kept in lowest terms.
         schedule: ``"gpipe"`` or ``"1f1b"``: the order of a pipeline's actions.
         zero: what ``dp_shard`` shards, by the stages of ZeRO: 1 optimizer state, 2 gradients too, 3 parameters too.
         stages: per pipeline stage the calls placed on it, in order of the forward; ``"h.0"`` is the first call
@@ -113,7 +116,8 @@ class Plan:
         reasons: why the planner chose it, for people; not part of the plan itself, neither saved nor compared.
 
     Raises:
-        PlanError: degrees below one, stages that are not ``pp`` many or empty, unknown schedule or style.
+        PlanError: degrees below one, stages that are not ``pp`` many or empty, unknown schedule or style, shares that
+            are not one for each replica or leave one without samples.
     """
 
     pp: int = 1
@@ -128,6 +132,7 @@ class Plan:
     stages: tuple[tuple[str, ...], ...]
     tensor: Mapping[str, TensorStyle] = field(default_factory=dict)
     batch_size: int
+    shares: tuple[int, ...] = ()
     recompute: Mapping[str, str] = field(default_factory=dict)
     precision: str = "float32"
     compile: bool = False
@@ -168,8 +173,29 @@ class Plan:
                 f"{self.microbatches} microbatches; raise batch_size to {self.replicas * self.microbatches} "
                 "or lower one of them"
             )
+        object.__setattr__(self, "shares", self._lowest_shares())
         for name in ("tensor", "recompute"):  # own copies; plain dicts, so plans pickle
             object.__setattr__(self, name, dict(sorted(getattr(self, name).items())))
+
+    def _lowest_shares(self) -> tuple[int, ...]:
+        """The shares in lowest terms, none if they are equal."""
+        shares = tuple(self.shares)
+        if not shares:
+            return ()
+        if len(shares) != self.replicas or not all(map(_is_count, shares)):
+            raise PlanError(
+                f"plan: shares must be a whole number of at least 1 for each of {self.replicas} replicas, got "
+                f"{list(shares)}; leave them empty for equal ones"
+            )
+        smallest = self.batch_size // self.microbatches
+        lengths = apportion(smallest, shares)
+        if 0 in lengths:
+            raise PlanError(
+                f"plan: replica {lengths.index(0)} of shares {list(shares)} would get no sample of a microbatch of "
+                f"{smallest}; raise batch_size, lower microbatches or make the shares more even"
+            )
+        divisor = math.gcd(*shares)
+        return () if len(set(shares)) == 1 else tuple(share // divisor for share in shares)
 
     @property
     def devices(self) -> int:
@@ -187,19 +213,30 @@ class Plan:
         return self.dp_replicate * self.dp_shard
 
     @property
+    def portions(self) -> tuple[int, ...]:
+        """``shares``, written out where they are equal."""
+        return self.shares or (1,) * self.replicas
+
+    @property
     def samples_per_microbatch(self) -> int:
-        """Samples in the largest microbatch of a full batch."""
-        return -(-self.batch_size // (self.replicas * self.microbatches))
+        """Samples a replica has at most in a microbatch of a full batch."""
+        whole = {self.batch_size // self.microbatches, -(-self.batch_size // self.microbatches)}
+        return max(max(apportion(samples, self.portions)) for samples in whole)
 
     def describe(self) -> str:
-        """The degrees above one, as the command line takes them: ``pp=2 dp_shard=2``; ``one device`` if none."""
-        return " ".join(f"{k}={v}" for k, v in self.degrees.items() if v > 1) or "one device"
+        """The degrees above one, as the command line takes them, and unequal shares: ``pp=2 dp_shard=2 shares=3,1``;
+        ``one device`` if there are none."""
+        shares = [f"shares={_listed(self.shares)}"] if self.shares else []
+        return " ".join([*(f"{k}={v}" for k, v in self.degrees.items() if v > 1), *shares]) or "one device"
 
     def explain(self) -> str:
         """Why this plan, as the planner found it; a plan that was loaded or written by hand tells what it does."""
         if self.reasons is not None:
             return self.reasons
         lines = [f"{self.describe()}, {self.microbatches} microbatches, schedule {self.schedule}"]
+        if self.shares:
+            samples = apportion(-(-self.batch_size // self.microbatches), self.shares)
+            lines.append(f"samples of a microbatch by replica: {_listed(samples)}")
         lines += [f"stage {s}: {calls[0]} to {calls[-1]} ({len(calls)} calls)" for s, calls in enumerate(self.stages)]
         return "\n".join(lines)
 
@@ -214,6 +251,7 @@ class Plan:
             "version": VERSION,
             **values,
             "stages": [list(calls) for calls in self.stages],
+            "shares": list(self.shares),
             "tensor": {name: style.to_json() for name, style in self.tensor.items()},
             "recompute": dict(self.recompute),
         }
@@ -227,15 +265,15 @@ class Plan:
         """
         if not isinstance(data, dict):
             raise PlanError(f"{source}: expected a JSON object, got {type(data).__name__}")
+        if data.get("version", VERSION) != VERSION:  # before its keys, which were others
+            raise PlanError(
+                f"{source}: version {data['version']!r} is not {VERSION}; make the plan again with `weft plan`"
+            )
         expected = {"version", *_saved()}
         if unknown := sorted(set(data) - expected):
             raise PlanError(f"{source}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(expected))}")
         if missing := sorted(expected - set(data)):
             raise PlanError(f"{source}: key {missing[0]!r} is missing")
-        if data["version"] != VERSION:
-            raise PlanError(
-                f"{source}: version {data['version']!r} is not {VERSION}; make the plan again with `weft plan`"
-            )
         stages, tensor, recompute = data["stages"], data["tensor"], data["recompute"]
         if not isinstance(stages, list) or not all(
             isinstance(stage, list) and all(isinstance(call, str) for call in stage) for stage in stages
@@ -243,6 +281,8 @@ class Plan:
             raise PlanError(f"{source}: stages must be a list of lists of call names")
         if not isinstance(tensor, dict):
             raise PlanError(f"{source}: tensor must map names to styles")
+        if not isinstance(data["shares"], list):
+            raise PlanError(f"{source}: shares must be a list of whole numbers, empty where all are equal")
         if not isinstance(recompute, dict) or not all(isinstance(mode, str) for mode in recompute.values()):
             raise PlanError(f"{source}: recompute must map names of units to {' or '.join(RECOMPUTE)}")
         values = {k: v for k, v in data.items() if k != "version"}
@@ -272,6 +312,11 @@ class Plan:
 def _saved() -> list[str]:
     """Fields that are saved: those that are compared."""
     return [f.name for f in fields(Plan) if f.compare]
+
+
+def _listed(counts: Sequence[int]) -> str:
+    """Numbers for people: each of a few, the ends of many."""
+    return ",".join(map(str, counts)) if len(counts) <= 16 else f"{min(counts)}..{max(counts)}"
 
 
 def shard_dim(shape: Sequence[int], ranks: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from weft.errors import ClusterError
 
@@ -11,6 +12,10 @@ UNITS = {
     **{f"{prefix}B": 1000 ** (i + 1) for i, prefix in enumerate("KMGTP")},
     **{f"{prefix}iB": 1024 ** (i + 1) for i, prefix in enumerate("KMGTP")},
 }
+
+
+Sizes = str | int | Sequence[int] | None
+"""One size for all devices, one for each, or no limit."""
 
 
 def parse_size(text: str | int) -> int:
@@ -34,6 +39,30 @@ def parse_size(text: str | int) -> int:
     if size < 1:
         raise ClusterError(f"a size must be at least one byte, got {text!r}; {hint}")
     return int(size)
+
+
+def parse_sizes(sizes: Sizes) -> tuple[int, ...]:
+    """Bytes of one size, of several, also with commas between them (``"2GiB,1GiB"``), or of none.
+
+    Raises:
+        ClusterError: one of them is not a size.
+    """
+    if sizes is None:
+        return ()
+    if isinstance(sizes, int):
+        return (parse_size(sizes),)
+    return tuple(map(parse_size, sizes.split(",") if isinstance(sizes, str) else sizes))
+
+
+def each_of(sizes: Sequence[int], devices: int) -> Sequence[int | None]:
+    """The size of every device, where one is meant for all of them, and none is no limit.
+
+    Raises:
+        ClusterError: several, but not one for each device.
+    """
+    if len(sizes) not in (0, 1, devices):
+        raise ClusterError(f"{len(sizes)} sizes of memory for {devices} devices; give one for all, or one for each")
+    return sizes if len(sizes) == devices else [sizes[0] if sizes else None] * devices
 
 
 def format_bytes(size: float) -> str:

@@ -5,10 +5,11 @@
     name = "two cores"
     calibration = "measured here"
 
-    [[nodes]]
+    [[nodes]]                        # one for each kind; devices are numbered over them
     count = 1
     devices = 4
     cores = 2.0                      # left out where every device computes at full speed
+    host = "a"                       # left out but where a node has several kinds: the same name for each
 
     [nodes.device]
     name = "CPU process"
@@ -18,6 +19,7 @@
     reserved = "24MiB"
     allocator_share = 0.02
     price_per_hour = 0.0
+    core_share = 0.5                 # left out where it has a core, or what it needs of one, to itself
 
     [nodes.device.matmul.float32]    # flop/s over flops
     sizes = [...]
@@ -29,6 +31,7 @@
     [[links]]                        # innermost first
     name = "loopback"
     devices = 4
+    among = [0, 8]                   # left out where the level is about all devices
     latency_s = 5e-05
     bytes_per_s = 2e9
     alone_bytes_per_s = 4e9          # left out where devices share nothing that carries messages
@@ -52,7 +55,8 @@ from typing import Any
 import tomli_w
 
 from weft.cluster.curve import Curve
-from weft.cluster.topology import Cluster, Collective, Device, Link, Nodes
+from weft.cluster.nodes import Nodes
+from weft.cluster.topology import Cluster, Collective, Device, Link
 from weft.errors import ClusterError
 from weft.quantity import parse_size
 
@@ -163,11 +167,12 @@ def read_cluster(table: Table) -> Cluster:
 
 
 def _read_nodes(table: Table) -> Nodes:
-    table.close("count", "devices", "cores", "device")
+    table.close("count", "devices", "cores", "host", "device")
     return Nodes(
         count=table.whole("count"),
         devices=table.whole("devices"),
         cores=table.number("cores") if "cores" in table.data else None,
+        host=table.text("host") if "host" in table.data else None,
         device=_read_device(table.table("device")),
     )
 
@@ -181,6 +186,7 @@ def _read_device(table: Table) -> Device:
         "reserved",
         "allocator_share",
         "price_per_hour",
+        "core_share",
         "matmul",
         "rates",
     )
@@ -192,6 +198,7 @@ def _read_device(table: Table) -> Device:
         reserved_bytes=table.size("reserved"),
         allocator_share=table.number("allocator_share"),
         price_per_hour=table.number("price_per_hour", 0.0),
+        core_share=table.number("core_share", 1.0),
         matmul=_read_curves(table.table("matmul")),
         rates=_read_curves(table.table("rates")),
     )
@@ -207,10 +214,14 @@ def _read_curves(table: Table) -> dict[str, Curve]:
 
 
 def _read_link(table: Table) -> Link:
-    table.close("name", "devices", "latency_s", "bytes_per_s", "alone_bytes_per_s", "collectives")
+    table.close("name", "devices", "among", "latency_s", "bytes_per_s", "alone_bytes_per_s", "collectives")
+    among = table.numbers("among") if "among" in table.data else None
+    if among is not None and (len(among) != 2 or not all(number.is_integer() for number in among)):
+        raise ClusterError(f"{table.where}: among must be two device numbers, first and end, got {list(among)}")
     return Link(
         name=table.text("name"),
         devices=table.whole("devices"),
+        among=None if among is None else (int(among[0]), int(among[1])),
         latency_s=table.number("latency_s"),
         bytes_per_s=table.number("bytes_per_s"),
         alone_bytes_per_s=table.number("alone_bytes_per_s") if "alone_bytes_per_s" in table.data else None,
@@ -235,6 +246,7 @@ def write_cluster(cluster: Cluster) -> dict[str, Any]:
                 "count": nodes.count,
                 "devices": nodes.devices,
                 **({} if nodes.cores is None else {"cores": nodes.cores}),
+                **({} if nodes.host is None else {"host": nodes.host}),
                 "device": {
                     "name": nodes.device.name,
                     "memory": nodes.device.memory_bytes,
@@ -243,6 +255,7 @@ def write_cluster(cluster: Cluster) -> dict[str, Any]:
                     "reserved": nodes.device.reserved_bytes,
                     "allocator_share": nodes.device.allocator_share,
                     "price_per_hour": nodes.device.price_per_hour,
+                    **({} if nodes.device.core_share == 1 else {"core_share": nodes.device.core_share}),
                     "matmul": {name: _write_curve(curve) for name, curve in nodes.device.matmul.items()},
                     "rates": {name: _write_curve(curve) for name, curve in nodes.device.rates.items()},
                 },
@@ -253,6 +266,7 @@ def write_cluster(cluster: Cluster) -> dict[str, Any]:
             {
                 "name": link.name,
                 "devices": link.devices,
+                **({} if link.among is None else {"among": list(link.among)}),
                 "latency_s": link.latency_s,
                 "bytes_per_s": link.bytes_per_s,
                 **({} if link.alone_bytes_per_s is None else {"alone_bytes_per_s": link.alone_bytes_per_s}),

@@ -1,8 +1,7 @@
 """Measures a cluster from inside a job: every rank of an initialised process group calls ``measure``.
 
-    rates         all ranks compute at once, each on its own device; the mean over ranks of the medians
-    cores         where devices are processes on shared cores: the processor time that all ranks together got per
-                  second, over how much faster one computes while the others sleep
+    rates, cores  all ranks compute at once, each on its own device; where devices are processes on shared cores, each
+                  of them while its neighbours sleep, too (``kinds``)
     links         inside a node and between nodes: pairs of neighbours exchange messages, all pairs at once; between
                   nodes also one pair by itself, since a node's devices may share one network card
     collectives   at either level, over groups of every size and stride that a mesh can have there, all groups at once
@@ -15,27 +14,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from statistics import fmean, quantiles
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from weft.cluster import presets
 from weft.cluster.curve import Curve
+from weft.cluster.kinds import look, nodes_of
 from weft.cluster.local import device_memory
-from weft.cluster.rates import Clock, Probe, curves, overhead_s, probes, time_probes
+from weft.cluster.rates import Clock, probes
 from weft.cluster.topology import (
     COLLECTIVES,
     LIMITED_SHARE,
     UNLIMITED_SHARE,
     Cluster,
     Collective,
-    Device,
     Link,
-    Nodes,
 )
 from weft.errors import ClusterError
+from weft.quantity import Sizes, each_of, parse_sizes
 
 # Renamed in torch 2.13, which warns of the old names.
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -50,17 +51,18 @@ MESSAGE_BYTES = (64, 2**22)
 """A message that is all latency, and one that is all bandwidth: many times what a network card lets through at once."""
 
 COLLECTIVE_BYTES = (2**12, 2**18, 2**22)
-WINDOWS, WINDOW_S = 3, 0.25
-"""How often and how long all ranks compute to see how many cores they get."""
+
+T = TypeVar("T")
 
 
 def measure(
-    *, memory_bytes: int | None = None, devices_per_node: int | None = None, dtypes: tuple[str, ...] = ("float32",)
+    *, memory_bytes: Sizes = None, devices_per_node: int | None = None, dtypes: tuple[str, ...] = ("float32",)
 ) -> Cluster:
     """The cluster that this job's ranks form; every rank returns the same.
 
     Args:
-        memory_bytes: limit of each device; None: an accelerator's own memory, or an equal part of the machine's.
+        memory_bytes: limit of each device, or of every rank's; None: an accelerator's own memory, or an equal part of
+            the machine's.
         devices_per_node: consecutive ranks on one node; None: as many as torchrun says, or all.
         dtypes: of the matrix products to time.
 
@@ -74,31 +76,23 @@ def measure(
     accelerator = torch.accelerator.current_accelerator()
     device = torch.device("cpu") if accelerator is None else accelerator
     clock = Clock(device)
-    rates, overhead = _rates(clock, dtypes)
-    cores = _cores(clock, ranks, per_node) if clock.shares_cores and ranks > 1 else None
     name = "CPU process" if device.type == "cpu" else _device_name(device)
+    limits = parse_sizes(memory_bytes)
     reserved, share = presets.accelerator_memory()
     if device.type == "cpu":
-        reserved, share = presets.process_bytes(), UNLIMITED_SHARE if memory_bytes is None else LIMITED_SHARE
-    matmul = {kind.split()[1]: curve for kind, curve in rates.items() if kind.startswith("matmul")}
+        reserved, share = presets.process_bytes(), LIMITED_SHARE if limits else UNLIMITED_SHARE
+    work = list(probes(device, tuple(getattr(torch, dtype) for dtype in dtypes)))
+    memory = _memory(limits, ranks, per_node)[dist.get_rank() if ranks > 1 else 0]
+    every = _gather(look(clock, work, name=name, memory_bytes=memory, per_node=per_node))
     found = Cluster(
-        name=f"{ranks} x {name}",
-        nodes=(
-            Nodes(
-                count=ranks // per_node,
-                devices=per_node,
-                cores=cores,
-                device=Device(
-                    name=name,
-                    memory_bytes=memory_bytes or device_memory(per_node),
-                    matmul=matmul,
-                    rates={kind: curve for kind, curve in rates.items() if not kind.startswith("matmul")},
-                    overhead_s=overhead,
-                    accelerator=device.type != "cpu",
-                    reserved_bytes=reserved,
-                    allocator_share=share,
-                ),
-            ),
+        name=" + ".join(f"{count} x {name}" for name, count in Counter(rank.name for rank in every).items()),
+        nodes=nodes_of(
+            every,
+            work,
+            per_node=per_node,
+            accelerator=device.type != "cpu",
+            reserved_bytes=reserved,
+            allocator_share=share,
         ),
         links=_links(device, ranks, per_node),
         calibration="measured here",
@@ -106,39 +100,12 @@ def measure(
     return _agree(found)
 
 
-def _rates(clock: Clock, dtypes: tuple[str, ...]) -> tuple[dict[str, Curve], float]:
-    """Curves by kind and the overhead, means over all ranks."""
-    work: list[Probe] = list(probes(clock.device, tuple(getattr(torch, name) for name in dtypes)))
-    _barrier()
-    overhead = _mean([overhead_s(clock)])[0]
-    seconds = _mean(time_probes(work, clock, repeats=5, at_least_s=5e-4))
-    return curves(work, seconds, overhead), overhead
-
-
-def _cores(clock: Clock, ranks: int, per_node: int) -> float | None:
-    """How many of a node's processes compute at full speed at once; None: all."""
-    # Other programs come and go: the most of several windows is what the machine gives.
-    shares = speed = 0.0
-    for _ in range(WINDOWS):
-        _barrier()
-        share, rate = _mean(list(_spin(clock)))
-        shares, speed = (share, rate) if share > shares else (shares, speed)
-    # The others wait in the barrier, asleep.
-    alone = _spin(clock)[1] if dist.get_rank() == 0 else 0.0
-    _barrier()
-    alone = _mean([alone])[0] * ranks
-    cores = shares * per_node * speed / alone
-    return None if cores > 0.95 * per_node else round(cores, 2)
-
-
-def _spin(clock: Clock) -> tuple[float, float]:
-    """Compute for WINDOW_S: processor seconds per second, and matrix products per processor second."""
-    x, w = torch.randn(256, 256), torch.randn(256, 256)
-    count, began, spent = 0, time.perf_counter(), 0.0
-    while time.perf_counter() - began < WINDOW_S:
-        spent += clock.seconds(lambda: x @ w)
-        count += 1
-    return spent / (time.perf_counter() - began), count / spent
+def _memory(limits: Sequence[int], ranks: int, per_node: int) -> list[int]:
+    """Memory of every rank's device. Where nothing limits it, nodes that differ a little count as equal."""
+    if limits:
+        return [limit for limit in each_of(limits, ranks) if limit is not None]
+    every = _gather(device_memory(per_node))
+    return [min(every)] * ranks if min(every) > 0.95 * max(every) else every
 
 
 def _links(device: torch.device, ranks: int, per_node: int) -> tuple[Link, ...]:
@@ -291,11 +258,16 @@ def _mean(values: list[float]) -> list[float]:
 
 def _over_ranks(combine: Callable[[tuple[float, ...]], float], values: list[float]) -> list[float]:
     """Every value combined with the other ranks'."""
+    return [combine(column) for column in zip(*_gather(values), strict=True)]
+
+
+def _gather(value: T) -> list[T]:
+    """Every rank's value."""
     if not dist.is_initialized():
-        return values
-    gathered: list[list[float]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, values)
-    return [combine(column) for column in zip(*gathered, strict=True)]
+        return [value]
+    gathered = [value] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def _agree(cluster: Cluster) -> Cluster:

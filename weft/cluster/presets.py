@@ -2,17 +2,64 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib import resources
+from pathlib import Path
 
 from weft.cluster.curve import Curve
 from weft.cluster.file import Table
-from weft.cluster.topology import LIMITED_SHARE, UNLIMITED_SHARE, Cluster, Device, Link, Nodes
+from weft.cluster.nodes import Nodes
+from weft.cluster.topology import LIMITED_SHARE, UNLIMITED_SHARE, Cluster, Device, Link
 from weft.errors import ClusterError
 from weft.quantity import parse_size
 
 UNKNOWN = "l40s"
 """Stands in for accelerators that have no preset, until they are measured: a present one without fast links."""
+
+
+def parse(text: str) -> Cluster:
+    """What ``--cluster`` takes: a file; a preset: ``h100-sxm``, ``h100-sxm:8`` (one node), ``h100-sxm:2x8``; or a mix
+    of presets: ``a100-80:2x8+h100-sxm:1x8``.
+
+    Raises:
+        ClusterError: none of these.
+    """
+    if Path(text).is_file():
+        return Cluster.load(text)
+    parts = [re.fullmatch(r"([\w-]+)(?::(?:(\d+)x)?(\d+))?", part) for part in text.split("+")]
+    kinds = [
+        preset(part[1], nodes=int(part[2] or 1), devices_per_node=int(part[3]) if part[3] else None)
+        for part in parts
+        if part is not None and part[1] in names()
+    ]
+    if len(kinds) == len(parts):
+        return kinds[0] if len(kinds) == 1 else mix(kinds)
+    raise ClusterError(
+        f"{text!r} is neither a cluster file nor a preset; give a file that `weft cluster` saved, or "
+        f"PRESET:NODESxDEVICES with PRESET one of {', '.join(names())}, or several of these with + between them"
+    )
+
+
+def mix(parts: Sequence[Cluster]) -> Cluster:
+    """One cluster of several presets: their devices in this order, the links inside each as they are, and the slowest
+    of their networks between them."""
+    devices = sum(part.devices for part in parts)
+    share = _curve(_table().table("shares").table("link")).rates[0]
+    table = _table().table("preset")
+    links, start = [], 0
+    for part in parts:
+        links += [replace(link, among=(start, start + part.devices)) for link in part.links]
+        start += part.devices
+    networks = [_link(table.table(part.device.name).table("network"), devices, share) for part in parts]
+    return Cluster(
+        name="+".join(part.name for part in parts),
+        nodes=tuple(nodes for part in parts for nodes in part.nodes),
+        links=(*sorted(links, key=lambda link: link.devices), min(networks, key=lambda link: link.bytes_per_s)),
+        calibration="datasheet",
+    )
 
 
 def names() -> list[str]:

@@ -1,19 +1,26 @@
 """Cluster: what there is to compute on. Devices with sustained rates, links in a hierarchy; plain numbers, no torch.
 
+Devices are numbered consecutively over the entries of ``Cluster.nodes``, of which there is one for each kind.
+
 A device's rates are those of one device computing alone. Where devices share processor cores (CPU processes),
 ``Nodes.cores`` says how many of them a node can drive at full speed at once, and ``A`` devices that compute together
-each run at ``min(1, cores / A)``.
+each run at ``min(1, cores / A)``; one that has only a part of a core to itself (``Device.core_share``) counts as that.
 """
 
 from __future__ import annotations
 
-import re
+import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from weft.cluster.curve import Curve
+from weft.cluster.nodes import Nodes, check, node_starts
 from weft.errors import ClusterError
+from weft.quantity import Sizes
 
 CALIBRATIONS = ("measured here", "preset", "datasheet")
 FLOP_KINDS = ("matmul", "attention", "convolution")
@@ -45,6 +52,7 @@ class Device:
         reserved_bytes: taken besides tensors: libraries' scratch memory, and the process's own objects.
         allocator_share: memory that the allocator keeps besides what is asked of it, as a share of that.
         price_per_hour: of one device; 0 where unknown.
+        core_share: of a core that it takes while it computes alone: 1, or less where a quota holds it back.
     """
 
     name: str
@@ -56,6 +64,7 @@ class Device:
     reserved_bytes: int
     allocator_share: float
     price_per_hour: float = 0.0
+    core_share: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.memory_bytes, int) or self.memory_bytes < 1:
@@ -76,6 +85,8 @@ class Device:
         for name in ("overhead_s", "reserved_bytes", "allocator_share", "price_per_hour"):
             if not getattr(self, name) >= 0:
                 raise ClusterError(f"device {self.name}: {name} must not be negative, got {getattr(self, name)!r}")
+        if not 0 < self.core_share <= 1:
+            raise ClusterError(f"device {self.name}: core_share must be above 0 and at most 1, got {self.core_share!r}")
 
     def seconds(self, kind: str, flops: float, bytes: float, dtype: str = "float32") -> float:
         """Seconds of one operation: the slower of its arithmetic and its memory traffic, and the overhead."""
@@ -121,6 +132,8 @@ class Link:
         collectives: as measured at this level; where there are none they are computed by the ring algorithm.
         alone_bytes_per_s: of a device whose neighbours send nothing, where they share what carries the messages (a
             node's one network card); None: a device has the same whatever others do.
+        among: the devices it is about, from the first up to the second number: a level of some nodes only, whose
+            groups are counted from the first; None: all devices.
     """
 
     name: str
@@ -129,6 +142,7 @@ class Link:
     bytes_per_s: float
     collectives: tuple[Collective, ...] = ()
     alone_bytes_per_s: float | None = None
+    among: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.devices < 2 or not self.latency_s >= 0 or not self.bytes_per_s > 0:
@@ -138,42 +152,24 @@ class Link:
             )
         if self.alone_bytes_per_s is not None and not self.alone_bytes_per_s > 0:
             raise ClusterError(f"link {self.name}: alone_bytes_per_s must be positive, got {self.alone_bytes_per_s}")
+        if self.among is not None and not 0 <= self.among[0] < self.among[1]:
+            raise ClusterError(f"link {self.name}: among needs two device numbers, first and end, got {self.among}")
 
     def shared_by(self, senders: int, of: int) -> Link:
         """The link as one of ``senders`` devices sees it that send at once, ``of`` so many that share it."""
-        if self.alone_bytes_per_s is None:
-            return self
-        rate = min(self.alone_bytes_per_s, self.bytes_per_s * of / senders)
-        return replace(self, bytes_per_s=max(rate, self.bytes_per_s))
+        alone = self.alone_bytes_per_s or self.bytes_per_s
+        return replace(self, bytes_per_s=max(self.bytes_per_s, min(alone, self.bytes_per_s * of / senders)))
 
     def measured(self, kind: str, stride: int) -> tuple[Collective, ...]:
         """Collectives of a kind as measured on groups of ranks that are so far apart; none were: on any groups."""
         known = tuple(c for c in self.collectives if c.kind == kind)
         return tuple(c for c in known if c.stride == stride) or known
 
-
-@dataclass(frozen=True, kw_only=True)
-class Nodes:
-    """Nodes of one kind.
-
-    Attributes:
-        count: how many nodes.
-        devices: devices of each.
-        device: their kind.
-        cores: how many devices of a node compute at full speed at once; None: all of them. It need not be whole: two
-            threads of one core are worth about 1.3.
-    """
-
-    count: int
-    devices: int
-    device: Device
-    cores: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.count < 1 or self.devices < 1:
-            raise ClusterError(f"nodes need a count and devices of at least 1, got {self.count} x {self.devices}")
-        if self.cores is not None and not self.cores > 0:
-            raise ClusterError(f"cores must be positive, got {self.cores}")
+    def connects(self, one: int, other: int) -> bool:
+        """Whether it connects two devices, by number."""
+        start, end = self.among or (0, math.inf)
+        inside = start <= min(one, other) and max(one, other) < end
+        return inside and (one - start) // self.devices == (other - start) // self.devices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,12 +177,12 @@ class Cluster:
     """Devices and links.
 
     Attributes:
-        nodes: one entry per kind of node. One kind for now: devices that differ are an error.
+        nodes: one entry per kind of node, in the order of the devices' numbers.
         links: innermost first; the last connects every device. Empty for a single device.
         calibration: where the numbers come from, one of CALIBRATIONS.
 
     Raises:
-        ClusterError: links that do not reach every device, nodes of several kinds.
+        ClusterError: links that do not reach every device, parts of a node that contradict each other.
     """
 
     name: str
@@ -195,27 +191,24 @@ class Cluster:
     calibration: str
 
     def __post_init__(self) -> None:
-        if len(self.nodes) != 1:
-            raise ClusterError(
-                f"cluster {self.name}: {len(self.nodes)} kinds of nodes; weft plans for one kind, list one [[nodes]]"
-            )
+        check(self.nodes, self.name)
         if self.calibration not in CALIBRATIONS:
             raise ClusterError(
                 f"cluster {self.name}: calibration {self.calibration!r} is not one of {', '.join(CALIBRATIONS)}"
             )
         spans = [link.devices for link in self.links]
-        if spans != sorted(set(spans)):
+        if spans != sorted(spans) or len({(link.devices, link.among) for link in self.links}) < len(spans):
             raise ClusterError(
                 f"cluster {self.name}: links must connect more devices from one to the next, got {spans}"
             )
-        if self.devices > 1 and (not spans or spans[-1] < self.devices):
+        if self.devices > 1 and (not spans or spans[-1] < self.devices or self.links[-1].among is not None):
             raise ClusterError(
                 f"cluster {self.name}: the last link connects {spans[-1] if spans else 0} devices of "
                 f"{self.devices}; add a link with devices = {self.devices}"
             )
 
     @classmethod
-    def local(cls, devices: int | None = None, memory: str | int | None = None) -> Cluster:
+    def local(cls, devices: int | None = None, memory: Sizes = None) -> Cluster:
         """This machine, not yet measured: its accelerators, or CPU processes. See ``cluster.local``."""
         from weft.cluster.local import local  # asks torch what there is; the rest of this file needs no torch
 
@@ -243,76 +236,115 @@ class Cluster:
 
     @classmethod
     def parse(cls, text: str) -> Cluster:
-        """What ``--cluster`` takes: a file, or a preset: ``h100-sxm``, ``h100-sxm:8`` (one node), ``h100-sxm:2x8``.
+        """What ``--cluster`` takes. See ``cluster.presets``."""
+        from weft.cluster.presets import parse
 
-        Raises:
-            ClusterError: none of these.
-        """
-        from weft.cluster.presets import names
-
-        match = re.fullmatch(r"([\w-]+)(?::(?:(\d+)x)?(\d+))?", text)
-        if match is not None and match[1] in names() and not Path(text).is_file():
-            return cls.preset(match[1], nodes=int(match[2] or 1), devices_per_node=int(match[3]) if match[3] else None)
-        if Path(text).is_file():
-            return cls.load(text)
-        raise ClusterError(
-            f"{text!r} is neither a cluster file nor a preset; give a file that `weft cluster` saved, or "
-            f"PRESET:NODESxDEVICES with PRESET one of {', '.join(names())}"
-        )
+        return parse(text)
 
     @property
     def devices(self) -> int:
         """Number of devices."""
-        return sum(nodes.count * nodes.devices for nodes in self.nodes)
+        return self._starts[-1]
+
+    @cached_property
+    def node_starts(self) -> tuple[int, ...]:
+        """Number of the first device of every node."""
+        return node_starts(self.nodes)
+
+    @cached_property
+    def devices_per_node(self) -> int:
+        """Devices of one node; of nodes that differ, the largest number that divides every node's."""
+        return math.gcd(*(end - start for start, end in pairwise((*self.node_starts, self.devices))))
 
     @property
-    def devices_per_node(self) -> int:
-        """Devices of one node."""
-        return self.nodes[0].devices
+    def kinds(self) -> list[Device]:
+        """Every kind of device, in the order of the first of each."""
+        devices = [nodes.device for nodes in self.nodes]
+        return [device for i, device in enumerate(devices) if device not in devices[:i]]
 
     @property
     def device(self) -> Device:
-        """The kind of the devices."""
-        return self.nodes[0].device
+        """The kind of the devices; of several, the slowest at large matrix products."""
+        return min((nodes.device for nodes in self.nodes), key=lambda device: device.matmul["float32"].rates[-1])
 
     @property
     def cores(self) -> float | None:
-        """How many devices of a node compute at full speed at once; None: all of them."""
-        return self.nodes[0].cores
+        """How many devices of a node compute at full speed at once; None: all. Of nodes that differ, the least."""
+        return min((nodes.cores for nodes in self.nodes if nodes.cores is not None), default=None)
 
     @property
     def memory_bytes(self) -> int:
-        """Memory of one device."""
-        return self.device.memory_bytes
+        """Memory of one device; of several kinds, the least."""
+        return min(nodes.device.memory_bytes for nodes in self.nodes)
+
+    def nodes_of(self, device: int) -> Nodes:
+        """The entry of a device, by number.
+
+        Raises:
+            ClusterError: there is no such device.
+        """
+        if not 0 <= device < self.devices:
+            raise ClusterError(f"cluster {self.name} has devices 0 to {self.devices - 1}, there is no device {device}")
+        return self.nodes[bisect_right(self._starts, device) - 1]
+
+    def device_of(self, device: int) -> Device:
+        """The kind of a device, by number. Raises as ``nodes_of``."""
+        return self.nodes_of(device).device
+
+    def node_of(self, device: int) -> int:
+        """The number of the node that a device is on: devices with the same share its cores."""
+        return bisect_right(self.node_starts, device) - 1
 
     def link(self, ranks: int, stride: int = 1) -> Link:
-        """The innermost link that connects every group of ``ranks`` ranks, ``stride`` apart, of a mesh dimension."""
+        """The innermost link that connects every group of ``ranks`` ranks, ``stride`` apart, of a mesh dimension; the
+        slowest, where one connects some of them and another others."""
         span = ranks * stride
-        return next((link for link in self.links if link.devices % span == 0), self.links[-1])
+        if all(link.among is None for link in self.links):
+            return next((link for link in self.links if link.devices % span == 0), self.links[-1])
+        if span not in self._spanning:
+            ends = ((start, start + span - 1) for start in range(0, self.devices - span + 1, span))
+            links = (self.link_between(*pair) for pair in ends)
+            self._spanning[span] = min(links, key=lambda link: (link.bytes_per_s, -link.latency_s))
+        return self._spanning[span]
+
+    @cached_property
+    def levels(self) -> tuple[Link, ...]:
+        """The links as one hierarchy for all devices: where some have another link than others, the slowest of them."""
+        if all(link.among is None for link in self.links):
+            return self.links
+        spans = sorted({link.devices for link in self.links})
+        found = [(span, self.link(span)) for span in spans]
+        outer = [*found[1:], None]
+        return tuple(
+            replace(link, devices=span, among=None)
+            for (span, link), above in zip(found, outer, strict=True)
+            if above is None or above[1] is not link
+        )
 
     def link_between(self, one: int, other: int, senders: int | None = None) -> Link:
         """The innermost link that connects two devices, by number, as seen while ``senders`` devices of a node send
         over it at once; None: all of them."""
-        link = next((link for link in self.links if one // link.devices == other // link.devices), self.links[-1])
+        link = next((link for link in self.links if link.connects(one, other)), self.links[-1])
         return link if senders is None else link.shared_by(min(senders, self.devices_per_node), self.devices_per_node)
 
-    def with_memory(self, memory_bytes: int) -> Cluster:
-        """The same cluster, its devices limited to this much memory."""
-        nodes = self.nodes[0]
-        share = nodes.device.allocator_share if nodes.device.accelerator else LIMITED_SHARE
-        device = replace(nodes.device, memory_bytes=memory_bytes, allocator_share=share)
-        return replace(self, nodes=(replace(nodes, device=device),))
+    def with_memory(self, *memory_bytes: int) -> Cluster:
+        """The same cluster, its devices limited to this much memory: one number for all, or one for each. See
+        ``cluster.parts``."""
+        from weft.cluster.parts import limited
+
+        return limited(self, memory_bytes)
 
     def with_devices(self, devices: int) -> Cluster:
-        """The first ``devices`` devices of this cluster.
+        """The first ``devices`` devices of this cluster. See ``cluster.parts``."""
+        from weft.cluster.parts import first
 
-        Raises:
-            ClusterError: more devices than there are, or a part of the nodes that is not whole nodes.
-        """
-        nodes = self.nodes[0]
-        if not 1 <= devices <= self.devices or (devices > nodes.devices and devices % nodes.devices):
-            raise ClusterError(
-                f"cannot take {devices} of the {self.devices} devices of {self.name} in whole nodes of {nodes.devices}"
-            )
-        part = replace(nodes, count=max(1, devices // nodes.devices), devices=min(devices, nodes.devices))
-        return replace(self, nodes=(part,), links=self.links if devices > 1 else ())
+        return first(self, devices)
+
+    @cached_property
+    def _starts(self) -> tuple[int, ...]:
+        """Number of the first device of every entry, and that of devices."""
+        return tuple(accumulate((nodes.count * nodes.devices for nodes in self.nodes), initial=0))
+
+    @cached_property
+    def _spanning(self) -> dict[int, Link]:
+        return {}

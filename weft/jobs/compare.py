@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -89,7 +89,7 @@ def run(
     target: Target,
     *,
     devices: int,
-    memory_bytes: int | None,
+    memory_bytes: Sequence[int],
     steps: int,
     on_progress: Progress,
     fixed: Keywords | None = None,
@@ -99,7 +99,7 @@ def run(
     Args:
         target: what to train.
         devices: local devices to use.
-        memory_bytes: limit of each; None: all there is.
+        memory_bytes: limit of each, or of one after the other; empty: all there is.
         steps: timed steps of every strategy.
         on_progress: told what is being done.
         fixed: ``precision``, ``recompute`` and ``compile`` of every strategy's plan.
@@ -229,7 +229,7 @@ def run_strategy(
     )
 
 
-def measure_here(memory_bytes: int | None, dtypes: tuple[str, ...]) -> Cluster:
+def measure_here(memory_bytes: Sequence[int], dtypes: tuple[str, ...]) -> Cluster:
     """Measure inside a job; every rank gets the cluster."""
     join()
     return measure(memory_bytes=memory_bytes, dtypes=dtypes)

@@ -127,7 +127,7 @@ class SingleDevice:
         samples = self.sampler.samples_of(step)
         parts: list[Sequence[int]] = [range(len(samples))]
         if self._watch.batch_statistics or self._changed:
-            every = layout(len(samples), self.plan.replicas, self.plan.microbatches)
+            every = layout(len(samples), self.plan.portions, self.plan.microbatches)
             parts = [[i for piece in m for i in piece] for m in zip(*every, strict=True)]
         total = Total(self.model, len(samples), self._scale)
         for part in parts:
@@ -142,7 +142,7 @@ class SingleDevice:
     def _separate(self, step: int) -> float:
         """A piece for each microbatch of each replica."""
         replicas, microbatches = self.plan.replicas, self.plan.microbatches
-        batches = [self.sampler.load(step, r, replicas, microbatches) for r in range(replicas)]
+        batches = [self.sampler.load(step, r, self.plan.portions, microbatches) for r in range(replicas)]
         total = Total(self.model, batches[0].total, self._scale)
         for m in range(microbatches):
             present = [r for r in range(replicas) if batches[r].samples[m]]

@@ -74,6 +74,7 @@ class Order:
         steps: train up to this step, counted from the start of training; None: to the end of the first epoch.
         plan: what to run; None plans here, keeping ``constraints``.
         cluster: what to plan for; None measures these devices.
+        memory_bytes: limit of each device, or of one after the other; empty: none.
         checkpoint: folder to save into; None does not.
         checkpoint_every: save every N steps too; None only at the end.
         resume: continue from the newest checkpoint of the folder.
@@ -84,7 +85,7 @@ class Order:
     plan: Plan | None = None
     cluster: Cluster | None = None
     constraints: Mapping[str, Any]
-    memory_bytes: int | None = None
+    memory_bytes: tuple[int, ...] = ()
     checkpoint: str | None = None
     checkpoint_every: int | None = None
     resume: bool = False

@@ -62,29 +62,30 @@ def cuts(costs: Sequence[float], parts: int, allowed: Allowed | None = None) -> 
 
 
 def packed(costs: Sequence[float], parts: int, allowed: Allowed, *, steps: int = 12) -> list[int] | None:
-    """Where each part ends, quickly: as ``ends`` but for evenness, for parts of which any piece is allowed where the whole
-    is. The largest sum is within ``2 ** -steps`` of the least one above even parts' own.
+    """Where each part ends, quickly: as ``ends`` but for evenness, for parts of which any piece is allowed where the
+    whole is. The largest sum is the least possible to within ``2 ** -steps`` of the sum of all.
 
-    Under a limit parts are filled from the left, each as far as it may go, which leaves least for the others; the limit is
-    found by bisection.
+    Under a limit parts are filled from the left, each as far as it may go, which leaves least for the others; the limit
+    is found by bisection.
     """
     sums = [0.0, *accumulate(costs)]
     n = len(costs)
 
     def fill(limit: float) -> list[int] | None:
-        found, start = [], 0
+        found: list[int] = []
+        start = 0
         for part in range(parts):
             most = min(bisect_right(sums, sums[start] + limit) - 1, n - (parts - part - 1))
-            low, high = start, most  # the furthest end that is allowed
-            if high > start and allowed(part, start, high):
-                low = high
-            while low < high:
-                middle = (low + high + 1) // 2
-                low, high = (middle, high) if allowed(part, start, middle) else (low, middle - 1)
-            if low == start:
+            # The furthest end that is allowed, from where the part before would have ended.
+            end = min(start + (found[-1] - (found[-2] if part > 1 else 0) if found else most), most)
+            while end > start and not allowed(part, start, end):
+                end = start + (end - start) // 2 if part == 0 else end - 1
+            while start < end < most and allowed(part, start, end + 1):
+                end += 1
+            if end <= start:
                 return None
-            found.append(low)
-            start = low
+            found.append(end)
+            start = end
         return found if start == n else None
 
     best, low, high = fill(math.inf), _pace(sums, parts), sums[-1]

@@ -46,7 +46,7 @@ class Path(NamedTuple):
     def of(cls, cluster: Cluster, ranks: int, stride: int) -> Path:
         """The path of ``ranks`` ranks that are ``stride`` devices apart."""
         levels, below = [], 1
-        for link in cluster.links:
+        for link in cluster.levels:
             whole = link.devices // stride if link.devices % stride == 0 or link.devices > stride else 1
             within = min(max(whole, 1), ranks)
             if within > below and ranks % within:  # a group does not end where the level does

@@ -63,6 +63,7 @@ class CallCost(NamedTuple):
         saved_bytes: activations kept for the backward.
         workspace_bytes: temporaries above that.
         exchanged_bytes: keys and values that the ranks of ``cp`` pass around in a forward.
+        forward_operations, backward_operations: how many the process dispatches.
     """
 
     forward_s: float
@@ -73,6 +74,8 @@ class CallCost(NamedTuple):
     saved_bytes: float
     workspace_bytes: float
     exchanged_bytes: float = 0.0
+    forward_operations: int = 0
+    backward_operations: int = 0
 
 
 class CallCosts:
@@ -117,6 +120,8 @@ class CallCosts:
             saved_bytes=self._bytes(call.saved, division, last),
             workspace_bytes=self.size(call.workspace_bytes, NO_GROUP, division._replace(sequence=False)),
             exchanged_bytes=exchanged if division.cp > 1 else 0.0,
+            forward_operations=len(call.forward) + len(reduced),
+            backward_operations=len(call.backward) + len(reduced),
         )
 
     def _again(self, index: int, division: Division, mode: str) -> CallCost:
@@ -127,6 +132,7 @@ class CallCosts:
         return whole._replace(
             backward_s=whole.backward_s + self._seconds(way.again, division, last=False),
             backward_reduced=(*whole.backward_reduced, *whole.forward_reduced),
+            backward_operations=whole.backward_operations + len(way.again) + len(whole.forward_reduced),
             saved_bytes=saved,
             workspace_bytes=whole.workspace_bytes + max(0.0, whole.saved_bytes - saved),
         )

@@ -210,21 +210,32 @@ class Frontier:
         return (shards + whole + state) / degrees.pp * (1 + device.allocator_share) + device.reserved_bytes
 
     def _may_fit(self, candidate: Candidate) -> bool:
-        """False where it is known at once that a candidate does not fit: by what it holds in any case, or because smaller
-        microbatches would not. That holds for all numbers but one, which keeps no gradients beside activations, and for
-        GPipe where 1F1B does not fit, which keeps fewer microbatches."""
+        """False where it is known at once that a candidate does not fit: by what it holds in any case, or because
+        smaller microbatches, ZeRO-3 or 1F1B would not, which need less: but for a single microbatch, which keeps no
+        gradients beside activations."""
         if self.standing(candidate.degrees, candidate.zero) > self.memory_bytes:
             return False
         if candidate.microbatches == 1 or self.constraints.recompute is not None:
             return True
-        key = (candidate.degrees, candidate.zero)
+        if candidate.zero < 3 and not self._may_fit(candidate._replace(zero=3)):
+            return False
+        degrees = candidate.degrees
+        most = space.counts(self.evaluator.profile, degrees, self.constraints)[-1]
+        smallest = candidate._replace(microbatches=most)
+        samples = self.evaluator.stages.samples(smallest)
+        # Whole copies need the same however many there are.
+        key = (
+            degrees._replace(dp_replicate=min(degrees.dp_replicate, 2)),
+            candidate.zero,
+            samples,
+            min(most, 2 * degrees.pp),
+        )
         if key not in self._roomy:
-            most = space.counts(self.evaluator.profile, candidate.degrees, self.constraints)[-1]
-            self._roomy[key] = self._least(candidate._replace(microbatches=most)).peak <= self.memory_bytes
+            self._roomy[key] = self._least(smallest).peak <= self.memory_bytes
         return self._roomy[key]
 
     def _least(self, candidate: Candidate) -> Cut:
-        """A candidate with everything recomputed and few microbatches alive, cut by time, or by memory too if it must."""
+        """A candidate with everything recomputed and few microbatches alive, cut by memory too if it must be."""
         stages = self.evaluator.stages
         if self.constraints.schedule is None:
             candidate = candidate._replace(schedule="1f1b")
@@ -240,4 +251,5 @@ class Frontier:
         microbatch, or with the most."""
         counts = space.counts(self.evaluator.profile, degrees, self.constraints)
         every = [c for c in self._candidates(degrees) if c.microbatches in (1, counts[-1])]
-        return min((self._least(c) for c in every), key=lambda cut: cut.peak)
+        schedule = every[-1].schedule
+        return min((self._least(c) for c in every if c.schedule == schedule), key=lambda cut: cut.peak)

@@ -121,6 +121,12 @@ class Loads:
             sizes = [size for call in calls for size in (*call.forward_reduced, *call.backward_reduced)]
             sent = microbatches * sum(mesh.bytes("tp", "all_reduce", size) for size in sizes)
 
+        if device.accelerator:  # which is not faster than the process that feeds it
+            fed = system.dispatch_s * sum(call.forward_operations for call in calls)
+            forward = max(forward, fed - forward_tp)
+            fed = system.dispatch_s * sum(call.backward_operations for call in calls)
+            backward = max(backward, fed - backward_tp)
+
         sharded, each_s, gather_forward, gather_backward = degrees.dp_shard > 1, 0.0, 0.0, 0.0
         if sharded and candidate.zero == 3:
             gathers, copies, gathered = self._gathers(holding, mesh)

@@ -6,7 +6,7 @@ A model's blocks repeat, so most stretches are the same again: what a stretch co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
@@ -22,6 +22,9 @@ from weft.planner.system import WEFT, System
 
 Ends = tuple[int, ...]
 Stretch = tuple[int, int]
+
+MODES_KEPT = 4096
+"""Ways of recomputing that are remembered call by call."""
 
 EVEN = 200
 """Calls times stages up to which a cut that memory asks for is as even as it can be beside its slowest stage."""
@@ -52,6 +55,7 @@ class Stages:
         elements = sum(p.elements for p in trainable)
         self.item_bytes = sum(p.bytes for p in trainable) / elements if elements else 4.0
         self._content = self._contents()
+        self._modes: dict[int, tuple[Mapping[str, str], tuple[str | None, ...]]] = {}
         self._tables: dict[tuple[Division, str | None], list[CallCost]] = {}
         self._memories: dict[tuple[object, ...], dict[str, float]] = {}
         self._cuts: dict[tuple[object, ...], Ends] = {}
@@ -78,7 +82,14 @@ class Stages:
         """How the candidate recomputes each call of a stretch; None where it recomputes nothing at all."""
         if not candidate.recompute:
             return None
-        return tuple(candidate.recompute.get(call.unit) for call in self.profile.calls[slice(*stretch)])
+        known = self._modes.get(id(candidate.recompute))
+        if known is None:
+            if len(self._modes) > MODES_KEPT:
+                self._modes.clear()
+            modes = tuple(candidate.recompute.get(call.unit) for call in self.profile.calls)
+            # With the mapping itself, so that no other one gets its identity.
+            self._modes[id(candidate.recompute)] = known = candidate.recompute, modes
+        return known[1][slice(*stretch)]
 
     def calls(self, candidate: Candidate, start: int, end: int) -> list[CallCost]:
         """Costs of calls ``start`` to ``end`` (exclusive), as the candidate recomputes them."""
@@ -166,15 +177,15 @@ class Stages:
         degrees, division = candidate.degrees, self.division(candidate)
         kept = alive(candidate.schedule, device, degrees.pp, candidate.microbatches, candidate.chunks)
         content = tuple(self.content(stretch, self.modes(candidate, stretch)) for stretch in stretches)
-        batch = self.profile.sample_bytes * -(-self.profile.batch_size // degrees.replicas)
-        key = (content, kept, division, degrees.dp_shard, degrees.dp_replicate > 1, candidate.zero, batch)
+        key = (content, kept, division, degrees.dp_shard, degrees.dp_replicate > 1, candidate.zero)
         if key not in self._memories:
-            self._memories[key] = self._memory(candidate, stretches, kept, batch)
-        return self._memories[key]
+            self._memories[key] = self._memory(candidate, stretches, kept)
+        known = self._memories[key]
+        batch = self.profile.sample_bytes * -(-self.profile.batch_size // degrees.replicas)
+        slack = self.cluster.device.allocator_share * batch
+        return {**known, "buffers": known["buffers"] + batch, "slack": known["slack"] + slack}
 
-    def _memory(
-        self, candidate: Candidate, stretches: Sequence[Stretch], kept: Sequence[Alive], batch: int
-    ) -> dict[str, float]:
+    def _memory(self, candidate: Candidate, stretches: Sequence[Stretch], kept: Sequence[Alive]) -> dict[str, float]:
         arriving, leaving = 0.0, []
         for start, end in stretches:
             came = {tensor for read in self._read[start:end] for tensor in read if tensor[0] < start}
@@ -188,7 +199,7 @@ class Stages:
             degrees=candidate.degrees,
             device=self.cluster.device,
             optimizer_state=self.profile.optimizer_state_bytes,
-            boundary_bytes=2 * (arriving + sum(leaving)) + batch,
+            boundary_bytes=2 * (arriving + sum(leaving)),
             kept_output_bytes=leaving,
             zero=candidate.zero,
             system=self.system,

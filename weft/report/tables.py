@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from weft.cluster import Cluster
+from weft.cluster.nodes import Nodes
 from weft.cluster.topology import FLOP_KINDS
 from weft.jobs.compare import Comparison, Row
 from weft.jobs.verify import Verification
@@ -80,19 +81,21 @@ def verification(found: Verification, *, plan: str) -> RenderableType:
 
 
 def cluster(found: Cluster) -> RenderableType:
-    """Devices, rates at the ends of their curves, and links."""
-    device, nodes = found.device, found.nodes[0]
-    table = new_table(f"{found.name} ({found.calibration})")
-    table.add_column("what")
-    table.add_column("small work", justify="right")
-    table.add_column("large work", justify="right")
-    curves = [(f"matmul {dtype}", curve, "flop/s") for dtype, curve in device.matmul.items()]
-    curves += [(kind, curve, "flop/s" if kind in FLOP_KINDS else "B/s") for kind, curve in device.rates.items()]
-    for what, curve, unit in curves:
-        table.add_row(what, format_count(curve.rates[0], unit), format_count(curve.rates[-1], unit))
+    """Devices of every kind, rates at the ends of their curves, and links."""
+    tables = []
+    for device in found.kinds:
+        kind = f"{device.name}, {format_bytes(device.memory_bytes)}: " if len(found.kinds) > 1 else ""
+        table = new_table(f"{kind}{found.name} ({found.calibration})")
+        table.add_column("what")
+        table.add_column("small work", justify="right")
+        table.add_column("large work", justify="right")
+        curves = [(f"matmul {dtype}", curve, "flop/s") for dtype, curve in device.matmul.items()]
+        curves += [(kind, curve, "flop/s" if kind in FLOP_KINDS else "B/s") for kind, curve in device.rates.items()]
+        for what, curve, unit in curves:
+            table.add_row(what, format_count(curve.rates[0], unit), format_count(curve.rates[-1], unit))
+        tables.append(table)
     lines = [
-        f"{nodes.count} node{'s' if nodes.count > 1 else ''} of {nodes.devices} devices with "
-        f"{format_bytes(device.memory_bytes)} each; an operation takes at least {format_seconds(device.overhead_s)}",
+        *map(_entry, found.nodes),
         *(
             f"link {link.name}, {link.devices} devices: {format_seconds(link.latency_s)} and "
             f"{format_count(link.bytes_per_s, 'B/s')} each way"
@@ -100,9 +103,19 @@ def cluster(found: Cluster) -> RenderableType:
             for link in found.links
         ),
     ]
-    if nodes.cores is not None:
-        lines.append(f"a node computes as fast as {nodes.cores:g} of its devices alone")
-    return Group(table, *map(Text, lines))
+    return Group(*tables, *map(Text, lines))
+
+
+def _entry(nodes: Nodes) -> str:
+    """Nodes of one kind in a line."""
+    device = nodes.device
+    what = f"{nodes.count} node{'s' if nodes.count > 1 else ''} of" if nodes.host is None else f"{nodes.host}:"
+    cores = "" if nodes.cores is None else f"; a node computes as fast as {nodes.cores:g} of its devices alone"
+    share = "" if device.core_share == 1 else f", {device.core_share:.0%} of a core"
+    return (
+        f"{what} {nodes.devices} x {device.name} with {format_bytes(device.memory_bytes)}{share} each; an operation "
+        f"takes at least {format_seconds(device.overhead_s)}{cores}"
+    )
 
 
 def new_table(title: str) -> Table:

@@ -1,14 +1,14 @@
 """Batches: which samples each replica sees, and how a batch is cut into microbatches.
 
 The order of the samples depends on the workload's seed and the epoch alone, never on the plan. A batch of N samples is
-cut into M microbatches and each of them among R replicas, as evenly as whole samples allow: what is normalised together
-does not depend on R. A piece that would be empty (a last batch of fewer samples than pieces) gets a sample of weight 0,
-so that every rank takes part in every collective.
+cut into M microbatches as evenly as whole samples allow, and each of them among the replicas in proportion to their
+shares: what is normalised together does not depend on the replicas. A piece that would be empty (a last batch of fewer
+samples than pieces) gets a sample of weight 0, so that every rank takes part in every collective.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils._pytree import keystr as path_name
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
 from weft.errors import BatchError
+from weft.shares import apportion
 from weft.workload import Workload
 
 
@@ -39,17 +40,21 @@ class Batch:
     together: tuple[int, ...]
 
 
-def pieces(samples: int, parts: int) -> list[range]:
-    """Cut ``range(samples)`` into consecutive parts whose lengths differ by one at most, longer ones first."""
-    length, extra = divmod(samples, parts)
-    starts = [i * length + min(i, extra) for i in range(parts + 1)]
-    return [range(starts[i], starts[i + 1]) for i in range(parts)]
+def layout(total: int, shares: Sequence[int], microbatches: int) -> list[list[range]]:
+    """The samples of every microbatch of every replica, as positions in the global batch.
 
-
-def layout(total: int, replicas: int, microbatches: int) -> list[list[range]]:
-    """The samples of every microbatch of every replica, as positions in the global batch."""
-    cut = [(whole.start, pieces(len(whole), replicas)) for whole in pieces(total, microbatches)]
-    return [[range(start + each[r].start, start + each[r].stop) for start, each in cut] for r in range(replicas)]
+    Args:
+        total: samples in the global batch.
+        shares: of every replica, relative to each other (``Plan.portions``).
+        microbatches: how many.
+    """
+    every: list[list[range]] = [[] for _ in shares]
+    start = 0
+    for whole in apportion(total, (1,) * microbatches):
+        for mine, length in zip(every, apportion(whole, shares), strict=True):
+            mine.append(range(start, start + length))
+            start += length
+    return every
 
 
 def together(every: list[list[range]]) -> tuple[int, ...]:
@@ -100,14 +105,14 @@ def cut(batch: Any, samples: range) -> Any:
     return tree_map(take, batch, is_leaf=per_sample)
 
 
-def divide(batch: Any, *, replica: int, replicas: int, microbatches: int) -> Batch:
+def divide(batch: Any, *, replica: int, shares: Sequence[int], microbatches: int) -> Batch:
     """One replica's part of a global batch.
 
     Raises:
         BatchError: the batch has no common dimension of samples.
     """
     total = count_samples(batch)
-    every = layout(total, replicas, microbatches)
+    every = layout(total, shares, microbatches)
     return Batch(
         tuple(cut(batch, r) for r in every[replica]), tuple(len(r) for r in every[replica]), total, together(every)
     )
@@ -144,11 +149,11 @@ class Sampler:
         """A batch of some samples."""
         return self.workload.batch_of(samples)
 
-    def load(self, step: int, replica: int, replicas: int, microbatches: int) -> Batch:
+    def load(self, step: int, replica: int, shares: Sequence[int], microbatches: int) -> Batch:
         """One replica's part of the global batch of a step counted from the start of training. Only its samples are
         read."""
         chosen = self.samples_of(step)
-        every = layout(len(chosen), replicas, microbatches)
+        every = layout(len(chosen), shares, microbatches)
         ranges = every[replica]
         read = [chosen[r.start : r.stop] if len(r) else chosen[:1] for r in ranges]
         parts = tuple(map(self.collate, read))
@@ -156,12 +161,7 @@ class Sampler:
 
     def global_batch(self, step: int) -> Any:
         """The whole batch of a step, as one device sees it."""
-        return self.load(step, 0, 1, 1).microbatches[0]
-
-    def batches(self, first: int, last: int, replica: int, replicas: int, microbatches: int) -> Iterator[Batch]:
-        """The parts of one replica from step ``first`` up to ``last``."""
-        for step in range(first, last):
-            yield self.load(step, replica, replicas, microbatches)
+        return self.load(step, 0, (1,), 1).microbatches[0]
 
     def _order(self, epoch: int) -> list[int]:
         if self._epoch[0] != epoch:

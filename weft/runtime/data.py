@@ -64,25 +64,29 @@ class Replicated:
 
 
 class Sharded:
-    """Sharded parameters, through fully_shard."""
+    """Sharded parameters, through fully_shard, as ``plan.zero`` says: 1 reduces gradients in the last backward only, 1
+    and 2 gather parameters once a step."""
 
-    def __init__(self, modules: list[FSDPModule], grid: Grid, conditional: Sequence[nn.Parameter] = ()) -> None:
-        self._modules, self._grid, self._conditional = modules, grid, conditional
+    def __init__(
+        self, modules: list[FSDPModule], grid: Grid, zero: int, conditional: Sequence[nn.Parameter] = ()
+    ) -> None:
+        self._modules, self._grid, self._zero, self._conditional = modules, grid, zero, conditional
         self._syncing = True
         for module in modules:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
     def before_backward(self, *, last: bool) -> None:
-        """Reduce in the last backward only."""
+        """Say what this backward reduces and frees."""
         root = self._modules[-1]
         root.set_is_last_backward(last)
         # What the root itself gathered is in the graphs of later microbatches too, and in the middle of a pipeline no
         # hook would gather it again for them: the model's own output is not computed there.
-        root.set_reshard_after_backward(last, recurse=False)
-        if last != self._syncing:
-            root.set_requires_gradient_sync(last)
-            self._syncing = last
+        root.set_reshard_after_backward(last, recurse=self._zero < 3)
+        syncs = last or self._zero >= 2
+        if syncs != self._syncing:
+            root.set_requires_gradient_sync(syncs)
+            self._syncing = syncs
 
     def finish(self) -> None:
         """FSDP finishes in a callback at the end of the backward. What no replica used has no gradient."""
@@ -111,7 +115,13 @@ def shard(
         return Shard(shard_dim(parameter.shape, plan.dp_shard))
 
     wrapped = [
-        fully_shard(module, mesh=mesh, ignored_params=absent, shard_placement_fn=placement)
+        fully_shard(
+            module,
+            mesh=mesh,
+            ignored_params=absent,
+            shard_placement_fn=placement,
+            reshard_after_forward=None if plan.zero == 3 else False,
+        )
         for module in (*units, whole)
     ]
     for each in wrapped[:-1]:

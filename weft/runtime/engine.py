@@ -109,7 +109,7 @@ class Engine:
         step = self.step_count
         last = None if epochs is None else (step // per_epoch + epochs) * per_epoch
         while last is None or step < last:
-            yield self._sampler.load(step, self.grid.replica, self.plan.replicas, self.plan.microbatches)
+            yield self._sampler.load(step, self.grid.replica, self.plan.portions, self.plan.microbatches)
             step += 1
 
     def step(self, batch: Any, *, gradient_norm: bool = False) -> Tensor:
@@ -130,7 +130,7 @@ class Engine:
             batch = divide(
                 opened(batch),
                 replica=self.grid.replica,
-                replicas=self.plan.replicas,
+                shares=self.plan.portions,
                 microbatches=self.plan.microbatches,
             )
         self.optimizer.zero_grad(set_to_none=True)

@@ -28,7 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from weft.errors import InputError
-from weft.quantity import parse_size
+from weft.quantity import Sizes, each_of, parse_sizes
 from weft.runtime.failure import Failure, first
 from weft.runtime.worker import JOB, TIMEOUT_S, Settings, call_of, describe_stage, device_type
 
@@ -49,7 +49,7 @@ def launch(
     fn: Callable[..., Any],
     *args: Any,
     devices: int | None = None,
-    memory: int | str | None = None,
+    memory: Sizes = None,
     device: str | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> list[Any]:
@@ -58,7 +58,8 @@ def launch(
     Args:
         fn: any function, also of a notebook; it and its arguments are sent to the processes.
         devices: processes; None takes every accelerator, or every core of a machine that has none.
-        memory: limit per device, in bytes or as ``"2GiB"``; the operating system refuses more.
+        memory: limit per device, in bytes or as ``"2GiB"``, or one for each: ``"2GiB,1GiB"``; the operating system
+            refuses more.
         device: ``"cpu"``, or a type of accelerator; None takes the accelerator where there is one.
         timeout_s: seconds a collective waits for its peers.
 
@@ -71,7 +72,6 @@ def launch(
         WorkerError: a process died. It names the first: rank, stage and cause.
     """
     settings = settings_for(devices, memory, device, timeout_s)
-    count = devices or device_count(settings.device)
     with _interruptible(), _job(settings) as job:
         try:
             (job / "call").write_bytes(call_of(fn, args))
@@ -80,8 +80,8 @@ def launch(
                 f"launch: {getattr(fn, '__qualname__', fn)} cannot be sent to other processes: {error}; "
                 f"make what cannot be pickled inside the function"
             ) from error
-        _run(job, count, environment_for(count))
-        return [cloudpickle.loads((job / f"{rank}.result").read_bytes()) for rank in range(count)]
+        _run(job, len(settings), environment_for(len(settings)))
+        return [cloudpickle.loads((job / f"{rank}.result").read_bytes()) for rank in range(len(settings))]
 
 
 def launch_script(
@@ -89,7 +89,7 @@ def launch_script(
     arguments: Sequence[str] = (),
     *,
     devices: int | None = None,
-    memory: int | str | None = None,
+    memory: Sizes = None,
     device: str | None = None,
     nodes: int = 1,
     rendezvous: str | None = None,
@@ -109,14 +109,13 @@ def launch_script(
     if nodes > 1 and rendezvous is None:
         raise InputError(f"{nodes} nodes need a place to meet; add --rendezvous HOST:PORT of one of them")
     settings = settings_for(devices, memory, device, TIMEOUT_S)
-    count = devices or device_count(settings.device)
     with _interruptible(), _job(settings) as job:
         (job / "script").write_bytes(cloudpickle.dumps((str(path), list(arguments))))
-        _run(job, count, environment_for(count, nodes), nodes=nodes, rendezvous=rendezvous)
+        _run(job, len(settings), environment_for(len(settings), nodes), nodes=nodes, rendezvous=rendezvous)
 
 
-def settings_for(devices: int | None, memory: int | str | None, device: str | None, timeout_s: float) -> Settings:
-    """The settings of a job's processes, checked against this machine."""
+def settings_for(devices: int | None, memory: Sizes, device: str | None, timeout_s: float) -> list[Settings]:
+    """The settings of each of a job's processes here, checked against this machine."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         raise InputError(
             f"this process is rank {os.environ['RANK']} of a launched job and cannot launch another; "
@@ -129,8 +128,8 @@ def settings_for(devices: int | None, memory: int | str | None, device: str | No
         raise InputError(
             f"devices={devices}, but this machine has {there} of type {kind}; ask for {there} or for device='cpu'"
         )
-    limit = None if memory is None else parse_size(memory)
-    return Settings(parent=os.getpid(), device=kind, memory_bytes=limit, timeout_s=timeout_s)
+    limits = each_of(parse_sizes(memory), devices or device_count(kind))
+    return [Settings(parent=os.getpid(), device=kind, memory_bytes=limit, timeout_s=timeout_s) for limit in limits]
 
 
 def device_count(kind: str) -> int:
@@ -155,11 +154,11 @@ def command(module: str, environment: dict[str, str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _job(settings: Settings) -> Iterator[Path]:
+def _job(settings: Sequence[Settings]) -> Iterator[Path]:
     """A directory for what passes between this process and the job's."""
     with tempfile.TemporaryDirectory(prefix="weft-") as name:
         job = Path(name)
-        (job / "settings").write_bytes(cloudpickle.dumps(asdict(settings)))
+        (job / "settings").write_bytes(cloudpickle.dumps(list(map(asdict, settings))))
         yield job
 
 

@@ -111,7 +111,7 @@ def build(
     if fsdp:
         conditional = {name for call in recording.calls if call.looks for name in call.reads}
         aside = [h.parameter for h in held if h.name in conditional and h.parameter.requires_grad]
-        data_parallel = Sharded(fsdp, grid, aside)
+        data_parallel = Sharded(fsdp, grid, plan.zero, aside)
     elif plan.dp_replicate > 1:
         data_parallel = Replicated([h.parameter for h in held], grid)
     return Part(model, held, divided.divisions, mine, data_parallel, mode, whole)

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
@@ -32,9 +32,10 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed has them, but untyped
 
 from weft.errors import InputError
+from weft.quantity import Sizes
 from weft.runtime import worker
 from weft.runtime.failure import Failure
-from weft.runtime.launch import command, device_count, environment_for, read_failure, settings_for
+from weft.runtime.launch import command, environment_for, read_failure, settings_for
 from weft.runtime.worker import JOB, TIMEOUT_S, Settings, call_of, join, prepare
 
 GRACE_S = 5.0
@@ -49,13 +50,11 @@ class Place:
         node: processes of one node have LOCAL_RANK and LOCAL_WORLD_SIZE among themselves, as torchrun sets them.
         command: what the interpreter is started by, as in ``("taskset", "-c", "0")``.
         environment: variables, before the pool's.
-        memory_bytes: limit during each run; None: the pool's.
     """
 
     node: int = 0
     command: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    memory_bytes: int | None = None
 
 
 class Pool:
@@ -63,7 +62,7 @@ class Pool:
 
     Args:
         devices: processes; None takes every accelerator, or every core of a machine that has none.
-        memory: limit per device during each run, in bytes or as ``"2GiB"``.
+        memory: limit per device during each run, in bytes or as ``"2GiB"``, or one for each: ``"2GiB,1GiB"``.
         device: ``"cpu"``, or a type of accelerator; None takes the accelerator where there is one.
         timeout_s: seconds a collective waits for its peers.
         places: of the processes by rank; those beyond run here.
@@ -74,14 +73,14 @@ class Pool:
         self,
         devices: int | None = None,
         *,
-        memory: int | str | None = None,
+        memory: Sizes = None,
         device: str | None = None,
         timeout_s: float = TIMEOUT_S,
         places: Sequence[Place] = (),
         address: str = "127.0.0.1",
     ) -> None:
         self.settings = settings_for(devices, memory, device, timeout_s)
-        self.devices = devices or device_count(self.settings.device)
+        self.devices = len(self.settings)
         self._places = [*places, *[Place()] * (self.devices - len(places))]
         self._address = address
         self._runs = 0
@@ -142,7 +141,7 @@ class Pool:
             if rank < len(self._workers) and self._workers[rank].process.poll() is None:
                 continue
             meeting = f"{self._address}:{self._store.port}"
-            fresh = _Worker(rank, self._places[rank], self.settings, self.devices, meeting)
+            fresh = _Worker(rank, self._places[rank], self.settings[rank], self.devices, meeting)
             self._workers[rank : rank + 1] = [fresh]
 
 
@@ -159,7 +158,7 @@ class _Worker:
             start_new_session=True,  # Ctrl-C is for this process, which then ends them
         )
         theirs.close()
-        self.pipe.send(replace(settings, memory_bytes=place.memory_bytes or settings.memory_bytes))
+        self.pipe.send(settings)
 
     def stop(self) -> None:
         """End it now."""

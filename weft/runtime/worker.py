@@ -103,7 +103,8 @@ def main() -> None:
     atexit.register(_leave, 0)
     job, rank, limit = Path(os.environ[JOB]), int(os.environ["RANK"]), ""
     try:
-        settings = Settings(**cloudpickle.loads((job / "settings").read_bytes()))
+        every = cloudpickle.loads((job / "settings").read_bytes())
+        settings = Settings(**every[int(os.environ["LOCAL_RANK"])])
         prepare(settings)
         if (job / "script").exists():
             script, arguments = cloudpickle.loads((job / "script").read_bytes())

@@ -1,0 +1,150 @@
+"""How weft is asked about a published run: the machines it ran on, how its program kept and moved numbers, its plan.
+
+Constants of kinds of GPU (shares of the data sheet's rates) stand in weft's presets, with the source they were fitted
+on. What stands here are facts of the programs and of the clusters.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from published_run import Run
+
+import weft
+from weft.capture import Profile
+from weft.capture.profile import LOSS
+from weft.cluster import Link
+from weft.planner.evaluate import Evaluator
+from weft.planner.space import Candidate, Degrees
+from weft.planner.stages import Ends
+from weft.planner.system import System
+
+PRESETS = {"a100": "a100-80", "a100-80": "a100-80", "a100-40": "a100-40", "h100": "h100-sxm", "h200": "h200"} | {
+    "h100-96": "h100-sxm", "b200": "b200", "gb200": "b200",
+}  # fmt: skip
+"""Presets of GPUs; one with more words is looked for under fewer."""
+
+MEGATRON = System(
+    gradient_bytes=4,  # "main gradients" in float32, in one buffer
+    reduce_bytes=4,
+    gather_bytes=2,
+    state_bytes=12,  # master weights and two moments
+    step_bytes=4 * 3 + 12 * 2 + 2,  # norm, scaling and step read and write gradients; the step reads and writes state
+    standing_gradients=True,
+    shards_beside=False,
+    parallel_loss=True,
+    scatters=True,
+    hides_reduce=False,
+    hides_gather=False,
+    blocking=True,
+)
+"""Megatron-LM: each parameter's gradient is added to a float32 buffer, which is reduced after the last backward."""
+
+SYSTEMS = {
+    "megatron": MEGATRON,
+    "megatron-deepspeed": replace(MEGATRON, reduce_bytes=2, gradient_bytes=2, scatters=False),
+    "nemo": replace(MEGATRON, hides_reduce=True, hides_gather=True, blocking=False),
+    "torchtitan": System(
+        gradient_bytes=4,
+        reduce_bytes=4,
+        gather_bytes=2,
+        state_bytes=2 + 8,  # the parameters' other half: shards are in float32; two moments
+        step_bytes=4 * 3 + 4 * 7,
+        hides_reduce=True,
+        hides_gather=True,
+    ),
+    "nanotron": replace(MEGATRON, parallel_loss=True, scatters=False),
+}
+"""By framework; others are taken for Megatron-LM."""
+
+
+BLOCK = re.compile(r"\.\d+$")
+"""Units that are one of a model's blocks."""
+
+
+class CannotPredictError(Exception):
+    """What is unknown about a run's hardware or plan; the message says what."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds a step, and bytes on the device that the source tells of (``Run.memory_rank``)."""
+
+    step_time_s: float
+    peak_memory_bytes: float
+
+
+def predict(run: Run, profile: Profile) -> Prediction:
+    """What weft expects of a run.
+
+    Args:
+        run: the row.
+        profile: of its model.
+
+    Raises:
+        CannotPredictError: there is no preset of its GPU, or its stages cannot be told.
+    """
+    cluster, system, candidate = cluster_of(run), system_of(run), candidate_of(run, profile)
+    evaluator = Evaluator(profile, cluster, system)
+    found = evaluator.estimate(candidate, ends_of(run, profile))
+    peaks = found.peak_memory_bytes
+    seen = {"first": peaks[0], "last": peaks[-1]}.get(run.memory_rank, max(peaks))
+    return Prediction(found.step_time_s, seen)
+
+
+def cluster_of(run: Run) -> weft.Cluster:
+    """The machines: a preset, with the links between them that the source names."""
+    preset = PRESETS.get(run.gpu) or PRESETS.get(run.gpu.partition("-")[0])
+    if preset is None:
+        raise CannotPredictError(f"there is no preset of {run.gpu}")
+    devices = run.dp * run.cp * run.tp * run.pp
+    per_node = min(run.gpus_per_node, devices)
+    cluster = weft.Cluster.preset(preset, nodes=-(-devices // per_node), devices_per_node=per_node)
+    return replace(cluster, links=tuple(_link(run, link) for link in cluster.links))
+
+
+def _link(run: Run, link: Link) -> Link:
+    return link
+
+
+def system_of(run: Run) -> System:
+    """How the run's program keeps and moves numbers."""
+    system = SYSTEMS.get(run.framework, MEGATRON)
+    return replace(system, blocking=system.blocking and run.vpp == 1)
+
+
+def candidate_of(run: Run, profile: Profile) -> Candidate:
+    """The run's plan."""
+    sharded = run.zero > 0 and run.dp > 1
+    degrees = Degrees(run.pp, 1 if sharded else run.dp, run.dp if sharded else 1, run.tp, run.cp)
+    mode = {"none": None}.get(run.recompute, run.recompute)
+    if run.recompute_what == "core":
+        mode = None
+    again = {c.unit: mode for c in profile.calls if mode and mode in c.recompute and BLOCK.search(c.unit)}
+    return Candidate(
+        degrees,
+        run.microbatches,
+        "interleaved" if run.vpp > 1 and run.pp > 1 else "1f1b",
+        again,
+        max(run.zero, 1) if sharded else 3,
+        run.vpp if run.pp > 1 else 1,
+        run.sequence_parallel,
+    )
+
+
+def ends_of(run: Run, profile: Profile) -> Ends:
+    """Where the run's stages end: equal numbers of blocks each, what is before them with the first, the rest with the
+    last."""
+    blocks = [i for i, call in enumerate(profile.calls) if BLOCK.search(call.unit)]
+    count = run.pp * (run.vpp if run.pp > 1 else 1)
+    stages = run.stage_layers or ()
+    if not stages:
+        share, extra = divmod(len(blocks), count)
+        stages = tuple(share + (i < extra) for i in range(count))
+    ends, taken = [], 0
+    for number in stages:
+        taken += number
+        ends.append(blocks[taken - 1] + 1)
+    last = next(i for i, call in enumerate(profile.calls) if call.name == LOSS)
+    return (*ends[:-1], last)
