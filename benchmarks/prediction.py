@@ -5,9 +5,11 @@ from a measurement of the machine in the same run, then measured; and how good t
     python benchmarks/prediction.py --small     # a few minutes: one small model, every kind of surroundings
 
 Every plan is trained in rounds that take turns, a few timed steps each, so that a disturbance hits no plan alone. A
-plan's step time is the median over its rounds; its memory the largest rank's. Where weft's choice and another plan are
-close, both get more rounds. Surroundings are hosts behind network cards of 1 Gbit/s and 100 Mbit/s, one process at half
-speed, one with half the memory (``hosts``); they need root on Linux and are left out, with the reason, elsewhere.
+plan's step time is the median over its rounds. Its memory is the largest rank's, in other processes, which have a limit
+that no plan reaches: without one the C library keeps what is freed, with holes, and what is measured is that. Where
+weft's choice and another plan are close, both get more rounds. Surroundings are hosts behind network cards of 1 Gbit/s
+and 100 Mbit/s, one process at half speed, one with half the memory (``hosts``); they need root on Linux and are left
+out, with the reason, elsewhere.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any, cast
@@ -23,6 +26,7 @@ from typing import Any, cast
 from handwritten import machine
 from hosts import missing
 from prediction_cases import (
+    MEMORY,
     MODELS,
     PLAIN,
     PLANS,
@@ -42,7 +46,8 @@ from weft import Plan
 from weft.capture import Profile, capture
 from weft.cluster import Cluster
 from weft.errors import InputError, WeftError
-from weft.jobs.compare import train_alone, train_plan
+from weft.estimate import Measurement
+from weft.jobs.compare import train_plan
 from weft.planner import Choice, Keywords, estimate, make_plan, search
 from weft.quantity import format_bytes, format_seconds
 from weft.runtime.pool import Pool
@@ -51,6 +56,7 @@ from weft.target import Target
 RESULTS = ROOT / "benchmarks" / "results" / "prediction.json"
 TIME_WITHIN, MEMORY_WITHIN, CHOICE_WITHIN, CHOICES_OF_TEN = 0.12, 0.08, 0.05, 9
 SLOW_LINK_AT_LEAST, UNEQUAL_AT_LEAST = 1.5, 1.25
+MEMORY_STEPS = 2
 CANDIDATES = 6
 """Plans of a scenario that are measured: the best ones by prediction, each with other degrees."""
 
@@ -92,30 +98,36 @@ class Bench:
                     self.people.print(f"  round {number + 1}: {row.describe()}", style="dim")
 
     def _once(self, pool: Pool, row: Row) -> None:
-        job = train_alone if row.plan.devices == 1 else train_plan
         try:
-            found, _ = pool.run(job, self.targets[row.model], row.plan, self.steps, ranks=row.plan.devices)[0]
+            found = self._train(pool, row, self.steps)
         except WeftError as error:  # a plan that does not fit after all has lost, and is told
             row.failed = str(error)
             return
         row.rounds_s.append(found.step_time_s)
-        row.peaks.append(max(found.peak_memory_bytes))
         row.idle.append(found.idle_share)
+
+    def _train(self, pool: Pool, row: Row, steps: int) -> Measurement:
+        return pool.run(train_plan, self.targets[row.model], row.plan, steps, ranks=row.plan.devices)[0][0]
 
     # -- many plans ---------------------------------------------------------------------------------------------------
 
     def plans(self, wanted: dict[str, list[dict[str, Any]]]) -> list[Row]:
         """Every plan of the list, on this machine as it is."""
-        largest = max(degree_product(keywords) for plans in wanted.values() for keywords in plans)
-        with PLAIN.pool(largest) as pool:
-            counts = sorted({degree_product(keywords) for plans in wanted.values() for keywords in plans})
-            clusters = {count: PLAIN.cluster(pool, count) for count in counts}
-            rows = []
-            for model, plans in wanted.items():
-                for keywords in plans:
-                    cluster = clusters[degree_product(keywords)]
-                    rows.append(self.row(model, PLAIN, cluster, make_plan(self.profile(model), cluster, **keywords)))
+        counts = sorted({degree_product(keywords) for plans in wanted.values() for keywords in plans})
+        clusters = {count: PLAIN.cluster(count) for count in counts}
+        rows = []
+        for model, plans in wanted.items():
+            for keywords in plans:
+                cluster = clusters[degree_product(keywords)]
+                rows.append(self.row(model, PLAIN, cluster, make_plan(self.profile(model), cluster, **keywords)))
+        with PLAIN.pool(counts[-1]) as pool:
             self.run(pool, rows, self.rounds)
+        with replace(PLAIN, memory=MEMORY).pool(counts[-1]) as pool:
+            for row in rows:
+                cluster = clusters[row.plan.devices].with_memory(MEMORY)
+                row.predicted_peak = max(estimate(self.profile(row.model), cluster, row.plan).peak_memory_bytes)
+                row.peak = max(self._train(pool, row, MEMORY_STEPS).peak_memory_bytes)
+                self.people.print(f"  memory: {row.describe_memory()}", style="dim")
         return rows
 
     def row(self, model: str, surroundings: Surroundings, cluster: Cluster, plan: Plan) -> Row:
@@ -128,11 +140,10 @@ class Bench:
     def scenario(self, model: str, devices: int, surroundings: Surroundings) -> Scenario:
         """Weft's choice in some surroundings, beside the plans that could be as good."""
         self.people.print(f"{model}, {devices} processes, {surroundings.name}")
-        with surroundings.measured_in().pool(devices) as pool:
-            cluster = surroundings.cluster(pool, devices)
+        cluster = surroundings.cluster(devices)
+        plans = candidates(self.profile(model), cluster, surroundings)
+        rows = [self.row(model, surroundings, cluster, plan) for plan in plans]
         with surroundings.pool(devices) as pool:
-            plans = candidates(self.profile(model), cluster, surroundings)
-            rows = [self.row(model, surroundings, cluster, plan) for plan in plans]
             self.run(pool, rows, self.rounds)
             scenario = Scenario(model=model, surroundings=surroundings.name, devices=devices, rows=rows)
             if scenario.regret > 0:
@@ -179,12 +190,13 @@ def divisors(number: int) -> list[int]:
 # -- what came out ----------------------------------------------------------------------------------------------------
 
 
-def errors(rows: Sequence[Row]) -> dict[str, float | int]:
-    """Mean absolute errors of some rows."""
+def errors(rows: Sequence[Row]) -> dict[str, float | int | None]:
+    """Mean absolute errors of some rows; of memory, of those where it was measured."""
+    memory = [abs(row.memory_error) for row in rows if row.memory_error is not None]
     return {
         "plans": len(rows),
         "step_time": fmean(abs(row.time_error) for row in rows),
-        "peak_memory": fmean(abs(row.memory_error) for row in rows),
+        "peak_memory": fmean(memory) if memory else None,
     }
 
 
@@ -223,16 +235,16 @@ def table_of_rows(rows: list[Row]) -> Table:
         if row.failed is not None:
             table.add_row(row.model, row.name, f"[red]{row.failed}[/red]")
             continue
-        peak = max(row.predicted.peak_memory_bytes)
+        memory = ["", "", ""]
+        if row.memory_error is not None:
+            memory = [format_bytes(row.predicted_peak), format_bytes(row.peak), marked(row.memory_error, MEMORY_WITHIN)]
         table.add_row(
             row.model,
             row.name,
             format_seconds(row.predicted.step_time_s),
             format_seconds(row.step_s),
             marked(row.time_error, TIME_WITHIN),
-            format_bytes(peak),
-            format_bytes(max(row.peaks)),
-            marked(row.memory_error, MEMORY_WITHIN),
+            *memory,
         )
     return table
 

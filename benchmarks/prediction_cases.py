@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
 Model = tuple[Path, dict[str, Any]]
 MEMORY = 2048 * MIB
-"""Of every process: more than any plan needs, but a limit, under which freed memory goes back (runtime/memory.py)."""
+"""More than any plan needs, but a limit, under which freed memory goes back (runtime/memory.py)."""
 
 MODELS: dict[str, Model] = {
     "decoder": (ROOT / "examples" / "code_lm.py", {"layers": 6, "hidden": 256, "batch_size": 16}),
@@ -37,16 +37,16 @@ class Surroundings:
         hosts: the processes are spread over so many, evenly.
         bits_per_s: of their network cards.
         slow: the last process computes at half the speed of the others.
-        halved: the last process has half of ``memory``.
-        memory: bytes of every process.
+        memory: bytes of every process; None: no limit.
+        halved: the last process has half of it.
     """
 
     name: str = "plain"
     hosts: int = 1
     bits_per_s: float | None = None
     slow: bool = False
+    memory: int | None = None
     halved: bool = False
-    memory: int = MEMORY
 
     @contextlib.contextmanager
     def pool(self, devices: int) -> Iterator[Pool]:
@@ -63,23 +63,26 @@ class Surroundings:
                 for rank, place in enumerate(places):
                     own = share / 2 if rank == devices - 1 else share
                     places[rank] = held.enter_context(slowed(place, own, str(rank)))
-            places[-1] = replace(places[-1], memory_bytes=self.memory // (2 if self.halved else 1))
-            yield held.enter_context(Pool(devices, memory=self.memory, device="cpu", places=places, address=address))
+            limits = self.limits(devices)
+            yield held.enter_context(Pool(devices, memory=limits, device="cpu", places=places, address=address))
 
-    def measured_in(self) -> Surroundings:
-        """The same with memory enough to measure in."""
-        return replace(self, halved=False, memory=MEMORY)
+    def limits(self, devices: int) -> list[int] | None:
+        """Memory of every process."""
+        if self.memory is None:
+            return None
+        return [self.memory] * (devices - 1) + [self.memory // (2 if self.halved else 1)]
 
-    def cluster(self, pool: Pool, devices: int) -> Cluster:
-        """What these surroundings are, as weft measures them in a pool of ``measured_in``. Devices are taken to be
-        equal: the least memory is everyone's."""
-        return pool.run(measured, ranks=devices)[0].with_memory(self.memory // (2 if self.halved else 1))
+    def cluster(self, devices: int) -> Cluster:
+        """What these surroundings are, as weft measures them: with memory enough to measure in."""
+        with replace(self, memory=self.memory and MEMORY, halved=False).pool(devices) as pool:
+            found = pool.run(measured, self.memory and MEMORY)[0]
+        return found.with_memory(*(self.limits(devices) or ()))
 
 
-def measured() -> Cluster:
+def measured(memory_bytes: int | None) -> Cluster:
     """The cluster, from inside a job."""
     join()
-    return measure(memory_bytes=MEMORY)
+    return measure(memory_bytes=memory_bytes)
 
 
 PLAIN = Surroundings()

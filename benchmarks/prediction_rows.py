@@ -12,14 +12,15 @@ from weft.estimate import Estimate
 
 @dataclass(kw_only=True)
 class Row:
-    """One plan in one place: predicted, and measured in rounds."""
+    """One plan in one place: predicted, and measured in rounds; its memory, where that was measured, by itself."""
 
     model: str
     surroundings: str
     plan: Plan
     predicted: Estimate
     rounds_s: list[float] = field(default_factory=list)
-    peaks: list[int] = field(default_factory=list)
+    predicted_peak: float = 0.0
+    peak: int = 0
     idle: list[float] = field(default_factory=list)
     failed: str | None = None
 
@@ -43,18 +44,19 @@ class Row:
         return self.predicted.step_time_s / self.step_s - 1
 
     @property
-    def memory_error(self) -> float:
+    def memory_error(self) -> float | None:
         """The same of peak memory."""
-        return max(self.predicted.peak_memory_bytes) / max(self.peaks) - 1
+        return self.predicted_peak / self.peak - 1 if self.peak else None
 
     def describe(self) -> str:
         """Where it stands, in a line."""
         if self.failed is not None:
             return f"{self.model}, {self.name}: {self.failed}"
-        return (
-            f"{self.model}, {self.name}: {self.rounds_s[-1]:.3f} s for {self.predicted.step_time_s:.3f} predicted, "
-            f"{self.peaks[-1] / 2**20:.0f} MiB for {max(self.predicted.peak_memory_bytes) / 2**20:.0f}"
-        )
+        return f"{self.model}, {self.name}: {self.rounds_s[-1]:.3f} s for {self.predicted.step_time_s:.3f} predicted"
+
+    def describe_memory(self) -> str:
+        """The same of memory."""
+        return f"{self.model}, {self.name}: {self.peak / 2**20:.0f} MiB for {self.predicted_peak / 2**20:.0f} predicted"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -66,11 +68,10 @@ class Row:
             "predicted_step_s": self.predicted.step_time_s,
             "measured_step_s": self.step_s,
             "time_error": self.time_error,
-            "predicted_peak_bytes": max(self.predicted.peak_memory_bytes),
-            "measured_peak_bytes": max(self.peaks),
+            "predicted_peak_bytes": self.predicted_peak or None,
+            "measured_peak_bytes": self.peak or None,
             "memory_error": self.memory_error,
             "rounds_s": self.rounds_s,
-            "peaks": self.peaks,
             "idle_share": median(self.idle),
             "predicted_idle_share": self.predicted.idle_share,
             "terms": self.predicted.to_json()["terms"],

@@ -238,8 +238,9 @@ def measure_here(memory_bytes: Sequence[int], dtypes: tuple[str, ...]) -> Cluste
 def train_plan(target: Target, plan: Plan, steps: int) -> tuple[Measurement, list[float]]:
     """Train under a plan inside a job."""
     device = join()
+    workload = target.load()  # what it imports is no memory of the plan
     used = memory.of(device)
-    engine = parallelize(target.load(), plan)
+    engine = parallelize(workload, plan)
     meter = Meter(device, used, batch_size=plan.batch_size, waited_s=lambda: engine.waited_s)
     batches = engine.batches(epochs=None)
     return measure_steps(meter, steps, lambda: float(engine.step(next(batches))))
@@ -248,8 +249,9 @@ def train_plan(target: Target, plan: Plan, steps: int) -> tuple[Measurement, lis
 def train_alone(target: Target, plan: Plan, steps: int) -> tuple[Measurement, list[float]]:
     """Train on one device in plain PyTorch inside a job of one."""
     device = join()
+    workload = target.load()
     used = memory.of(device)
-    single = SingleDevice(target.load(), device, plan=plan)
+    single = SingleDevice(workload, device, plan=plan)
     meter = Meter(device, used, batch_size=plan.batch_size, waited_s=lambda: 0.0)
     results = single.steps(WARM_UP + steps)
     return measure_steps(meter, steps, lambda: next(results).loss)
