@@ -122,13 +122,16 @@ class Bench:
                 rows.append(self.row(model, PLAIN, cluster, make_plan(self.profile(model), cluster, **keywords)))
         with PLAIN.pool(counts[-1]) as pool:
             self.run(pool, rows, self.rounds)
-        with replace(PLAIN, memory=MEMORY).pool(counts[-1]) as pool:
-            for row in rows:
-                cluster = clusters[row.plan.devices].with_memory(MEMORY)
-                row.predicted_peak = max(estimate(self.profile(row.model), cluster, row.plan).peak_memory_bytes)
-                row.peak = max(self._train(pool, row, MEMORY_STEPS).peak_memory_bytes)
-                self.people.print(f"  memory: {row.describe_memory()}", style="dim")
+        for row in rows:
+            self.memory(row, clusters[row.plan.devices].with_memory(MEMORY))
         return rows
+
+    def memory(self, row: Row, cluster: Cluster) -> None:
+        """Measure a plan's memory, in new processes: what another plan has left free is taken again in pieces."""
+        row.predicted_peak = max(estimate(self.profile(row.model), cluster, row.plan).peak_memory_bytes)
+        with replace(PLAIN, memory=MEMORY).pool(row.plan.devices) as pool:
+            row.peak = max(self._train(pool, row, MEMORY_STEPS).peak_memory_bytes)
+        self.people.print(f"  memory: {row.describe_memory()}", style="dim")
 
     def row(self, model: str, surroundings: Surroundings, cluster: Cluster, plan: Plan) -> Row:
         """A plan and its prediction."""
