@@ -21,7 +21,7 @@ from weft.planner.stages import Ends
 from weft.planner.system import System
 
 PRESETS = {"a100": "a100-80", "a100-80": "a100-80", "a100-40": "a100-40", "h100": "h100-sxm", "h200": "h200"} | {
-    "h100-96": "h100-sxm", "b200": "b200", "gb200": "b200",
+    "h100-96": "h100-96", "b200": "b200", "gb200": "b200",
 }  # fmt: skip
 """Presets of GPUs; one with more words is looked for under fewer."""
 
@@ -43,7 +43,10 @@ MEGATRON = System(
 
 SYSTEMS = {
     "megatron": MEGATRON,
-    "megatron-deepspeed": replace(MEGATRON, reduce_bytes=2, gradient_bytes=2, scatters=False),
+    # Dispatch and the rest of a step were fitted on its single-node runs, with the shares of [fitted.a100].
+    "megatron-deepspeed": replace(
+        MEGATRON, reduce_bytes=2, gradient_bytes=2, scatters=False, dispatch_s=5.8e-5, step_s=5e-3
+    ),
     "nemo": replace(MEGATRON, hides_reduce=True, hides_gather=True, blocking=False),
     "torchtitan": System(
         gradient_bytes=4,
@@ -105,6 +108,9 @@ def cluster_of(run: Run) -> weft.Cluster:
 
 
 def _link(run: Run, link: Link) -> Link:
+    """A link as the source describes its own."""
+    if run.framework == "megatron-deepspeed" and link.devices > run.gpus_per_node:
+        return replace(link, bytes_per_s=0.78 * 100e9 / run.gpus_per_node)  # 800 Gbit/s for a node
     return link
 
 

@@ -23,6 +23,9 @@ from weft.errors import ClusterError
 from weft.quantity import Sizes
 
 CALIBRATIONS = ("measured here", "preset", "datasheet")
+FITTED = "preset fitted on "
+"""Beginning of a calibration that goes on with its source."""
+
 FLOP_KINDS = ("matmul", "attention", "convolution")
 """Kinds of operation whose rate is in flop/s over flops; the other kinds' is in bytes/s over bytes."""
 BYTE_KINDS = (
@@ -159,7 +162,7 @@ class Cluster:
     Attributes:
         nodes: one entry per kind of node, in the order of the devices' numbers.
         links: innermost first; the last connects every device. Empty for a single device.
-        calibration: where the numbers come from, one of CALIBRATIONS.
+        calibration: where the numbers come from: one of CALIBRATIONS, or FITTED and a source.
 
     Raises:
         ClusterError: links that do not reach every device, parts of a node that contradict each other.
@@ -172,7 +175,7 @@ class Cluster:
 
     def __post_init__(self) -> None:
         check(self.nodes, self.name)
-        if self.calibration not in CALIBRATIONS:
+        if self.calibration not in CALIBRATIONS and not self.calibration.startswith(FITTED):
             raise ClusterError(
                 f"cluster {self.name}: calibration {self.calibration!r} is not one of {', '.join(CALIBRATIONS)}"
             )

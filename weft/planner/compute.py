@@ -107,6 +107,8 @@ class CallCosts:
         modules = sum(len(group.styles) for group in reduced)
         python = dtensor_s(self._device, modules * DIVIDED_OPERATIONS)
         last = call.name == LOSS
+        # A loss on shares of the logits leaves them where they were made.
+        shares = self._system.parallel_loss and self._profile.calls[index + 1 :][:1] == self._profile.calls[-1:]
         backward = self._seconds(call.backward, division, last)
         products = [op for op in call.backward if op.kind in ("matmul", "convolution")]
         exchanged = sum(self.size(op.bytes, op.group, division) for op in call.forward if op.kind == "attention") / 2
@@ -115,10 +117,16 @@ class CallCosts:
             backward_s=backward + python,
             # Of the two products that a projection's backward is made of, one is its weight's.
             weight_s=self._seconds(products, division, last) / 2,
-            forward_reduced=tuple(group.forward_bytes.at(division.samples / division.cp) for group in reduced),
+            forward_reduced=tuple(
+                group.forward_bytes.at(division.samples / division.cp) for group in reduced if not shares
+            ),
             backward_reduced=tuple(group.backward_bytes.at(division.samples / division.cp) for group in reduced),
             saved_bytes=self._bytes(call.saved, division, last),
-            workspace_bytes=self.size(call.workspace_bytes, NO_GROUP, division._replace(sequence=False)),
+            workspace_bytes=self.size(
+                call.workspace_bytes,
+                NO_GROUP,
+                division._replace(sequence=self._system.parallel_loss and (last or shares)),
+            ),
             exchanged_bytes=exchanged if division.cp > 1 else 0.0,
             forward_operations=len(call.forward) + len(reduced),
             backward_operations=len(call.backward) + len(reduced),
