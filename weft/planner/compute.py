@@ -147,7 +147,12 @@ class CallCosts:
 
     def _bytes(self, kept: Iterable[Saved], division: Division, last: bool) -> float:
         division = self._of_loss(division) if last else division
-        return sum(self.size(saved.bytes, saved.group, division) for saved in kept)
+        kept = list(kept)
+        total = sum(self.size(saved.bytes, saved.group, division) for saved in kept)
+        if self._system.keeps_gathered and division.sequence and not last:
+            whole = division._replace(sequence=False)
+            total += sum(self.size(s.bytes, NO_GROUP, whole) for s in kept if s.group == NO_GROUP) / 2
+        return total
 
     def _seconds(self, operations: Sequence[Operation], division: Division, last: bool) -> float:
         total = 0.0
