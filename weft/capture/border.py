@@ -35,6 +35,18 @@ def enter(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return end, Enter.apply(end)  # type: ignore[no-untyped-call] # untyped in torch
 
 
+def entered(leaves: Sequence[Any]) -> tuple[list[Any], dict[int, Tensor]]:
+    """Arguments to compute with, and by ``id`` of those that require a gradient the leaves that end the graph."""
+    ends: dict[int, Tensor] = {}
+    inside: dict[int, Tensor] = {}
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and id(leaf) not in inside:
+            inside[id(leaf)] = leaf
+            if leaf.requires_grad:
+                ends[id(leaf)], inside[id(leaf)] = enter(leaf)
+    return [inside[id(x)] if isinstance(x, Tensor) else x for x in leaves], ends
+
+
 def gradients_of(
     roots: Sequence[Tensor], ends: Sequence[Tensor], gradients: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:

@@ -74,15 +74,17 @@ def snapshot(leaf: Any) -> Any:
     kept: list[Any] = []
 
     class Pickler(pickle.Pickler):
-        def persistent_id(self, obj: Any) -> int | None:
-            if not isinstance(obj, (Tensor, nn.Module, *FUNCTIONS)):
-                return None
+        def reducer_override(self, obj: Any) -> Any:  # unlike persistent_id not asked of every number and string
+            if obj is _kept or not isinstance(obj, (Tensor, nn.Module, *FUNCTIONS)):
+                return NotImplemented
             kept.append(obj)
-            return len(kept) - 1
+            return _kept, (len(kept) - 1,)
 
     class Unpickler(pickle.Unpickler):
-        def persistent_load(self, pid: int) -> Any:
-            return kept[pid]
+        def find_class(self, module: str, name: str) -> Any:
+            return (
+                kept.__getitem__ if (module, name) == (__name__, _kept.__name__) else super().find_class(module, name)
+            )
 
     buffer = io.BytesIO()
     try:
@@ -90,6 +92,10 @@ def snapshot(leaf: Any) -> Any:
         return Unpickler(io.BytesIO(buffer.getvalue())).load()
     except Exception:  # the user's object: what cannot be copied is used as it is
         return leaf
+
+
+def _kept(place: int) -> Any:
+    """Stands in a pickle for what is not copied."""
 
 
 def revert(leaf: Any, before: Any) -> None:
