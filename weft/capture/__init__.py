@@ -42,6 +42,7 @@ scopes      modules with several weights of their own: experts
 singles     modules divided by themselves
 tensor      what tensor parallelism can divide: ``tensor_groups(recording, model)``
 lines       two sizes of the batch, and the straight line through both
+merging     recordings at both sizes as calls
 capture     all of it: ``capture(workload)``
 profile     the result: plain numbers, no torch
 """
