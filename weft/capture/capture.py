@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from weft.capture.blame import first_line
 from weft.capture.initial import FakeModel, build_fake, map_tensors
+from weft.capture.isolation import seldom_collecting
 from weft.capture.lines import SAMPLES, affine
 from weft.capture.merging import Merge
 from weft.capture.operations import bytes_of
@@ -35,6 +36,7 @@ SMALL, FEW = 32, 2
 """The optimizer is tried on parameters of at most this many elements a dimension, and steps this many of a group."""
 
 
+@seldom_collecting()
 def capture(workload: Workload, precision: str = "float32") -> Profile:
     """What one forward and backward of a workload costs, call by call.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import pickle
@@ -14,6 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from weft.adapters import running
 from weft.capture.blocks import FUNCTIONS, PLAIN
+
+COLLECTED = 20_000
+"""Objects more than there were, before Python looks for garbage among the new ones."""
 
 
 @contextmanager
@@ -46,6 +50,18 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+@contextmanager
+def seldom_collecting() -> Iterator[None]:
+    """Let Python look for garbage in cycles less often: it walks the objects of torch and of the user's libraries, too,
+    a million at times, and a recording makes so many that it would do so all the while."""
+    before = gc.get_threshold()
+    gc.set_threshold(max(before[0], COLLECTED) if before[0] else 0, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 @contextmanager
