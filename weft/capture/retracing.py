@@ -192,7 +192,10 @@ class Retrace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's cla
         """Take the next step."""
         if func is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
             return args[0].fake_device
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # to look at tensors here is nothing the user's code does
+            return self._step(func, args, kwargs or {})
+
+    def _step(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.at == len(self.track.places):
             raise AstrayError
         place = self.track.places[self.at]

@@ -75,10 +75,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run on fake tensors and record."""
-        kwargs = kwargs or {}
-        frame = self._frame()
-        if frame is None:
-            return func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # to look at tensors here is nothing the user's code does
+            frame = self._frame()
+            return func(*args, **(kwargs or {})) if frame is None else self._note(frame, func, args, kwargs or {})
+
+    def _note(self, frame: Frame, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is torch.ops.prim.device.default and not frame.real:  # asked for at every turn
             if frame.forward:
                 self._read(frame, [self.ref(args[0])], func)
