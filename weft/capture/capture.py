@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,9 +56,9 @@ def capture(workload: Workload, precision: str = "float32") -> Profile:
     batches = [sample_batch(workload, samples) for samples in SAMPLES]
     watch = Watch()
     watched = replace(workload, loss=watch.of(workload.loss))
-    small, large = plain = _record(fake, units, watched, batches)
-    if precision != "float32":
-        small, large = _record(fake, units, in_precision(watched, precision), batches)
+    small, large = plain = _record(fake, units, in_precision(watched, precision), batches)
+    if precision != "float32":  # to find what can be divided; blocks are as alike as where they will run
+        plain = _record(fake, units, watched, batches, small.alike)
     if [c.name for c in small.calls] != [c.name for c in large.calls]:
         raise ModelError(
             f"the model calls its units in another order for {SAMPLES[0]} samples than for {SAMPLES[1]}; "
@@ -97,10 +97,14 @@ def capture(workload: Workload, precision: str = "float32") -> Profile:
 
 
 def _record(
-    fake: FakeModel, units: Sequence[str], workload: Workload, batches: Sequence[Any]
+    fake: FakeModel,
+    units: Sequence[str],
+    workload: Workload,
+    batches: Sequence[Any],
+    alike: Collection[tuple[str, str]] = (),
 ) -> tuple[Recording, Recording]:
-    """Recordings at both SAMPLES."""
-    small = record(fake, units, workload.loss, batches[0])
+    """Recordings at both SAMPLES; ``alike``: of another recording."""
+    small = record(fake, units, workload.loss, batches[0], alike=alike)
     return small, record(fake, small.units, workload.loss, batches[1], alike=small.alike)
 
 
