@@ -29,9 +29,9 @@ class Enter(torch.autograd.Function):
         return gradients[0]
 
 
-def enter(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """A leaf that ends a piece of the graph, and the tensor to compute with."""
-    end = tensor.detach().requires_grad_()
+def enter(tensor: Tensor, *, new: bool = False) -> tuple[Tensor, Tensor]:
+    """A leaf that ends a piece of the graph, and the tensor to compute with. A ``new`` tensor becomes the leaf."""
+    end = (tensor if new else tensor.detach()).requires_grad_()
     return end, Enter.apply(end)  # type: ignore[no-untyped-call] # untyped in torch
 
 

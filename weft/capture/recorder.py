@@ -302,7 +302,7 @@ class _Recorder:
             if isinstance(leaf, TensorLeaf):
                 value = values[len(fresh)].clone() if self.real else leaf.empty()
                 if leaf.requires_grad:
-                    end, value = enter(value)
+                    end, value = enter(value, new=True)
                     self.ends.append(end)
                     self.sources[id(end)] = Source(number, len(fresh))
                 self.trace.returned(value, Source(number, len(fresh)))
