@@ -27,6 +27,7 @@ from weft.capture.initial import map_tensors
 from weft.capture.names import Names
 from weft.capture.reach import reached
 from weft.capture.recording import Cost, SavedStorage
+from weft.capture.tape import Ref
 from weft.capture.trace import Trace
 from weft.capture.trees import Tree, flatten
 
@@ -72,6 +73,7 @@ class Alone:
         watches: whether to look for what it leaves in objects it was given.
         frame: what is written down of the forward.
         given: storages of its tensor arguments.
+        leaves, tree: its outputs, as in Outcome; ``returned``: the tensors among them.
         python_draws: whether it drew from Python's or NumPy's generator.
         leaves_something: whether it left tensors in objects it was given.
     """
@@ -86,6 +88,9 @@ class Alone:
     watches: bool
     frame: Frame
     given: list[int] = field(default_factory=list)
+    leaves: tuple[Any, ...] = ()
+    tree: Tree = field(init=False)
+    returned: tuple[Ref, ...] = ()
     python_draws: bool = False
     leaves_something: bool = False
 
@@ -128,12 +133,14 @@ class Alone:
         effects, left = watch.effects()
         self.leaves_something = bool(left)
         workspace = frame.workspace()
+        flat, self.tree = flatten(result)
+        flat += left
+        self.leaves = tuple(map(form, flat))
+        tensors = [x for x in flat if isinstance(x, Tensor)]
+        self.returned = tuple(map(trace.ref, tensors))
 
         def finish() -> Outcome:
-            flat, tree = flatten(result)
-            tensors = [*(x for x in flat if isinstance(x, Tensor)), *left]
-            refs = tuple(trace.ref(x) for x in tensors)
-            returned = [ref.storage for ref in refs]
+            returned = [ref.storage for ref in self.returned]
             back = Frame(self.unit, self.number, forward=False, real=frame.real)
             peak = workspace
             roots = [t for t in tensors if t.requires_grad]
@@ -158,9 +165,9 @@ class Alone:
                 for storage, size in frame.saved.items()
             )
             return Outcome(
-                leaves=tuple(map(form, [*flat, *left])),
-                tree=tree,
-                cost=Cost(tuple(frame.operations), tuple(back.operations), saved, peak, refs),
+                leaves=self.leaves,
+                tree=self.tree,
+                cost=Cost(tuple(frame.operations), tuple(back.operations), saved, peak, self.returned),
                 changes=frozenset(i for i, storage in enumerate(given) if storage in frame.changed),
                 used=frozenset(i for i, s in enumerate(given) if frame.real or s in frame.touched or s in returned),
                 reach=reach,

@@ -261,7 +261,7 @@ class _Recorder:
         replayable = frame.real or not frame.looked
         replayable &= frame.extra is NOWHERE and not reads and not run.leaves_something
         for index in numbered:
-            if replayable and self.kinds[index].track.like(frame.operations, run.given, run.own):
+            if replayable and self.kinds[index].track.like(run):
                 self.alike.add((self.kinds[index].unit, unit))
                 return index, (finish().values if self.real else (), ()), NOWHERE, set()
         outcome = finish()

@@ -9,7 +9,7 @@ everything can be followed: the block is then recorded, and the recordings are c
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from weft.capture.alone import Alone, Outcome
+from weft.capture.blocks import same_value
 from weft.capture.border import alike, entered
 from weft.capture.draws import python_state, restore_python
 from weft.capture.effects import Leavings
@@ -89,27 +90,31 @@ class Track:
             there.update(ref.storage for ref in op.outputs)
         return places
 
-    def like(self, operations: Sequence[RawOp], given: Sequence[int], own: Sequence[int]) -> bool:
-        """Whether another recorded forward does the same operations with the same tensors. Numbers may differ where
-        they change no cost (a scale)."""
+    def like(self, run: Alone) -> bool:
+        """Whether another recorded forward does the same operations with the same tensors, and returns the same.
+        Numbers may differ where they change no cost (a scale)."""
         there: dict[int, int] = {}
         here: dict[int, int] = {}
 
-        def meet(a: Iterable[int], b: Iterable[int]) -> bool:
-            return all(there.setdefault(x, y) == y and here.setdefault(y, x) == x for x, y in zip(a, b, strict=True))
+        def meet(a: Sequence[int], b: Sequence[int]) -> bool:
+            pairs = zip(a, b, strict=False)
+            return len(a) == len(b) and all(
+                there.setdefault(x, y) == y and here.setdefault(y, x) == x for x, y in pairs
+            )
 
-        mine = self.outcome.cost.forward
-        if (len(mine), len(self.given), len(self.own)) != (len(operations), len(given), len(own)):
+        mine, other = self.outcome.cost.forward, run.frame.operations
+        if len(mine) != len(other) or not meet(self.given, run.given) or not meet(self.own, run.own):
             return False
-        if not meet(self.given, given) or not meet(self.own, own):
-            return False
-        for a, b in zip(mine, operations, strict=True):
+        for a, b in zip(mine, other, strict=True):
             x, y = ((*tensors_of((op.args, op.kwargs)), *op.outputs) for op in (a, b))
             if a.form != b.form or [(*r[1:], r in a.gradients) for r in x] != [(*r[1:], r in b.gradients) for r in y]:
                 return False
-            if not meet((ref.storage for ref in x), (ref.storage for ref in y)):
+            if not meet([ref.storage for ref in x], [ref.storage for ref in y]):
                 return False
-        return True
+        x, y = self.outcome.cost.returned, run.returned
+        if [r[1:] for r in x] != [r[1:] for r in y] or not meet([r.storage for r in x], [r.storage for r in y]):
+            return False
+        return _same_tree(self.outcome.tree, run.tree) and same_value(self.outcome.leaves, run.leaves)
 
 
 def retraced(track: Track, run: Alone, forward: Callable[..., Any], leaves: Sequence[Any], spec: TreeSpec) -> bool:
