@@ -6,6 +6,7 @@ On either side a tensor is new: a leaf of its own, so that each piece of the gra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,13 @@ class Enter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return gradients[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The tensor of an earlier argument."""
+
+    place: int
 
 
 def enter(tensor: Tensor, *, new: bool = False) -> tuple[Tensor, Tensor]:
@@ -70,8 +78,10 @@ def form(leaf: Any) -> Any:
 
 
 def forms_of(leaves: Sequence[Any]) -> list[Any]:
-    """The forms of arguments."""
-    return [form(leaf) for leaf in leaves]
+    """The forms of arguments; of a tensor that is given again, where it was given first."""
+    first: dict[int, int] = {}
+    again = [isinstance(x, Tensor) and first.setdefault(id(x), i) != i for i, x in enumerate(leaves)]
+    return [Again(first[id(x)]) if known else form(x) for x, known in zip(leaves, again, strict=True)]
 
 
 def alike(recorded: Sequence[Any], leaves: Sequence[Any]) -> bool:

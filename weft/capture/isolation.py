@@ -22,17 +22,22 @@ COLLECTED = 100_000
 
 @contextmanager
 def restored(model: nn.Module, *, only_if_it_raises: bool = False) -> Iterator[None]:
-    """Put every module's attributes back: forwards cache tensors in them. Fake tensors are on the CPU."""
+    """Put every module's attributes back: forwards cache tensors in them; and gradients, which an autograd function may
+    have left. Fake tensors are on the CPU."""
     before = [
         (module, dict(vars(module)), {k: dict(vars(module)[k]) for k in ("_parameters", "_buffers", "_modules")})
         for module in model.modules()
     ]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     completed = False
     try:
         with running("cpu"):
             yield
         completed = True
     finally:
+        for parameter, gradient in gradients:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
         for module, attributes, registries in before if not (completed and only_if_it_raises) else ():
             vars(module).clear()
             vars(module).update(attributes)

@@ -22,7 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from weft.capture.alone import Alone, Outcome
 from weft.capture.blocks import same_value
-from weft.capture.border import alike, entered
+from weft.capture.border import entered, form
 from weft.capture.draws import python_state, restore_python
 from weft.capture.effects import Leavings
 from weft.capture.frames import RawOp
@@ -183,7 +183,7 @@ class Retrace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's cla
         leaves, tree = flatten(result)
         if self.at != len(self.track.places) or watch.effects()[1]:
             raise AstrayError
-        if not _same_tree(tree, outcome.tree) or not alike(outcome.leaves, leaves):
+        if not _same_tree(tree, outcome.tree) or not same_value(outcome.leaves, tuple(map(form, leaves))):
             raise AstrayError
         returned = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         for number, ref in enumerate(outcome.cost.returned):
