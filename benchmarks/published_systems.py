@@ -58,18 +58,18 @@ SYSTEMS = {
         hides_gather=True,
     ),
     # Gradients in bfloat16 stand beside their float32 sums.
-    "nanotron": replace(MEGATRON, gradient_bytes=6, scatters=False, keeps_gathered=True),
+    "nanotron": replace(MEGATRON, gradient_bytes=6, accumulate_bytes=10, scatters=False, keeps_gathered=True),
 }
 """By framework; others are taken for Megatron-LM."""
 
 
 FP8 = {"torchtitan": 1.55}
 FP8_ELSEWHERE = 1.8
-"""How much faster products are in 8 bits than in 16, of twice by the data sheet; casts and scales take the rest, more of it
-where they are not part of the kernels. Fitted on torchtitan's runs, and on DGXC's of 1,024 GPUs."""
+"""How much faster products are in 8 bits than in 16, of twice by the data sheet; casts and scales take the rest, more
+of it where they are not part of the kernels. Fitted on torchtitan's runs, and on one of DGXC's."""
 
 EVERY_OTHER = 0.6
-"""Of what selective recomputation keeps besides a block's input, what torchtitan's does, which keeps every other product."""
+"""Of what selective recomputation keeps besides a block's input, the part that torchtitan's does: every other product."""
 
 BLOCK = re.compile(r"\.\d+$")
 """Units that are one of a model's blocks."""

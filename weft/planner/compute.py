@@ -197,8 +197,8 @@ def optimizer_s(device: Device, trainable_bytes: float, tensors: int, passes: fl
     return moved + tensors * operations * device.overhead_s + dtensor_s(device, dtensors * operations)
 
 
-def accumulate_s(device: Device, trainable_bytes: float, tensors: int) -> float:
-    """Seconds in which one microbatch's gradients are added to those kept."""
+def accumulate_s(device: Device, trainable_bytes: float, tensors: int, passes: float = ACCUMULATE_PASSES) -> float:
+    """Seconds in which one microbatch's gradients are added to those kept, in ``passes`` bytes moved for each."""
     if not tensors:
         return 0.0
-    return device.seconds("pointwise", 0.0, ACCUMULATE_PASSES * trainable_bytes) + tensors * device.overhead_s
+    return device.seconds("pointwise", 0.0, passes * trainable_bytes) + tensors * device.overhead_s

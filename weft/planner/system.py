@@ -20,6 +20,7 @@ class System:
         gather_bytes: of parameters as they travel between shards.
         state_bytes: of optimizer state, master weights included; None: as the optimizer was seen to keep.
         step_bytes: that an optimizer step reads and writes; None: as it was seen to.
+        accumulate_bytes: that adding a microbatch's gradients to those kept reads and writes; None: two reads, a write.
         standing_gradients: gradients have buffers that live from step to step; None: where whole copies meet.
         shards_beside: sharded parameters that are gathered for a whole step stand beside their shards.
         hides_reduce, hides_gather: averaging gradients, and gathering parameters, hide behind computation.
@@ -40,6 +41,7 @@ class System:
     gather_bytes: float | None = None
     state_bytes: float | None = None
     step_bytes: float | None = None
+    accumulate_bytes: float | None = None
     standing_gradients: bool | None = None
     shards_beside: bool = True
     hides_reduce: bool = True
