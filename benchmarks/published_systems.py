@@ -69,7 +69,7 @@ FP8_ELSEWHERE = 1.8
 of it where they are not part of the kernels. Fitted on torchtitan's runs, and on one of DGXC's."""
 
 EVERY_OTHER = 0.6
-"""Of what selective recomputation keeps besides a block's input, the part that torchtitan's does: every other product."""
+"""Of what selective recomputation keeps besides a block's input, what torchtitan's does: every other product."""
 
 BLOCK = re.compile(r"\.\d+$")
 """Units that are one of a model's blocks."""

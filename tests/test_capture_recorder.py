@@ -345,7 +345,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_gradients_that_an_autograd_function_leaves_are_taken_away() -> None:
-    """What a reversible layer does: it computes its gradients itself. Left there, the next ones would be added to them."""
+    """What a reversible layer does: it computes its gradients itself. Left there, the next ones would be added."""
 
     class Reversed(torch.autograd.Function):
         @staticmethod

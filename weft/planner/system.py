@@ -27,8 +27,8 @@ class System:
         hides_tensor: share of the exchange inside layers that hides behind computation.
         blocking: a stage that sends to another waits until the tensor is there.
         scatters: ranks of a tensor-parallel group send a part each to the next stage, which gathers them.
-        keeps_gathered: under sequence parallelism, what projections gather is kept for the backward: half of what is not
-            divided otherwise (of a norm's input and output the latter).
+        keeps_gathered: under sequence parallelism, what projections gather is kept for the backward: half of what is
+            not divided otherwise (of a norm's input and output the latter).
         parallel_loss: under tensor parallelism the loss is computed on shares of the logits.
         fused: neighbouring operations on elements are one kernel, which reads what enters and writes what leaves.
         bucket_bytes: gradients that are reduced at once.
