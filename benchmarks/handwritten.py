@@ -12,8 +12,6 @@ Losses that differ are an error: a step that computes something else is not fast
 import argparse
 import json
 import math
-import os
-import platform
 import statistics
 import sys
 import time
@@ -26,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import trainers
+from hardware import machine
 from rich.console import Console
 from rich.table import Table
 
@@ -231,23 +230,6 @@ def table_of(rows: list[Row], title: str) -> Table:
 def marked(ratio: float, holds: bool) -> str:
     """The ratio, red where it misses its aim."""
     return f"{ratio:.3f}" if holds else f"[red]{ratio:.3f}[/red]"
-
-
-def machine() -> dict[str, Any]:
-    """What was measured on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "processor": names[0] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "accelerators": accelerators,
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "weft": weft.__version__,
-    }
 
 
 def words(degrees: dict[str, int]) -> str:

@@ -31,7 +31,7 @@ class Row:
         schedule = f" {self.plan.schedule}" if self.plan.pp > 1 else ""
         again = f" recompute {modes}" if modes else ""
         count = f" x{self.plan.microbatches}" if self.plan.microbatches > 1 else ""
-        return (degrees_of(self.plan) or "one device") + count + schedule + again
+        return self.plan.describe() + count + schedule + again
 
     @property
     def step_s(self) -> float:
@@ -123,8 +123,3 @@ class Scenario:
             "measured": {row.name: row.step_s for row in self.measured},
             "failed": {row.name: row.failed for row in self.rows if row.failed},
         }
-
-
-def degrees_of(plan: Plan) -> str:
-    """``pp=2 dp_shard=2``; empty for one device."""
-    return " ".join(f"{name}={degree}" for name, degree in plan.degrees.items() if degree > 1)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from published_kernels import dropout_add
+from published_kernels import entropy as entropy_in_place
 from published_parts import MLP, Angles, Attention, Experts, LatentAttention, angles_of, norm_of
 from published_run import Run, Shape
 from torch import Tensor, nn
@@ -194,11 +195,13 @@ class Zeros:
         return torch.zeros(self.tokens, dtype=torch.long)
 
 
-def loss_of(shape: Shape) -> Callable[[nn.Module, Tensor], Tensor]:
+def loss_of(shape: Shape, *, in_place: bool) -> Callable[[nn.Module, Tensor], Tensor]:
     """Cross-entropy in float32; the labels are the tokens, which costs what other labels would."""
     unfused = shape.attention == "unfused"
 
     def entropy(logits: Tensor, labels: Tensor) -> Tensor:
+        if in_place:
+            return entropy_in_place(logits, labels.t() if unfused else labels)
         return F.cross_entropy(logits.float().flatten(0, 1), (labels.t() if unfused else labels).flatten())
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -214,6 +217,11 @@ def loss_of(shape: Shape) -> Callable[[nn.Module, Tensor], Tensor]:
     return loss
 
 
+def in_place(run: Run) -> bool:
+    """Whether the run's program computes its loss in place."""
+    return run.framework not in ("torchtitan", "nanotron", "nnscaler", "unknown")
+
+
 def workload(run: Run) -> weft.Workload:
     """The run as weft would be given it: the model for one device, in the run's dtype, and AdamW.
 
@@ -223,7 +231,7 @@ def workload(run: Run) -> weft.Workload:
     dtype = DTYPES.get(run.dtype, torch.bfloat16)
     return weft.Workload(
         model=lambda: FAMILIES[shape.family](shape).to(dtype),
-        loss=loss_of(shape),
+        loss=loss_of(shape, in_place=in_place(run)),
         data=Zeros(shape.seq_len + shape.decoder_len, run.global_batch),
         optimizer=lambda parameters: torch.optim.AdamW(parameters),
         batch_size=run.global_batch,

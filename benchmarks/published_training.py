@@ -156,7 +156,7 @@ def read_training(row: Row, index: int) -> Run | Skipped:
         features=frozenset(["async-tp"] if "async tp" in row["notes"].lower() else []),
         peak_memory_bytes=GIB * memory if (memory := number(row, "peak_mem_GiB")) else None,
         memory_of="reserved" if framework == "torchtitan" else "allocated",
-        memory_rank={"torchtitan": "first", "nanotron": "last"}.get(framework, "max"),
+        memory_rank={"torchtitan": "first"}.get(framework, "max"),
         notes="; ".join(filter(None, (row["interconnect"], row["notes"]))),
     )
     step, derived = _step_time(row, run, counted)

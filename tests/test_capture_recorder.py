@@ -138,6 +138,32 @@ def test_blocks_that_differ_by_a_setting_are_told_apart() -> None:
     assert kinds[0] == kinds[2] != kinds[1]
 
 
+def test_a_tensor_given_twice_is_another_call_than_two_tensors() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.a(x) + self.b(y)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.other, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+            self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, z = self.first(x), self.other(x)
+            y = self.blocks[0](y, y)
+            y = self.blocks[1](y, z)
+            return self.last(self.blocks[2](y, z))
+
+    recording = recorded(CASES["mlp"]._replace(model=Model))
+    assert [call.kind for call in recording.calls[2:5]] == [1, 2, 2]
+    assert Source(1, 0) in recording.with_gradient
+
+
 def test_a_number_that_steers_the_code_is_noticed() -> None:
     class Block(nn.Module):
         def __init__(self, index: int) -> None:
@@ -316,6 +342,39 @@ def test_the_model_is_left_as_it_was() -> None:
         assert before.keys() == after.keys()
         assert all(before[key] is after[key] for key in before)
         assert all(p.grad is None for p in fake.model.parameters())
+
+
+def test_gradients_that_an_autograd_function_leaves_are_taken_away() -> None:
+    """What a reversible layer does: it computes its gradients itself. Left there, the next ones would be added."""
+
+    class Reversed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, linear: nn.Module) -> Tensor:
+            ctx.x, ctx.linear = x.detach(), linear
+            return linear(x)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
+            with torch.enable_grad():
+                x = ctx.x.requires_grad_()
+                torch.autograd.backward(ctx.linear(x), gradients[0])
+            return x.grad, None
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.gain = nn.Linear(8, 8), nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Reversed.apply(x * self.gain, self.linear)
+
+    case = CASES["mlp"]._replace(model=lambda: nn.Sequential(nn.Linear(8, 8), Block(), nn.Linear(8, 4)))
+    fake = build_fake(case.model, 0)
+    both = [record(fake, find_units(fake.model), case.loss, case.batch(samples)) for samples in (2, 4)]
+    names = [[op.name for op in recording.costs[1].backward] for recording in both]
+    assert names[0] == names[1]
+    assert "aten.add_" not in names[0]
+    assert all(p.grad is None for p in fake.model.parameters())
 
 
 @pytest.mark.parametrize("backward", [False, True])

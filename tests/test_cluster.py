@@ -163,7 +163,9 @@ def test_a_broken_file_names_what_is_wrong(change, message, tmp_path):
 def test_every_preset_can_be_planned_for():
     for name in presets_room.names():
         cluster = Cluster.parse(f"{name}:2x8")
-        assert (cluster.devices, cluster.devices_per_node, cluster.calibration) == (16, 8, "datasheet")
+        assert (cluster.devices, cluster.devices_per_node) == (16, 8)
+        fitted = name.startswith("a100")
+        assert cluster.calibration.startswith("preset fitted on vTrain's" if fitted else "datasheet")
         assert cluster.memory_bytes >= 24 * 10**9
         peak = cluster.device.matmul["float32"].rates[-1]
         assert 1e12 < peak < cluster.device.matmul["bfloat16"].rates[-1] * 1.01

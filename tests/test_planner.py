@@ -13,7 +13,7 @@ from weft.cluster.presets import processes
 from weft.errors import MemoryLimitError, PlanError
 from weft.estimate import MEMORY_TERMS, TIME_TERMS
 from weft.plan import Plan
-from weft.planner import estimate, make_plan, search
+from weft.planner import changes, estimate, make_plan, search
 from weft.planner.communication import Path, collective_s
 from weft.planner.space import DEGREES, Constraints, Degrees, candidates, products
 from weft.quantity import format_bytes
@@ -275,3 +275,16 @@ def test_a_choice_is_json():
     assert {"plan", "estimate", "alternatives", "refused", "capture_s", "search_s"} <= set(data)
     assert {"step_time_s", "peak_memory_bytes", "terms"} <= set(data["estimate"])
     assert Plan.from_json(data["plan"]).devices == 4
+
+
+def test_what_would_change_the_answer():
+    profile, cluster = gpt(layers=24, hidden=512), cores(memory=450 * 2**20)
+    choice = search(profile, cluster)
+    found = {change.what: change for change in changes(profile, cluster, choice)}
+    assert list(found) == ["twice the memory", "links twice as fast", "twice the batch", "half the batch"]
+    roomy = search(profile, cluster.with_memory(900 * 2**20))
+    assert found["twice the memory"].plan == roomy.plan
+    assert found["twice the memory"].speed == pytest.approx(choice.estimate.step_time_s / roomy.estimate.step_time_s)
+    assert found["links twice as fast"].speed >= 1
+    assert "times as fast" in found["half the batch"].describe()
+    json.dumps([change.to_json() for change in found.values()])

@@ -12,7 +12,7 @@ from pathlib import Path
 import published
 import pytest
 import torch
-from published_kernels import dropout, dropout_add
+from published_kernels import dropout, dropout_add, entropy
 from published_megatron import DEEPSEEK, read_megatron
 from published_metrics import Predicted, kendall_tau, regret, summaries
 from published_models import FAMILIES, loss_of, workload
@@ -22,6 +22,7 @@ from published_rows import DATA, FILES, kind_of, read
 from published_run import GIB, Run, Shape, Skipped
 from published_systems import Prediction
 from published_training import dtype_of, gpu_name, read_training
+from torch.nn import functional
 
 from weft.capture import capture
 from weft.capture.profile import LOSS
@@ -317,7 +318,7 @@ def test_fused_kernels_do_what_operators_do():
     two.load_state_dict(one.state_dict())
     tokens = torch.randint(shape.vocab, (2, shape.seq_len))
     # Rotary tables are float32 and so is a fused norm inside; the loss is float32 as well.
-    losses = [loss_of(shape)(model, tokens) for model in (one, two)]
+    losses = [loss_of(shape, in_place=False)(model, tokens) for model in (one, two)]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
     for loss in losses:
         loss.backward()
@@ -332,7 +333,7 @@ def test_models_run_for_real_and_every_parameter_gets_a_gradient(name):
     model = FAMILIES[shape.family](shape)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    loss = loss_of(shape)(model, torch.randint(shape.vocab, (4, shape.seq_len + shape.decoder_len)))
+    loss = loss_of(shape, in_place=False)(model, torch.randint(shape.vocab, (4, shape.seq_len + shape.decoder_len)))
     loss.backward()
     assert loss.isfinite()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
@@ -443,3 +444,10 @@ def test_the_command_says_what_is_wrong_with_a_file(tmp_path: Path, capsys: pyte
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     assert published.main(["--csv", str(tmp_path / "other.csv")]) == 2
     assert "--kind" in capsys.readouterr().err
+
+
+def test_the_loss_in_place_is_the_loss():
+    logits, labels = torch.randn(5, 3, 11, requires_grad=True), torch.randint(11, (5, 3))
+    found, expected = entropy(logits, labels), functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (found, expected)))

@@ -27,7 +27,7 @@ from weft.jobs import compare as comparing
 from weft.jobs import train as training
 from weft.jobs import verify as verifying
 from weft.plan import Plan
-from weft.planner import Constraints, Keywords, search
+from weft.planner import Constraints, Keywords, changes, search
 from weft.quantity import each_of, parse_sizes
 from weft.report import tables
 from weft.report.progress import Bar, TrainingLog, show_cursor
@@ -37,6 +37,9 @@ from weft.runtime.worker import device_type, run_here
 from weft.target import Target
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Train one model on many devices.")
+
+QUICK_S = 3.0
+"""Seconds of a search that ``weft plan`` repeats without being asked, to tell what would change its answer."""
 
 TargetText = Annotated[str, typer.Argument(metavar="TARGET", help="file.py, file.py:name or package.module:name")]
 Arguments = Annotated[list[str] | None, typer.Argument(metavar="[name=value]...", help="for the workload function")]
@@ -60,6 +63,9 @@ def plan(
     devices: Devices = None,
     memory: Memory = None,
     save: Annotated[Path | None, typer.Option(metavar="FILE", help="write the plan here")] = None,
+    what_if: Annotated[
+        bool | None, typer.Option(help="search again with more memory, faster links, other batches; default: if quick")
+    ] = None,
     as_json: Json = False,
     *,
     fixed: dict[str, Any],
@@ -67,11 +73,15 @@ def plan(
     """Choose a plan and explain it."""
     with output(as_json) as show:
         workload = target_of(target, arguments).load()
-        profile = capture(workload, precision_of(fixed))
-        choice = search(profile, cluster_of(cluster, devices, memory), **fixed)
+        profile, on = capture(workload, precision_of(fixed)), cluster_of(cluster, devices, memory)
+        choice = search(profile, on, **fixed)
         if save is not None:
             choice.plan.save(save)
-        show(choice.plan.explain(), choice.to_json())
+        found = []
+        if what_if or (what_if is None and choice.search_s < QUICK_S):
+            found = changes(profile, on, choice, **fixed)
+        lines = ["", "What would change it:", *(f"  {change.describe()}" for change in found)] if found else []
+        show("\n".join([choice.plan.explain(), *lines]), choice.to_json() | {"changes": [c.to_json() for c in found]})
 
 
 @app.command()

@@ -22,7 +22,7 @@ class Estimate:
         memory: bytes by term of MEMORY_TERMS, one dict per stage, for the fullest rank of the stage.
         bytes_sent: bytes the busiest device sends per step.
         idle_share: mean share of the step in which a device waits, 0 to 1.
-        calibration: ``"measured here"``, ``"preset"`` or ``"datasheet"``.
+        calibration: ``"measured here"``, ``"preset"``, ``"datasheet"`` or ``"preset fitted on ..."``.
     """
 
     step_time_s: float

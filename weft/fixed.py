@@ -18,6 +18,7 @@ FIXED: dict[str, tuple[type, str]] = {
     "ep": (int, "expert parallelism"),
     "microbatches": (int, "pieces of each copy's share of a batch"),
     "schedule": (str, "order of a pipeline: gpipe or 1f1b"),
+    "zero": (int, "what dp_shard shards: 1 optimizer state, 2 gradients too, 3 parameters too"),
     "recompute": (str, "activations to compute again: none, selective or full"),
     "precision": (str, "of operations: float32, bf16 or fp16"),
     "compile": (bool, "run every unit through torch.compile"),

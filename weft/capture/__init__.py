@@ -21,6 +21,7 @@ setting     the tensors a loss is recorded on
 losses      what a loss may return
 isolation   running a model leaves no trace in it
 recording   a run of the loss as data: calls of units, and what each kind of call costs
+retracing   whether a block does what a recorded one did
 kinds       recorded calls that stand for later ones like them
 recorder    makes one: ``record(model, units, loss, batch)``
 recomputation
@@ -41,6 +42,7 @@ scopes      modules with several weights of their own: experts
 singles     modules divided by themselves
 tensor      what tensor parallelism can divide: ``tensor_groups(recording, model)``
 lines       two sizes of the batch, and the straight line through both
+merging     recordings at both sizes as calls
 capture     all of it: ``capture(workload)``
 profile     the result: plain numbers, no torch
 """

@@ -28,11 +28,13 @@ class Alignment:
     Attributes:
         plain: in the parameters' own precision.
         lower: in a lower one.
+        works: of groups carried over, by kind and what it was; the blocks of a kind share theirs.
     """
 
     plain: Recording
     lower: Recording
     kinds: dict[int, int] = field(init=False)
+    works: dict[tuple[int, Work], Work] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         calls = zip(self.plain.calls, self.lower.calls, strict=True)
@@ -40,8 +42,10 @@ class Alignment:
 
     def group(self, group: Group) -> Group:
         """A group of the plain recording, as one of the lower; what it exchanges are results of lower products."""
-        work = {self.kinds[kind]: self._work(kind, work) for kind, work in group.work.items()}
-        return replace(group, work=work)
+        for key in group.work.items():
+            if key not in self.works:
+                self.works[key] = self._work(*key)
+        return replace(group, work={self.kinds[kind]: self.works[kind, work] for kind, work in group.work.items()})
 
     def _work(self, kind: int, work: Work) -> Work:
         before, after = self.plain.costs[kind].forward, self.lower.costs[self.kinds[kind]].forward

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from weft.capture.blame import told
-from weft.capture.border import enter, form, gradient_for, gradients_of
+from weft.capture.border import entered, form, gradient_for, gradients_of
 from weft.capture.draws import has_drawn, python_state, restore_python
 from weft.capture.effects import Effect, Leavings
 from weft.capture.frames import Frame
@@ -27,6 +27,7 @@ from weft.capture.initial import map_tensors
 from weft.capture.names import Names
 from weft.capture.reach import reached
 from weft.capture.recording import Cost, SavedStorage
+from weft.capture.tape import Ref
 from weft.capture.trace import Trace
 from weft.capture.trees import Tree, flatten
 
@@ -71,6 +72,8 @@ class Alone:
         backward: whether to run it.
         watches: whether to look for what it leaves in objects it was given.
         frame: what is written down of the forward.
+        given: storages of its tensor arguments.
+        leaves, tree: its outputs, as in Outcome; ``returned``: the tensors among them.
         python_draws: whether it drew from Python's or NumPy's generator.
         leaves_something: whether it left tensors in objects it was given.
     """
@@ -84,19 +87,16 @@ class Alone:
     backward: bool
     watches: bool
     frame: Frame
+    given: list[int] = field(default_factory=list)
+    leaves: tuple[Any, ...] = ()
+    tree: Tree = field(init=False)
+    returned: tuple[Ref, ...] = ()
     python_draws: bool = False
     leaves_something: bool = False
 
     def run(self, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec) -> Callable[[], Outcome]:
         """Run the forward on fake tensors; what is returned runs the backward and sums up."""
-        ends: dict[int, Tensor] = {}
-        entered: dict[int, Tensor] = {}
-        for leaf in leaves:
-            if isinstance(leaf, Tensor) and id(leaf) not in entered:
-                entered[id(leaf)] = leaf
-                if leaf.requires_grad:
-                    ends[id(leaf)], entered[id(leaf)] = enter(leaf)
-        arguments = [entered[id(x)] if isinstance(x, Tensor) else x for x in leaves]
+        arguments, ends = entered(leaves)
         return self._forward(forward, arguments, spec, places_of(leaves, ends))
 
     def run_for_real(self, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec, weights: Weights) -> Outcome:
@@ -110,8 +110,8 @@ class Alone:
         ):
             torch.manual_seed(self.number)
             ends = {id(x): values[id(x)].requires_grad_() for x in leaves if isinstance(x, Tensor) and x.requires_grad}
-            entered = {key: end.clone() if key in ends else end for key, end in values.items()}
-            arguments = [entered[id(x)] if isinstance(x, Tensor) else x for x in leaves]
+            inside = {key: end.clone() if key in ends else end for key, end in values.items()}
+            arguments = [inside[id(x)] if isinstance(x, Tensor) else x for x in leaves]
             with self.trace:
                 return self._forward(forward, arguments, spec, places_of(leaves, ends))()
 
@@ -119,7 +119,7 @@ class Alone:
         self, forward: Callable[..., Any], arguments: list[Any], spec: TreeSpec, ends: dict[int, Tensor]
     ) -> Callable[[], Outcome]:
         trace, frame = self.trace, self.frame
-        given = [trace.ref(x).storage for x in arguments if isinstance(x, Tensor)]
+        given = self.given = [trace.ref(x).storage for x in arguments if isinstance(x, Tensor)]
         frame.arguments = frozenset(given)
         args, kwargs = tree_unflatten(arguments, spec)
         watch = Leavings(arguments if self.watches else ())
@@ -133,20 +133,21 @@ class Alone:
         effects, left = watch.effects()
         self.leaves_something = bool(left)
         workspace = frame.workspace()
+        flat, self.tree = flatten(result)
+        flat += left
+        self.leaves = tuple(map(form, flat))
+        tensors = [x for x in flat if isinstance(x, Tensor)]
+        self.returned = tuple(map(trace.ref, tensors))
 
         def finish() -> Outcome:
-            flat, tree = flatten(result)
-            tensors = [*(x for x in flat if isinstance(x, Tensor)), *left]
-            refs = tuple(trace.ref(x) for x in tensors)
-            returned = [ref.storage for ref in refs]
+            returned = [ref.storage for ref in self.returned]
             back = Frame(self.unit, self.number, forward=False, real=frame.real)
             peak = workspace
             roots = [t for t in tensors if t.requires_grad]
             places = {id(end): place for place, end in ends.items()}
             reach = tuple(frozenset(reached([t], places, set())) for t in tensors)
             if self.backward and roots:
-                read = (t for t in self.names.tensors_in(self.model) if self.names[id(t)] in frame.reads)
-                weights = [t for t in read if t.requires_grad]
+                weights = [t for t in self._read() if t.requires_grad]
                 gradients = [gradient_for(t) for t in roots]
                 for gradient in gradients:
                     trace.ref(gradient)  # seen before recording, so that it is not counted as made here
@@ -164,9 +165,9 @@ class Alone:
                 for storage, size in frame.saved.items()
             )
             return Outcome(
-                leaves=tuple(map(form, [*flat, *left])),
-                tree=tree,
-                cost=Cost(tuple(frame.operations), tuple(back.operations), saved, peak, refs),
+                leaves=self.leaves,
+                tree=self.tree,
+                cost=Cost(tuple(frame.operations), tuple(back.operations), saved, peak, self.returned),
                 changes=frozenset(i for i, storage in enumerate(given) if storage in frame.changed),
                 used=frozenset(i for i, s in enumerate(given) if frame.real or s in frame.touched or s in returned),
                 reach=reach,
@@ -176,6 +177,19 @@ class Alone:
             )
 
         return finish
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """Storages of the tensors the module holds."""
+        return tuple(self.trace.ref(tensor).storage for tensor in self.names.tensors_in(self.module))
+
+    def _read(self) -> list[Tensor]:
+        """The model's tensors that were read; mostly they are the module's own."""
+        for module in (self.module, self.model):
+            read = [t for t in self.names.tensors_in(module) if self.names[id(t)] in self.frame.reads]
+            if {self.names[id(t)] for t in read} == self.frame.reads:
+                break
+        return read
 
     def _value(self, tensor: Tensor) -> Tensor:
         """A real tensor in the place of an argument."""

@@ -16,6 +16,7 @@ import enum
 import functools
 import re
 import types
+from collections.abc import Iterable
 from enum import Enum
 from typing import Any
 
@@ -72,7 +73,11 @@ class _Comparison:
         # The recorder's own override of the two forwards is no difference.
         skip = {"forward"} if self.pair == (a, b) else set()
         keys = [k for k in vars_a if k not in skip]
-        return keys == [k for k in vars_b if k not in skip] and all(self.values(vars_a[k], vars_b[k]) for k in keys)
+        return keys == [k for k in vars_b if k not in skip] and self.items(keys, vars_a, vars_b)
+
+    def items(self, keys: Iterable[Any], a: dict[Any, Any], b: dict[Any, Any]) -> bool:
+        """Compare what two dicts have under some keys: mostly the very same."""
+        return all(a[k] is b[k] or self.values(a[k], b[k]) for k in keys)
 
     def values(self, a: Any, b: Any) -> bool:
         if a is b:
@@ -91,7 +96,7 @@ class _Comparison:
         if isinstance(a, nn.Module):
             return self.modules(a, b)
         if isinstance(a, dict):
-            return list(a) == list(b) and all(self.values(a[k], b[k]) for k in a)
+            return list(a) == list(b) and self.items(a, a, b)
         if isinstance(a, (list, tuple)):
             return len(a) == len(b) and all(map(self.values, a, b))
         if isinstance(a, (set, frozenset)):

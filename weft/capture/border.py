@@ -6,6 +6,7 @@ On either side a tensor is new: a leaf of its own, so that each piece of the gra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,10 +30,29 @@ class Enter(torch.autograd.Function):
         return gradients[0]
 
 
-def enter(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """A leaf that ends a piece of the graph, and the tensor to compute with."""
-    end = tensor.detach().requires_grad_()
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The tensor of an earlier argument."""
+
+    place: int
+
+
+def enter(tensor: Tensor, *, new: bool = False) -> tuple[Tensor, Tensor]:
+    """A leaf that ends a piece of the graph, and the tensor to compute with. A ``new`` tensor becomes the leaf."""
+    end = (tensor if new else tensor.detach()).requires_grad_()
     return end, Enter.apply(end)  # type: ignore[no-untyped-call] # untyped in torch
+
+
+def entered(leaves: Sequence[Any]) -> tuple[list[Any], dict[int, Tensor]]:
+    """Arguments to compute with, and by ``id`` of those that require a gradient the leaves that end the graph."""
+    ends: dict[int, Tensor] = {}
+    inside: dict[int, Tensor] = {}
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and id(leaf) not in inside:
+            inside[id(leaf)] = leaf
+            if leaf.requires_grad:
+                ends[id(leaf)], inside[id(leaf)] = enter(leaf)
+    return [inside[id(x)] if isinstance(x, Tensor) else x for x in leaves], ends
 
 
 def gradients_of(
@@ -58,8 +78,10 @@ def form(leaf: Any) -> Any:
 
 
 def forms_of(leaves: Sequence[Any]) -> list[Any]:
-    """The forms of arguments."""
-    return [form(leaf) for leaf in leaves]
+    """The forms of arguments; of a tensor that is given again, where it was given first."""
+    first: dict[int, int] = {}
+    again = [isinstance(x, Tensor) and first.setdefault(id(x), i) != i for i, x in enumerate(leaves)]
+    return [Again(first[id(x)]) if known else form(x) for x, known in zip(leaves, again, strict=True)]
 
 
 def alike(recorded: Sequence[Any], leaves: Sequence[Any]) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,32 +12,23 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from weft.capture.alignment import Alignment
 from weft.capture.blame import first_line
-from weft.capture.groups import Group, Work
 from weft.capture.initial import FakeModel, build_fake, map_tensors
-from weft.capture.lines import SAMPLES, affine, operations
+from weft.capture.isolation import seldom_collecting
+from weft.capture.lines import SAMPLES, affine
+from weft.capture.merging import Merge
 from weft.capture.operations import bytes_of
 from weft.capture.profile import (
-    LOSS,
-    NO_GROUP,
-    Call,
-    Output,
     Parameter,
     Profile,
-    Recomputed,
-    Saved,
     TensorGroup,
 )
-from weft.capture.recomputation import Way
 from weft.capture.recorder import record
-from weft.capture.recording import Cost, RecordedCall, Recording, SavedStorage
+from weft.capture.recording import Recording
 from weft.capture.tape import flat_tensors, written_arguments
-from weft.capture.tensor import groups_at_both
 from weft.capture.units import find_units
 from weft.capture.watch import Watch, plain_synchronised
 from weft.errors import BatchError, InputError, ModelError
-from weft.plan import RECOMPUTE
 from weft.precision import in_precision
 from weft.workload import Parameters, Workload
 
@@ -45,6 +36,7 @@ SMALL, FEW = 32, 2
 """The optimizer is tried on parameters of at most this many elements a dimension, and steps this many of a group."""
 
 
+@seldom_collecting()
 def capture(workload: Workload, precision: str = "float32") -> Profile:
     """What one forward and backward of a workload costs, call by call.
 
@@ -64,15 +56,15 @@ def capture(workload: Workload, precision: str = "float32") -> Profile:
     batches = [sample_batch(workload, samples) for samples in SAMPLES]
     watch = Watch()
     watched = replace(workload, loss=watch.of(workload.loss))
-    small, large = plain = _record(fake, units, watched, batches)
-    if precision != "float32":
-        small, large = _record(fake, units, in_precision(watched, precision), batches)
+    small, large = plain = _record(fake, units, in_precision(watched, precision), batches)
+    if precision != "float32":  # to find what can be divided; blocks are as alike as where they will run
+        plain = _record(fake, units, watched, batches, small.alike)
     if [c.name for c in small.calls] != [c.name for c in large.calls]:
         raise ModelError(
             f"the model calls its units in another order for {SAMPLES[0]} samples than for {SAMPLES[1]}; "
             "which units run must not depend on the batch"
         )
-    merge = _Merge(fake, small, large, plain)
+    merge = Merge(fake, small, large, plain)
     calls = merge.calls()
     parameters = _parameters(fake)
     for index, (group, _) in enumerate(merge.groups):
@@ -105,10 +97,14 @@ def capture(workload: Workload, precision: str = "float32") -> Profile:
 
 
 def _record(
-    fake: FakeModel, units: Sequence[str], workload: Workload, batches: Sequence[Any]
+    fake: FakeModel,
+    units: Sequence[str],
+    workload: Workload,
+    batches: Sequence[Any],
+    alike: Collection[tuple[str, str]] = (),
 ) -> tuple[Recording, Recording]:
-    """Recordings at both SAMPLES."""
-    small = record(fake, units, workload.loss, batches[0])
+    """Recordings at both SAMPLES; ``alike``: of another recording."""
+    small = record(fake, units, workload.loss, batches[0], alike=alike)
     return small, record(fake, small.units, workload.loss, batches[1], alike=small.alike)
 
 
@@ -134,128 +130,6 @@ def sample_batch(workload: Workload, samples: int) -> Any:
                 "needs the samples in dimension 0, so that it can be divided; repeat it, or make it in the loss"
             )
     return batch
-
-
-@dataclass(slots=True)
-class _Merge:
-    """Puts two recordings, of SAMPLES samples, on the line through both; ``plain``: the same in the parameters' own
-    precision."""
-
-    fake: FakeModel
-    small: Recording
-    large: Recording
-    plain: tuple[Recording, Recording]
-    groups: list[tuple[Group, Group]] = field(init=False)
-    refused: list[tuple[str, str]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.groups, self.refused = groups_at_both(*self.plain, self.fake.model)
-        if self.plain[0] is not self.small:
-            ways = Alignment(self.plain[0], self.small), Alignment(self.plain[1], self.large)
-            self.groups = [(ways[0].group(a), ways[1].group(b)) for a, b in self.groups]
-
-    def calls(self) -> tuple[Call, ...]:
-        kept: tuple[set[int], set[int]] = (set(), set())
-        ways = {mode: Way(mode) for mode in RECOMPUTE}
-        kinds: dict[Any, int] = {}
-        ours: dict[str, list[int]] = {}
-        for index, (group, _) in enumerate(self.groups):
-            ours.setdefault(group.unit, []).append(index)
-        parameters = {n for n, _ in self.fake.model.named_parameters(remove_duplicate=False) if n in self.fake.names}
-        calls = []
-        for a, b in zip(self.small.calls, self.large.calls, strict=True):
-            cost_a, cost_b = self.small.costs[a.kind], self.large.costs[b.kind]
-            # A group of modules that are never called works in no call.
-            mine = [(i, *self.groups[i]) for i in ours.get(a.unit, ())]
-            works = [(i, x.work.get(a.kind, Work()), y.work.get(b.kind, Work())) for i, x, y in mine]
-            divided = {place: i for i, _, w in works for place in w.operations}
-            forward = operations(cost_a.forward, cost_b.forward, divided)
-            nodes = {node: i for i, _, w in works for node in w.nodes}
-            by_node = {place: nodes[op.node] for place, op in enumerate(cost_b.backward) if op.node in nodes}
-            backward = operations(cost_a.backward, cost_b.backward, by_node)
-            glue_forward = operations(a.glue.forward, b.glue.forward)
-            glue_backward = operations(a.glue.backward, b.glue.backward)
-            storages = (
-                {s: i for i, w, _ in works for s in w.storages},
-                {s: i for i, _, w in works for s in w.storages},
-            )
-            # Before the call's own: of a storage that it keeps either way, the ways do not differ.
-            modes = {
-                mode: Recomputed(
-                    _saved(
-                        _by_group(way.keep(0, a, cost_a), storages[0]),
-                        _by_group(way.keep(1, b, cost_b), storages[1]),
-                    ),
-                    operations(cost_a.forward, cost_b.forward, divided, (way.again(cost_a), way.again(cost_b))),
-                )
-                for mode, way in ways.items()
-                if a.name != LOSS
-            }
-            saved = _saved(
-                _by_group(_keep(a, cost_a, kept[0]), storages[0]), _by_group(_keep(b, cost_b, kept[1]), storages[1])
-            )
-            reads = dict.fromkeys((*a.reads, *a.glue_reads, *b.reads, *b.glue_reads))
-            kept_bytes = [sum(s.bytes.at(1) for s in way) for way in (saved, *(m.saved for m in modes.values()))]
-            likeness = (a.kind, b.kind, glue_forward, glue_backward, *kept_bytes)
-            calls.append(
-                Call(
-                    name=a.name,
-                    unit=a.unit,
-                    kind=kinds.setdefault(likeness, len(kinds)),
-                    forward=(*glue_forward, *forward),
-                    backward=(*backward, *glue_backward),
-                    saved=saved,
-                    inputs=tuple(sorted({*a.sources, *b.sources})),
-                    outputs=tuple(
-                        Output(affine(x.bytes, y.bytes), x.requires_grad)
-                        for x, y in zip(a.tensors, b.tensors, strict=True)
-                    ),
-                    parameters=tuple(n for n in reads if n in parameters),
-                    buffers=tuple(n for n in reads if n not in parameters),
-                    workspace_bytes=affine(
-                        max(cost_a.workspace_bytes, a.glue.workspace_bytes),
-                        max(cost_b.workspace_bytes, b.glue.workspace_bytes),
-                    ),
-                    recompute=modes,
-                )
-            )
-        assert calls[-1].name == LOSS
-        return tuple(calls)
-
-
-def _keep(call: RecordedCall, cost: Cost, kept: set[int]) -> list[SavedStorage]:
-    """What a call and its glue save, without what an earlier call keeps alive already: its output is the next one's
-    input."""
-    new = []
-    for saved in call.glue.saved:
-        if saved.storage not in kept:
-            kept.add(saved.storage)
-            new.append(saved)
-    for saved in cost.saved:
-        if saved.argument is not None:
-            storage = call.arguments[saved.argument]
-            if storage in kept:
-                continue
-            kept.add(storage)
-            saved = replace(saved, bytes=call.argument_bytes[saved.argument])
-        if saved.output is not None:
-            kept.add(call.outputs[saved.output])
-        new.append(saved)
-    return new
-
-
-def _by_group(saved: Sequence[SavedStorage], groups: dict[int, int]) -> dict[int, int]:
-    """Bytes saved, by tensor group."""
-    result: dict[int, int] = {}
-    for s in saved:
-        group = groups.get(s.storage, NO_GROUP)
-        result[group] = result.get(group, 0) + s.bytes
-    return result
-
-
-def _saved(small: dict[int, int], large: dict[int, int]) -> tuple[Saved, ...]:
-    groups = sorted({*small, *large})
-    return tuple(Saved(affine(small.get(g, 0), large.get(g, 0)), g) for g in groups)
 
 
 def _parameters(fake: FakeModel) -> dict[str, Parameter]:

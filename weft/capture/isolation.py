@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import pickle
@@ -15,20 +16,28 @@ from torch.autograd.graph import saved_tensors_hooks
 from weft.adapters import running
 from weft.capture.blocks import FUNCTIONS, PLAIN
 
+COLLECTED = 100_000
+"""Objects more than there were, before Python looks for garbage among the new ones."""
+
 
 @contextmanager
 def restored(model: nn.Module, *, only_if_it_raises: bool = False) -> Iterator[None]:
-    """Put every module's attributes back: forwards cache tensors in them. Fake tensors are on the CPU."""
+    """Put every module's attributes back: forwards cache tensors in them; and gradients, which an autograd function may
+    have left. Fake tensors are on the CPU."""
     before = [
         (module, dict(vars(module)), {k: dict(vars(module)[k]) for k in ("_parameters", "_buffers", "_modules")})
         for module in model.modules()
     ]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     completed = False
     try:
         with running("cpu"):
             yield
         completed = True
     finally:
+        for parameter, gradient in gradients:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
         for module, attributes, registries in before if not (completed and only_if_it_raises) else ():
             vars(module).clear()
             vars(module).update(attributes)
@@ -46,6 +55,18 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+@contextmanager
+def seldom_collecting() -> Iterator[None]:
+    """Let Python look for garbage in cycles less often: it walks the objects of torch and of the user's libraries, too,
+    a million at times, and a recording makes so many that it would do so all the while."""
+    before = gc.get_threshold()
+    gc.set_threshold(max(before[0], COLLECTED) if before[0] else 0, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 @contextmanager
@@ -74,15 +95,17 @@ def snapshot(leaf: Any) -> Any:
     kept: list[Any] = []
 
     class Pickler(pickle.Pickler):
-        def persistent_id(self, obj: Any) -> int | None:
-            if not isinstance(obj, (Tensor, nn.Module, *FUNCTIONS)):
-                return None
+        def reducer_override(self, obj: Any) -> Any:  # unlike persistent_id not asked of every number and string
+            if obj is _kept or not isinstance(obj, (Tensor, nn.Module, *FUNCTIONS)):
+                return NotImplemented
             kept.append(obj)
-            return len(kept) - 1
+            return _kept, (len(kept) - 1,)
 
     class Unpickler(pickle.Unpickler):
-        def persistent_load(self, pid: int) -> Any:
-            return kept[pid]
+        def find_class(self, module: str, name: str) -> Any:
+            return (
+                kept.__getitem__ if (module, name) == (__name__, _kept.__name__) else super().find_class(module, name)
+            )
 
     buffer = io.BytesIO()
     try:
@@ -90,6 +113,10 @@ def snapshot(leaf: Any) -> Any:
         return Unpickler(io.BytesIO(buffer.getvalue())).load()
     except Exception:  # the user's object: what cannot be copied is used as it is
         return leaf
+
+
+def _kept(place: int) -> Any:
+    """Stands in a pickle for what is not copied."""
 
 
 def revert(leaf: Any, before: Any) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec
 
 from weft.capture.alone import Outcome
 from weft.capture.blocks import Likeness, likeness
 from weft.capture.border import alike
-from weft.capture.frames import RawOp
+from weft.capture.retracing import Track
 
 
 @dataclass(slots=True)
@@ -24,7 +25,7 @@ class Kind:
         state: torch's modes it ran in.
         given: forms of its arguments, objects as they are; ``arguments``: with copies of objects as they were.
         spec: how the arguments are put together.
-        outcome: what it did.
+        track: what it did.
         python_draws: whether it drew from Python's or NumPy's generator.
         looks: whether it looked at values.
         replayable: whether it depends on nothing but its arguments, module and state.
@@ -36,19 +37,23 @@ class Kind:
     given: Sequence[Any]
     arguments: Sequence[Any]
     spec: TreeSpec
-    outcome: Outcome
+    track: Track
     python_draws: bool
     looks: bool
     replayable: bool
+
+    @property
+    def outcome(self) -> Outcome:
+        """What it did."""
+        return self.track.outcome
 
     def likeness(
         self, unit: str, module: nn.Module, state: tuple[Any, ...], leaves: Sequence[Any], spec: TreeSpec
     ) -> Likeness:
         """How much a call of another unit is like this one."""
-        if not self.replayable or self.state != state or self.spec != spec or not alike(self.given, leaves):
+        if type(self.module) is not type(module) or not self.replayable or self.state != state:
             return Likeness.DIFFERENT
-        return likeness(self.module, module, self.unit, unit)
-
-    def runs(self, operations: Sequence[RawOp]) -> bool:
-        """Whether its forward is these operations."""
-        return [op.form for op in self.outcome.cost.forward] == [op.form for op in operations]
+        with torch._C.DisableTorchFunction():  # to look at tensors here is nothing the user's code does
+            if self.spec != spec or not alike(self.given, leaves):
+                return Likeness.DIFFERENT
+            return likeness(self.module, module, self.unit, unit)

@@ -45,6 +45,7 @@ class Way:
     def __init__(self, mode: str) -> None:
         self.mode = mode
         self._kept: tuple[set[int], set[int]] = (set(), set())
+        self._chosen: dict[int, tuple[Cost, list[Ref], set[int]]] = {}
 
     def keep(self, size: int, call: RecordedCall, cost: Cost) -> list[SavedStorage]:
         """What a call and its glue keep, without what an earlier call keeps already; calls come in order.
@@ -56,25 +57,33 @@ class Way:
         """
         kept, new = self._kept[size], list(call.glue.saved)
         new += [SavedStorage(s, b) for s, b in zip(call.arguments, call.argument_bytes, strict=True)]
-        if self._selects(cost):
+        results, made = self._selected(cost)
+        if results:
             # A result that is returned is the argument of a later call.
             outside = dict(zip((ref.storage for ref in cost.returned), call.outputs, strict=True))
-            results = [ref for op in cost.forward if is_costly(op.func) for ref in op.outputs]
             new += [SavedStorage(outside.get(ref.storage, ref.storage), _bytes(ref)) for ref in results]
         found = []
         for saved in new:
             if saved.storage not in kept:
                 kept.add(saved.storage)
                 found.append(saved)
-        if self._selects(cost):
-            # Calls of one kind share the numbers of what stays inside.
-            kept.difference_update({ref.storage for op in cost.forward for ref in op.outputs})
+        # Calls of one kind share the numbers of what stays inside.
+        kept.difference_update(made)
         return found
 
     def again(self, cost: Cost) -> set[int]:
         """Places of the operations of a forward that are done again."""
         selects = self._selects(cost)
         return {place for place, op in enumerate(cost.forward) if not (selects and is_costly(op.func))}
+
+    def _selected(self, cost: Cost) -> tuple[list[Ref], set[int]]:
+        """Results that selective recomputation keeps of a call, and the storages of all; found once for a kind."""
+        if id(cost) not in self._chosen:
+            selects = self._selects(cost)
+            results = [ref for op in cost.forward if selects and is_costly(op.func) for ref in op.outputs]
+            made = {ref.storage for op in cost.forward if selects for ref in op.outputs}
+            self._chosen[id(cost)] = cost, results, made  # with the cost, so that no other has its id
+        return self._chosen[id(cost)][1:]
 
     def _selects(self, cost: Cost) -> bool:
         return self.mode == "selective" and keeps_selected(cost.forward)

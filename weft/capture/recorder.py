@@ -37,6 +37,7 @@ from weft.capture.names import Names
 from weft.capture.profile import Source
 from weft.capture.reach import with_gradient
 from weft.capture.recording import Cost, Example, RecordedCall, Recording, SavedStorage, TensorLeaf, loss_call
+from weft.capture.retracing import Track, retraced
 from weft.capture.setting import Setting
 from weft.capture.trace import Trace, sequence_number
 from weft.capture.trees import flatten, unflatten
@@ -248,6 +249,10 @@ class _Recorder:
                     if (kind.unit, unit) in self.alike and not self.real:
                         return index, ((), ()), NOWHERE, set()
                     numbered.append(index)
+        for index in numbered if not self.real else ():
+            if retraced(self.kinds[index].track, self._run(number, unit, module), forward, leaves, spec):
+                self.alike.add((self.kinds[index].unit, unit))
+                return index, ((), ()), NOWHERE, set()
         # Objects are kept as they are now: a unit may change what it is given (a cache).
         arguments = [form(leaf if numbered else snapshot(leaf)) for leaf in leaves]
         run, finish = self._alone(number, unit, module, forward, leaves, spec)
@@ -256,31 +261,26 @@ class _Recorder:
         replayable = frame.real or not frame.looked
         replayable &= frame.extra is NOWHERE and not reads and not run.leaves_something
         for index in numbered:
-            if replayable and self.kinds[index].runs(frame.operations):
+            if replayable and self.kinds[index].track.like(run):
                 self.alike.add((self.kinds[index].unit, unit))
                 return index, (finish().values if self.real else (), ()), NOWHERE, set()
         outcome = finish()
-        kept, draws = replace(outcome, values=(), left=()), run.python_draws
-        kind = Kind(unit, module, state, forms_of(leaves), arguments, spec, kept, draws, frame.looked, replayable)
-        self.kinds.append(kind)
+        track, draws = Track(replace(outcome, values=(), left=()), tuple(run.given), run.own), run.python_draws
+        forms, looked = forms_of(leaves), frame.looked
+        self.kinds.append(Kind(unit, module, state, forms, arguments, spec, track, draws, looked, replayable))
         return len(self.kinds) - 1, (outcome.values, outcome.left), frame.extra, frame.reads
 
     def _alone(
         self, number: int, unit: str, module: nn.Module, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec
     ) -> tuple[Alone, Callable[[], Outcome]]:
         """Run a unit by itself, on real tensors if that is asked for or it cannot be on fake ones."""
-
-        def fresh() -> Alone:
-            frame, watches = Frame(unit, number), self.effects
-            return Alone(self.trace, number, unit, module, self.model, self.first, self.backward, watches, frame)
-
-        run, fakes, before = fresh(), FakeRunError(""), [snapshot(leaf) for leaf in leaves]
+        run, fakes, before = self._run(number, unit, module), FakeRunError(""), [snapshot(leaf) for leaf in leaves]
         if not self.real:
             try:
                 with restored(module, only_if_it_raises=True):
                     return run, run.run(forward, leaves, spec)
             except FakeRunError as error:
-                run, fakes = fresh(), error
+                run, fakes = self._run(number, unit, module), error
                 for leaf, copy in zip(leaves, before, strict=True):
                     revert(leaf, copy)
         try:
@@ -288,6 +288,10 @@ class _Recorder:
         except FakeRunError as error:
             raise (error if self.real else fakes) from (error if self.real else fakes).__cause__
         return run, lambda: outcome
+
+    def _run(self, number: int, unit: str, module: nn.Module) -> Alone:
+        frame, watches = Frame(unit, number), self.effects
+        return Alone(self.trace, number, unit, module, self.model, self.first, self.backward, watches, frame)
 
     def _outputs(self, number: int, outcome: Outcome, values: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
         """New tensors for the glue, in the form of a recorded call's outputs."""
@@ -298,7 +302,7 @@ class _Recorder:
             if isinstance(leaf, TensorLeaf):
                 value = values[len(fresh)].clone() if self.real else leaf.empty()
                 if leaf.requires_grad:
-                    end, value = enter(value)
+                    end, value = enter(value, new=True)
                     self.ends.append(end)
                     self.sources[id(end)] = Source(number, len(fresh))
                 self.trace.returned(value, Source(number, len(fresh)))
@@ -330,8 +334,8 @@ class _Recorder:
             self.trace.segments = None
         origin = functools.reduce(Origin.__or__, map(self.trace.origin, parts))
         _, tree = flatten(None)
-        nothing = Outcome((), tree, Cost(), frozenset(), frozenset(), ())
-        self.kinds.append(Kind("", self.model, (), (), (), tree.spec, nothing, False, False, replayable=False))
+        track = Track(Outcome((), tree, Cost(), frozenset(), frozenset(), ()), (), ())
+        self.kinds.append(Kind("", self.model, (), (), (), tree.spec, track, False, False, replayable=False))
         self.calls.append(loss_call(len(self.kinds) - 1, tree, sorted(origin.sources), sorted(origin.reads)))
         for i, (frame, back) in enumerate(zip(self.stretches, backs, strict=True)):
             saved = tuple(SavedStorage(storage, size) for storage, size in frame.saved.items())

@@ -75,10 +75,15 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run on fake tensors and record."""
-        kwargs = kwargs or {}
-        frame = self._frame()
-        if frame is None:
-            return func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # to look at tensors here is nothing the user's code does
+            frame = self._frame()
+            return func(*args, **(kwargs or {})) if frame is None else self._note(frame, func, args, kwargs or {})
+
+    def _note(self, frame: Frame, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is torch.ops.prim.device.default and not frame.real:  # asked for at every turn
+            if frame.forward:
+                self._read(frame, [self.ref(args[0])], func)
+            return func(*args)
         before, node = self._count, _node(frame)
         inputs = list(flat_tensors((args, kwargs)))
         refs = [self.ref(t) for t in inputs]
@@ -153,6 +158,10 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class
                 f"{who} a tensor that the call {self.call_names[self.changed[ref.storage]]!r} changed in place "
                 f"({where()}); let the unit work on a copy, or return the changed tensor and use that"
             )
+
+    def left_behind(self, tensors: Sequence[Tensor], call: int) -> None:
+        """Note tensors that were made in a call and are not among its outputs."""
+        self._inner.update((self.ref(tensor).storage, call) for tensor in tensors)
 
     def saves(self, tensor: Tensor) -> None:
         """Note what autograd saves."""

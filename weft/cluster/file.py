@@ -55,8 +55,9 @@ from typing import Any
 import tomli_w
 
 from weft.cluster.curve import Curve
+from weft.cluster.links import Collective, Link
 from weft.cluster.nodes import Nodes
-from weft.cluster.topology import Cluster, Collective, Device, Link
+from weft.cluster.topology import Cluster, Device
 from weft.errors import ClusterError
 from weft.quantity import parse_size
 

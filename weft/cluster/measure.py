@@ -25,15 +25,13 @@ import torch.distributed as dist
 from weft.cluster import presets
 from weft.cluster.curve import Curve
 from weft.cluster.kinds import look, nodes_of
+from weft.cluster.links import COLLECTIVES, Collective, Link
 from weft.cluster.local import device_memory
 from weft.cluster.rates import Clock, probes
 from weft.cluster.topology import (
-    COLLECTIVES,
     LIMITED_SHARE,
     UNLIMITED_SHARE,
     Cluster,
-    Collective,
-    Link,
 )
 from weft.errors import ClusterError
 from weft.quantity import Sizes, each_of, parse_sizes

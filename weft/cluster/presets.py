@@ -11,8 +11,9 @@ from pathlib import Path
 
 from weft.cluster.curve import Curve
 from weft.cluster.file import Table
+from weft.cluster.links import Link
 from weft.cluster.nodes import Nodes
-from weft.cluster.topology import LIMITED_SHARE, UNLIMITED_SHARE, Cluster, Device, Link
+from weft.cluster.topology import LIMITED_SHARE, UNLIMITED_SHARE, Cluster, Device
 from weft.errors import ClusterError
 from weft.quantity import parse_size
 
@@ -47,18 +48,18 @@ def mix(parts: Sequence[Cluster]) -> Cluster:
     """One cluster of several presets: their devices in this order, the links inside each as they are, and the slowest
     of their networks between them."""
     devices = sum(part.devices for part in parts)
-    share = _curve(_table().table("shares").table("link")).rates[0]
     table = _table().table("preset")
     links, start = [], 0
     for part in parts:
         links += [replace(link, among=(start, start + part.devices)) for link in part.links]
         start += part.devices
-    networks = [_link(table.table(part.device.name).table("network"), devices, share) for part in parts]
+    entries = [table.table(part.device.name) for part in parts]
+    networks = [_link(entry.table("network"), devices, _fitted(entry).number("link")) for entry in entries]
     return Cluster(
         name="+".join(part.name for part in parts),
         nodes=tuple(nodes for part in parts for nodes in part.nodes),
         links=(*sorted(links, key=lambda link: link.devices), min(networks, key=lambda link: link.bytes_per_s)),
-        calibration="datasheet",
+        calibration=next((p.calibration for p in parts if p.calibration == "datasheet"), parts[0].calibration),
     )
 
 
@@ -84,7 +85,7 @@ def preset(name: str, *, nodes: int = 1, devices_per_node: int | None = None) ->
     per_node = entry.whole("devices_per_node") if devices_per_node is None else devices_per_node
     if nodes < 1 or per_node < 1:
         raise ClusterError(f"{name} needs at least one node of one device, got {nodes} x {per_node}")
-    shares = _table().table("shares")
+    shares = _fitted(entry)
     memory = _curve(shares.table("memory")).scaled(entry.number("memory_bytes_per_s"))
     peak = entry.table("peak")
     matmul = _curve(shares.table("matmul"))
@@ -98,7 +99,7 @@ def preset(name: str, *, nodes: int = 1, devices_per_node: int | None = None) ->
         reserved_bytes=accelerator_memory()[0],
         allocator_share=accelerator_memory()[1],
     )
-    share = _curve(shares.table("link")).rates[0]
+    share = shares.number("link")
     links = []
     if per_node > 1:
         links.append(_link(entry.table("node_link"), per_node, share))
@@ -108,8 +109,13 @@ def preset(name: str, *, nodes: int = 1, devices_per_node: int | None = None) ->
         name=f"{name}:{nodes}x{per_node}",
         nodes=(Nodes(count=nodes, devices=per_node, device=device),),
         links=tuple(links),
-        calibration="datasheet",
+        calibration=f"preset fitted on {shares.text('source')}" if "source" in shares.data else "datasheet",
     )
+
+
+def _fitted(entry: Table) -> Table:
+    """What a preset's kernels and links reach of its peaks."""
+    return _table().table("fitted").table(entry.text("fitted") if "fitted" in entry.data else "guess")
 
 
 def like(driver_name: str) -> str:

@@ -18,11 +18,15 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 from weft.cluster.curve import Curve
+from weft.cluster.links import Link
 from weft.cluster.nodes import Nodes, check, node_starts
 from weft.errors import ClusterError
 from weft.quantity import Sizes
 
 CALIBRATIONS = ("measured here", "preset", "datasheet")
+FITTED = "preset fitted on "
+"""Beginning of a calibration that goes on with its source."""
+
 FLOP_KINDS = ("matmul", "attention", "convolution")
 """Kinds of operation whose rate is in flop/s over flops; the other kinds' is in bytes/s over bytes."""
 BYTE_KINDS = (
@@ -34,8 +38,6 @@ give freed memory back (runtime/memory.py)."""
 
 UNLIMITED_SHARE = 0.3
 """The same where it is not limited: freed tensors stay in one heap, with holes."""
-
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,84 +104,13 @@ class Device:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Collective:
-    """A collective as measured on groups of ``ranks`` ranks, ``stride`` apart, all groups at once: ``rates`` in bytes/s
-    over bytes, both of the whole tensor."""
-
-    kind: str
-    ranks: int
-    rates: Curve
-    stride: int = 1
-
-    def __post_init__(self) -> None:
-        if self.kind not in COLLECTIVES:
-            raise ClusterError(f"collective {self.kind!r} is unknown; known ones are {', '.join(COLLECTIVES)}")
-        if self.ranks < 2 or self.stride < 1:
-            raise ClusterError(
-                f"collective {self.kind}: ranks must be at least 2 and stride at least 1, got {self.ranks} and "
-                f"{self.stride}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Link:
-    """One level of the hierarchy of links.
-
-    Attributes:
-        devices: how many consecutive devices the level connects.
-        latency_s: of one message.
-        bytes_per_s: per device and direction, while all devices send.
-        collectives: as measured at this level; where there are none they are computed by the ring algorithm.
-        alone_bytes_per_s: of a device whose neighbours send nothing, where they share what carries the messages (a
-            node's one network card); None: a device has the same whatever others do.
-        among: the devices it is about, from the first up to the second number: a level of some nodes only, whose
-            groups are counted from the first; None: all devices.
-    """
-
-    name: str
-    devices: int
-    latency_s: float
-    bytes_per_s: float
-    collectives: tuple[Collective, ...] = ()
-    alone_bytes_per_s: float | None = None
-    among: tuple[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        if self.devices < 2 or not self.latency_s >= 0 or not self.bytes_per_s > 0:
-            raise ClusterError(
-                f"link {self.name}: needs devices >= 2, latency_s >= 0 and bytes_per_s > 0, "
-                f"got {self.devices}, {self.latency_s} and {self.bytes_per_s}"
-            )
-        if self.alone_bytes_per_s is not None and not self.alone_bytes_per_s > 0:
-            raise ClusterError(f"link {self.name}: alone_bytes_per_s must be positive, got {self.alone_bytes_per_s}")
-        if self.among is not None and not 0 <= self.among[0] < self.among[1]:
-            raise ClusterError(f"link {self.name}: among needs two device numbers, first and end, got {self.among}")
-
-    def shared_by(self, senders: int, of: int) -> Link:
-        """The link as one of ``senders`` devices sees it that send at once, ``of`` so many that share it."""
-        alone = self.alone_bytes_per_s or self.bytes_per_s
-        return replace(self, bytes_per_s=max(self.bytes_per_s, min(alone, self.bytes_per_s * of / senders)))
-
-    def measured(self, kind: str, stride: int) -> tuple[Collective, ...]:
-        """Collectives of a kind as measured on groups of ranks that are so far apart; none were: on any groups."""
-        known = tuple(c for c in self.collectives if c.kind == kind)
-        return tuple(c for c in known if c.stride == stride) or known
-
-    def connects(self, one: int, other: int) -> bool:
-        """Whether it connects two devices, by number."""
-        start, end = self.among or (0, math.inf)
-        inside = start <= min(one, other) and max(one, other) < end
-        return inside and (one - start) // self.devices == (other - start) // self.devices
-
-
-@dataclass(frozen=True, kw_only=True)
 class Cluster:
     """Devices and links.
 
     Attributes:
         nodes: one entry per kind of node, in the order of the devices' numbers.
         links: innermost first; the last connects every device. Empty for a single device.
-        calibration: where the numbers come from, one of CALIBRATIONS.
+        calibration: where the numbers come from: one of CALIBRATIONS, or FITTED and a source.
 
     Raises:
         ClusterError: links that do not reach every device, parts of a node that contradict each other.
@@ -192,7 +123,7 @@ class Cluster:
 
     def __post_init__(self) -> None:
         check(self.nodes, self.name)
-        if self.calibration not in CALIBRATIONS:
+        if self.calibration not in CALIBRATIONS and not self.calibration.startswith(FITTED):
             raise ClusterError(
                 f"cluster {self.name}: calibration {self.calibration!r} is not one of {', '.join(CALIBRATIONS)}"
             )

@@ -1,5 +1,6 @@
 """Profile and Cluster to Plan. Table of contents."""
 
+from weft.planner.changes import Change, changes
 from weft.planner.evaluate import StageRow
 from weft.planner.face import plan
 from weft.planner.search import Alternative, Choice, estimate, make_plan, search
@@ -7,11 +8,13 @@ from weft.planner.space import Constraints, Keywords, Refused
 
 __all__ = [
     "Alternative",
+    "Change",
     "Choice",
     "Constraints",
     "Keywords",
     "Refused",
     "StageRow",
+    "changes",
     "estimate",
     "make_plan",
     "plan",

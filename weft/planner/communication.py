@@ -23,7 +23,8 @@ import math
 from bisect import bisect_right
 from typing import NamedTuple
 
-from weft.cluster.topology import Cluster, Collective, Link
+from weft.cluster.links import Collective, Link
+from weft.cluster.topology import Cluster
 
 ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 """Times a ring passes ``n - 1`` parts of a tensor around."""

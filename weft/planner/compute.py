@@ -107,6 +107,8 @@ class CallCosts:
         modules = sum(len(group.styles) for group in reduced)
         python = dtensor_s(self._device, modules * DIVIDED_OPERATIONS)
         last = call.name == LOSS
+        # A loss on shares of the logits leaves them where they were made.
+        shares = self._system.parallel_loss and self._profile.calls[index + 1 :][:1] == self._profile.calls[-1:]
         backward = self._seconds(call.backward, division, last)
         products = [op for op in call.backward if op.kind in ("matmul", "convolution")]
         exchanged = sum(self.size(op.bytes, op.group, division) for op in call.forward if op.kind == "attention") / 2
@@ -115,10 +117,16 @@ class CallCosts:
             backward_s=backward + python,
             # Of the two products that a projection's backward is made of, one is its weight's.
             weight_s=self._seconds(products, division, last) / 2,
-            forward_reduced=tuple(group.forward_bytes.at(division.samples / division.cp) for group in reduced),
+            forward_reduced=tuple(
+                group.forward_bytes.at(division.samples / division.cp) for group in reduced if not shares
+            ),
             backward_reduced=tuple(group.backward_bytes.at(division.samples / division.cp) for group in reduced),
             saved_bytes=self._bytes(call.saved, division, last),
-            workspace_bytes=self.size(call.workspace_bytes, NO_GROUP, division._replace(sequence=False)),
+            workspace_bytes=self.size(
+                call.workspace_bytes,
+                NO_GROUP,
+                division._replace(sequence=self._system.parallel_loss and (last or shares)),
+            ),
             exchanged_bytes=exchanged if division.cp > 1 else 0.0,
             forward_operations=len(call.forward) + len(reduced),
             backward_operations=len(call.backward) + len(reduced),
@@ -139,7 +147,12 @@ class CallCosts:
 
     def _bytes(self, kept: Iterable[Saved], division: Division, last: bool) -> float:
         division = self._of_loss(division) if last else division
-        return sum(self.size(saved.bytes, saved.group, division) for saved in kept)
+        kept = list(kept)
+        total = sum(self.size(saved.bytes, saved.group, division) for saved in kept)
+        if self._system.keeps_gathered and division.sequence and not last:
+            whole = division._replace(sequence=False)
+            total += sum(self.size(s.bytes, NO_GROUP, whole) for s in kept if s.group == NO_GROUP) / 2
+        return total
 
     def _seconds(self, operations: Sequence[Operation], division: Division, last: bool) -> float:
         total = 0.0
@@ -184,8 +197,8 @@ def optimizer_s(device: Device, trainable_bytes: float, tensors: int, passes: fl
     return moved + tensors * operations * device.overhead_s + dtensor_s(device, dtensors * operations)
 
 
-def accumulate_s(device: Device, trainable_bytes: float, tensors: int) -> float:
-    """Seconds in which one microbatch's gradients are added to those kept."""
+def accumulate_s(device: Device, trainable_bytes: float, tensors: int, passes: float = ACCUMULATE_PASSES) -> float:
+    """Seconds in which one microbatch's gradients are added to those kept, in ``passes`` bytes moved for each."""
     if not tensors:
         return 0.0
-    return device.seconds("pointwise", 0.0, ACCUMULATE_PASSES * trainable_bytes) + tensors * device.overhead_s
+    return device.seconds("pointwise", 0.0, passes * trainable_bytes) + tensors * device.overhead_s

@@ -28,6 +28,8 @@ MEMORY_NAMES = {
     "slack": "workspace and allocator",
 }
 REFUSED_SHOWN = 12
+TELLING = 1e-3
+"""Differences below this share of the whole are not told."""
 
 
 def explain(
@@ -132,9 +134,10 @@ def separates(chosen: Estimate, other: Estimate) -> str:
     term, more = _largest_difference(chosen, other)
     peak = max(other.peak_memory_bytes) - max(chosen.peak_memory_bytes)
     parts = [f"{format_seconds(other.step_time_s)} ({other.step_time_s / chosen.step_time_s - 1:+.1%})"]
-    if more > 0:
+    if more > TELLING * chosen.step_time_s:
         parts.append(f"{format_seconds(more)} more {term}")
-    parts.append(f"{format_bytes(abs(peak))} {'more' if peak > 0 else 'less'} memory")
+    if abs(peak) > TELLING * max(chosen.peak_memory_bytes):
+        parts.append(f"{format_bytes(abs(peak))} {'more' if peak > 0 else 'less'} memory")
     return ", ".join(parts)
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from weft.planner.communication import Mesh, transfer_s
-from weft.planner.compute import SHARDED_OPERATIONS, accumulate_s, dtensor_s, optimizer_s
+from weft.planner.compute import ACCUMULATE_PASSES, SHARDED_OPERATIONS, accumulate_s, dtensor_s, optimizer_s
 from weft.planner.holdings import Holding
 from weft.planner.space import Candidate
 from weft.planner.stages import Ends, Stages, Stretch, exchange_s
@@ -111,7 +111,10 @@ class Loads:
 
         forward, backward = sum(call.forward_s for call in calls), sum(call.backward_s for call in calls)
         later = (microbatches - 1) / microbatches  # the first microbatch's gradients are kept as they are
-        backward += later * accumulate_s(device, holding.trainable, holding.tensors)
+        passes = ACCUMULATE_PASSES
+        if system.accumulate_bytes is not None:
+            passes = system.accumulate_bytes / self.stages.item_bytes
+        backward += later * accumulate_s(device, holding.trainable, holding.tensors, passes)
         forward_tp = backward_tp = sent = 0.0
         if degrees.tp * degrees.cp > 1:
             exchanged = [exchange_s(call, mesh) for call in calls]

@@ -27,6 +27,9 @@ from weft.quantity import format_bytes
 ALTERNATIVES = 5
 """Plans of other kinds that stand next to the choice."""
 
+WORTH_WAITING = 0.99
+"""Share of the choice's time below which a plan that weft cannot run yet is told of."""
+
 FAMILIES = 64
 """Choices of degrees up to which each that does not fit is refused by itself; beyond, the kinds of which none fits."""
 
@@ -258,10 +261,10 @@ def _later(evaluator: Evaluator, best: list[Costed]) -> list[Later]:
             ends = evaluator.stages.fastest(candidate)
             if max(evaluator.stages.peaks(candidate, ends)) > evaluator.cluster.memory_bytes:
                 continue
-            if evaluator.bound(candidate, ends) >= best[0].estimate.step_time_s:
+            if evaluator.bound(candidate, ends) >= WORTH_WAITING * best[0].estimate.step_time_s:
                 continue
             variant = Costed(candidate, ends, evaluator.estimate(candidate, ends))
-            if variant.order < best[0].order:
+            if variant.estimate.step_time_s < WORTH_WAITING * best[0].estimate.step_time_s:
                 found.append(Later(variant.title, variant.estimate, lacks))
     found.sort(key=lambda x: x.estimate.step_time_s)
     return found[:2]

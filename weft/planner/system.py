@@ -20,12 +20,15 @@ class System:
         gather_bytes: of parameters as they travel between shards.
         state_bytes: of optimizer state, master weights included; None: as the optimizer was seen to keep.
         step_bytes: that an optimizer step reads and writes; None: as it was seen to.
+        accumulate_bytes: that adding a microbatch's gradients to those kept reads and writes; None: two reads, a write.
         standing_gradients: gradients have buffers that live from step to step; None: where whole copies meet.
         shards_beside: sharded parameters that are gathered for a whole step stand beside their shards.
         hides_reduce, hides_gather: averaging gradients, and gathering parameters, hide behind computation.
         hides_tensor: share of the exchange inside layers that hides behind computation.
         blocking: a stage that sends to another waits until the tensor is there.
         scatters: ranks of a tensor-parallel group send a part each to the next stage, which gathers them.
+        keeps_gathered: under sequence parallelism, what projections gather is kept for the backward: half of what is
+            not divided otherwise (of a norm's input and output the latter).
         parallel_loss: under tensor parallelism the loss is computed on shares of the logits.
         fused: neighbouring operations on elements are one kernel, which reads what enters and writes what leaves.
         bucket_bytes: gradients that are reduced at once.
@@ -38,6 +41,7 @@ class System:
     gather_bytes: float | None = None
     state_bytes: float | None = None
     step_bytes: float | None = None
+    accumulate_bytes: float | None = None
     standing_gradients: bool | None = None
     shards_beside: bool = True
     hides_reduce: bool = True
@@ -45,6 +49,7 @@ class System:
     hides_tensor: float = 0.0
     blocking: bool = False
     scatters: bool = False
+    keeps_gathered: bool = False
     parallel_loss: bool = False
     fused: bool = False
     bucket_bytes: float = 25 * 2**20
