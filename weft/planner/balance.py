@@ -63,8 +63,8 @@ def cuts(costs: Sequence[float], parts: int, allowed: Allowed | None = None) -> 
 
 def packed(costs: Sequence[float], parts: int, allowed: Allowed, *, steps: int = 12) -> list[int] | None:
     """Where each part ends, quickly: as ``ends`` but for evenness, for parts of which any piece is allowed where the
-    whole is, and any single item on any part. The largest sum is the least possible to within ``2 ** -steps`` of the sum
-    of all.
+    whole is, and any single item on any part. The largest sum is the least possible to within ``2 ** -steps`` of the
+    sum of all.
 
     Under a limit parts are filled from the left, each as far as it may go, which leaves least for the others; the limit
     is found by bisection.
