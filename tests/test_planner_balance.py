@@ -76,7 +76,7 @@ def test_a_limit_on_each_part(costs, data):
 
 
 def test_one_hundred_and_thirty_blocks():
-    found = ends([1.0] * 130, 16)
+    found = ends([[1.0] * 130], 16)
     assert found is not None
     sizes = [b - a for a, b in zip([0, *found], found, strict=False)]
     assert max(sizes) == 9

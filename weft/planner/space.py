@@ -143,6 +143,7 @@ class Candidate(NamedTuple):
         recompute, zero: as in Plan.
         chunks: stages on each device of a pipeline.
         sequence: what tensor parallelism does not divide is divided along the sequence.
+        shares: as in Plan.
     """
 
     degrees: Degrees
@@ -152,6 +153,7 @@ class Candidate(NamedTuple):
     zero: int = 3
     chunks: int = 1
     sequence: bool = False
+    shares: tuple[int, ...] = ()
 
     @property
     def stages(self) -> int:
