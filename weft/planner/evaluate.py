@@ -127,15 +127,17 @@ class Evaluator:
 
     def bound(self, candidate: Candidate, ends: Ends) -> float:
         """Seconds that a step takes at least: each device works through its microbatches; before its first one the
-        stages before it did that one's forward, and they do the last one's backward after it."""
-        pp, most = candidate.degrees.pp, 0.0
+        stages before it did that one's forward, and after it they do the last one's backward and end their step."""
+        pp, microbatches, most = candidate.degrees.pp, candidate.microbatches, 0.0
         for run in self._runs(candidate, ends):
-            before = 0.0
+            before = after = 0.0
             for device in range(pp):
                 own = run.loads[device::pp]
-                alone = candidate.microbatches * sum(load.microbatch_s for load in own)
-                most = max(most, alone + before + own[0].end_s)
-                before += sum(own[0].work.forward) + sum(own[0].work.backward)
+                end_s, weight_s = own[0].end_s, sum(load.work.weight.compute_s for load in own)
+                done = before + microbatches * sum(load.microbatch_s for load in own)
+                most = max(most, done + end_s, done - microbatches * weight_s + after)  # weights' gradients can wait
+                before += sum(own[0].work.forward)
+                after = max(after, end_s) + sum(own[0].work.backward)
         return most
 
     def _runs(self, candidate: Candidate, ends: Ends) -> list[Run]:
