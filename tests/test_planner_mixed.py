@@ -17,10 +17,11 @@ from weft.planner import estimate, make_plan, search
 from weft.planner.evaluate import Evaluator
 from weft.planner.frontier import Frontier
 from weft.planner.sharing import Sharing, level
-from weft.planner.sites import quickest
-from weft.planner.space import DEGREES, Constraints, candidates, products, refuse
+from weft.planner.sites import Layouts, quickest
+from weft.planner.space import DEGREES, Candidate, Constraints, Degrees, candidates, products, refuse
 from weft.planner.work import Stage, Work
 from weft.quantity import format_bytes
+from weft.runtime.batches import layout
 from weft.schedule import actions
 
 GIB = 2**30
@@ -102,6 +103,45 @@ def test_a_stage_with_little_memory_gets_less_to_hold() -> None:
     # The line on top tells of the device that is fullest for what it has.
     assert f"The fullest device holds {format_bytes(second)} of {format_bytes(limit)}." in choice.plan.explain()
     assert search(profile, cluster(device(memory=limit), device()), **fixed).estimate.peak_memory_bytes[0] <= limit
+
+
+def test_devices_with_just_what_they_need_are_enough() -> None:
+    """Parameters of unequal stages fill unequal devices: nothing is refused that fits."""
+    profile, fixed = gpt(layers=12, hidden=512, context=16, batch_size=2), {"recompute": "none", "microbatches": 2}
+    roomy = search(profile, cluster(device(), device(0.5)), **one(pp=2), **fixed)
+    first, second = (int(need) + 1 for need in roomy.estimate.peak_memory_bytes)
+    assert first > 1.5 * second
+    tight = cluster(device(memory=first), device(0.5, memory=second))
+    assert search(profile, tight, **fixed).plan == roomy.plan
+    # What a device takes besides tensors is its own matter.
+    greedy = replace(device(0.5), reserved_bytes=FULL.reserved_bytes + 2**20, memory_bytes=second)
+    with pytest.raises(MemoryLimitError):
+        search(profile, cluster(device(memory=first), greedy), **fixed)
+    before, after = (estimate(profile, cluster(device(), d), roomy.plan).memory for d in (device(0.5), greedy))
+    assert after[1]["slack"] - before[1]["slack"] == 2**20
+    assert after[0] == before[0]
+
+
+def test_a_stage_is_as_slow_as_the_slowest_of_its_replicas() -> None:
+    profile, mix = gpt(layers=12), cluster(device(), device(0.5), device(), device())
+    first, second = make_plan(profile, mix, pp=2, dp_replicate=2, microbatches=8).stages
+    assert len(first) < len(second)
+    first, second = make_plan(profile, mix, pp=2, dp_replicate=2, microbatches=8, shares=[3, 1]).stages
+    assert len(first) == len(second)
+
+
+@given(st.integers(1, 3), st.integers(1, 5), st.lists(st.integers(1, 9), min_size=2, max_size=4), st.integers(0, 40))
+def test_samples_are_those_that_the_runtime_gives(kinds: int, microbatches: int, shares: list[int], more: int) -> None:
+    batch_size = microbatches * sum(shares) + more
+    mix = cluster(*(device(1 / (1 + i % kinds)) for i in range(len(shares))))
+    candidate = Candidate(Degrees(dp_replicate=len(shares)), microbatches, "1f1b", shares=tuple(shares))
+    found = {}
+    for line in Layouts(batch_size, mix).of(candidate).lines:
+        (site,) = line.sites[0]
+        found |= dict.fromkeys(line.replicas, (site.kind, site.samples, site.batch))
+    for replica, pieces in enumerate(layout(batch_size, shares, microbatches)):
+        lengths = [len(piece) for piece in pieces]
+        assert found[replica] == (replica % kinds, max(lengths), sum(lengths))
 
 
 def test_every_replica_needs_memory_of_its_own() -> None:
