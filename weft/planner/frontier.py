@@ -6,14 +6,15 @@ and more closely:
     degrees      the least of its candidates' bounds                                    _of_degrees
     candidate    S sum over calls of forward + backward, m microbatches, p stages: at best stages are cut so that
                  every one of them ends at the same time, S / (1 - (1 - 1 / m) ** p), and no stage is faster than the
-                 slowest call                                                            _floor
+                 slowest call; where devices differ, of every line of replicas           _floor
     cut          stages are cut and recomputation is chosen; the bound of Evaluator.bound, with what is exchanged,
                  gathered, reduced, and the optimizer's step
     costed       the simulated timeline
 
 What comes out costed is the fastest there is, since everything else has a bound that is no less. So pruning loses
 nothing of what is searched: all degrees, numbers of microbatches (space.counts), schedules, stages of the sharded
-optimizer; with stages cut by exact balance (balance.ends) and recomputation as recompute.py chooses it, greedily.
+optimizer, shares that are equal or by speed; with stages cut by exact balance (balance.ends) and recomputation as
+recompute.py chooses it, greedily.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
     zero           every stage of the sharded optimizer, where dp_shard is above one
     schedule       every order of weft.schedule where there is a pipeline; one name for it where there is none
     recompute      none, or as much as memory asks for (recompute.py)
+    shares         equal, and in proportion to the speed of replicas where it differs (sites.py)
 
 What the user fixed is kept; what cannot be for this model is refused with its reason, before any cost is worked out.
 """
