@@ -79,7 +79,7 @@ def test_packed_parts_are_as_short_as_balanced_ones(costs, data):
     def longest(cut):
         return max(sum(costs[start:end]) for start, end in zip([0, *cut], cut, strict=False))
 
-    exact, quick = ends(costs, parts, allowed), packed(costs, parts, allowed, steps=30)
+    exact, quick = ends([costs], parts, allowed), packed([costs], parts, allowed, steps=30)
     if exact is None:
         assert quick is None
     else:
