@@ -255,16 +255,14 @@ def _without_room(frontier: Frontier, possible: list[Degrees], known: set[frozen
 
 def _later(evaluator: Evaluator, best: list[Costed]) -> list[Later]:
     """Variants of the best plans that would be faster than the choice."""
-    found = []
+    found, limit = [], WORTH_WAITING * best[0].estimate.step_time_s
     for costed in best:
         for candidate, lacks in space.later(evaluator.profile, costed.candidate):
             ends = evaluator.stages.fastest(candidate)
-            if not evaluator.stages.fullest(candidate, ends).fits:
-                continue
-            if evaluator.bound(candidate, ends) >= WORTH_WAITING * best[0].estimate.step_time_s:
+            if not evaluator.stages.fullest(candidate, ends).fits or evaluator.bound(candidate, ends) >= limit:
                 continue
             variant = Costed(candidate, ends, evaluator.estimate(candidate, ends))
-            if variant.estimate.step_time_s < WORTH_WAITING * best[0].estimate.step_time_s:
+            if variant.estimate.step_time_s < limit:
                 found.append(Later(variant.title, variant.estimate, lacks))
     found.sort(key=lambda x: x.estimate.step_time_s)
     return found[:2]
