@@ -98,6 +98,13 @@ def predict(run: Run, profile: Profile) -> Prediction:
         CannotPredictError: there is no preset of its GPU, or its stages cannot be told.
     """
     cluster, system, candidate = cluster_of(run), system_of(run), candidate_of(run, profile)
+    share = 1.0
+    if candidate.chunks > 1 and candidate.microbatches % candidate.degrees.pp:
+        # Whole rounds of the interleaved schedule, of which the run does a share.
+        whole = -(-candidate.microbatches // candidate.degrees.pp) * candidate.degrees.pp
+        share = candidate.microbatches / whole
+        profile = replace(profile, batch_size=round(profile.batch_size / share))
+        candidate = candidate._replace(microbatches=whole)
     if run.recompute_what == "op":
         profile = replace(profile, calls=tuple(_every_other(call) for call in profile.calls))
     evaluator = Evaluator(profile, cluster, system)
@@ -106,7 +113,7 @@ def predict(run: Run, profile: Profile) -> Prediction:
     found = evaluator.estimate(candidate, ends)
     peaks = found.peak_memory_bytes
     seen = {"first": peaks[0], "last": peaks[-1]}.get(run.memory_rank, max(peaks))
-    return Prediction(found.step_time_s, seen)
+    return Prediction(share * found.step_time_s, seen)
 
 
 def cluster_of(run: Run) -> weft.Cluster:

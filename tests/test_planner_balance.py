@@ -75,8 +75,27 @@ def test_a_limit_on_each_part(costs, data):
         assert all(len(part) <= limit for part, limit in zip(found, limits, strict=True))
 
 
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=8), st.data())
+def test_parts_of_unequal_speed(costs, data):
+    """Every part has costs of its own."""
+    n = len(costs)
+    rows = [[data.draw(st.integers(0, 20)) for _ in costs] for _ in range(data.draw(st.integers(2, max(2, n))))]
+    parts = len(rows)
+    every = [[sum(row[a:b]) for row, (a, b) in zip(rows, pairwise((0, *inner, n)), strict=True)]
+             for inner in combinations(range(1, n), parts - 1)]  # fmt: skip
+    found = ends(rows, parts)
+    if parts > n:
+        assert found is None
+        return
+    assert found is not None
+    sums = [sum(row[a:b]) for row, (a, b) in zip(rows, pairwise((0, *found)), strict=True)]
+    assert found[-1] == n
+    assert all(a < b for a, b in pairwise((0, *found)))
+    assert (max(sums), sum(s * s for s in sums)) == min((max(cut), sum(s * s for s in cut)) for cut in every)
+
+
 def test_one_hundred_and_thirty_blocks():
-    found = ends([1.0] * 130, 16)
+    found = ends([[1.0] * 130], 16)
     assert found is not None
     sizes = [b - a for a, b in zip([0, *found], found, strict=False)]
     assert max(sizes) == 9

@@ -173,29 +173,9 @@ class Plan:
                 f"{self.microbatches} microbatches; raise batch_size to {self.replicas * self.microbatches} "
                 "or lower one of them"
             )
-        object.__setattr__(self, "shares", self._lowest_shares())
+        object.__setattr__(self, "shares", lowest(self.shares, self.replicas, self.batch_size, self.microbatches))
         for name in ("tensor", "recompute"):  # own copies; plain dicts, so plans pickle
             object.__setattr__(self, name, dict(sorted(getattr(self, name).items())))
-
-    def _lowest_shares(self) -> tuple[int, ...]:
-        """The shares in lowest terms, none if they are equal."""
-        shares = tuple(self.shares)
-        if not shares:
-            return ()
-        if len(shares) != self.replicas or not all(map(_is_count, shares)):
-            raise PlanError(
-                f"plan: shares must be a whole number of at least 1 for each of {self.replicas} replicas, got "
-                f"{list(shares)}; leave them empty for equal ones"
-            )
-        smallest = self.batch_size // self.microbatches
-        lengths = apportion(smallest, shares)
-        if 0 in lengths:
-            raise PlanError(
-                f"plan: replica {lengths.index(0)} of shares {list(shares)} would get no sample of a microbatch of "
-                f"{smallest}; raise batch_size, lower microbatches or make the shares more even"
-            )
-        divisor = math.gcd(*shares)
-        return () if len(set(shares)) == 1 else tuple(share // divisor for share in shares)
 
     @property
     def devices(self) -> int:
@@ -226,7 +206,7 @@ class Plan:
     def describe(self) -> str:
         """The degrees above one, as the command line takes them, and unequal shares: ``pp=2 dp_shard=2 shares=3,1``;
         ``one device`` if there are none."""
-        shares = [f"shares={_listed(self.shares)}"] if self.shares else []
+        shares = [f"shares={listed(self.shares)}"] if self.shares else []
         return " ".join([*(f"{k}={v}" for k, v in self.degrees.items() if v > 1), *shares]) or "one device"
 
     def explain(self) -> str:
@@ -236,7 +216,7 @@ class Plan:
         lines = [f"{self.describe()}, {self.microbatches} microbatches, schedule {self.schedule}"]
         if self.shares:
             samples = apportion(-(-self.batch_size // self.microbatches), self.shares)
-            lines.append(f"samples of a microbatch by replica: {_listed(samples)}")
+            lines.append(f"samples of a microbatch by replica: {listed(samples)}")
         lines += [f"stage {s}: {calls[0]} to {calls[-1]} ({len(calls)} calls)" for s, calls in enumerate(self.stages)]
         return "\n".join(lines)
 
@@ -314,7 +294,31 @@ def _saved() -> list[str]:
     return [f.name for f in fields(Plan) if f.compare]
 
 
-def _listed(counts: Sequence[int]) -> str:
+def lowest(shares: Sequence[int], replicas: int, batch_size: int, microbatches: int) -> tuple[int, ...]:
+    """Shares of replicas in lowest terms, none if they are equal.
+
+    Raises:
+        PlanError: they are not one for each replica, or leave one without samples.
+    """
+    if not shares:
+        return ()
+    if len(shares) != replicas or not all(map(_is_count, shares)):
+        raise PlanError(
+            f"plan: shares must be a whole number of at least 1 for each of {replicas} replicas, got {list(shares)}; "
+            "leave them empty for equal ones"
+        )
+    smallest = batch_size // microbatches
+    lengths = apportion(smallest, shares)
+    if 0 in lengths:
+        raise PlanError(
+            f"plan: replica {lengths.index(0)} of shares {list(shares)} would get no sample of a microbatch of "
+            f"{smallest}; raise batch_size, lower microbatches or make the shares more even"
+        )
+    divisor = math.gcd(*shares)
+    return () if len(set(shares)) == 1 else tuple(share // divisor for share in shares)
+
+
+def listed(counts: Sequence[int]) -> str:
     """Numbers for people: each of a few, the ends of many."""
     return ",".join(map(str, counts)) if len(counts) <= 16 else f"{min(counts)}..{max(counts)}"
 

@@ -141,10 +141,11 @@ def run(
 
 def plan_all(profile: Profile, cluster: Cluster, devices: int, fixed: Keywords) -> tuple[Choice, list[Strategy]]:
     """The plan of every strategy, and weft's choice. One device is plain PyTorch: nothing is recomputed or compiled."""
-    alone = make_plan(profile, cluster)
-    predicted = estimate(profile, cluster, alone)
-    fits = max(predicted.peak_memory_bytes) <= cluster.memory_bytes
-    reason = None if fits else needs(predicted, cluster)
+    first = cluster.with_devices(1)
+    alone = make_plan(profile, first)
+    predicted = estimate(profile, first, alone)
+    fits = max(predicted.peak_memory_bytes) <= first.memory_bytes
+    reason = None if fits else needs(predicted, first)
     strategies = [Strategy(name="one device", plan=alone, predicted=predicted, reason=reason)]
     for name, dimension in (
         ("data", "dp_replicate"),

@@ -7,8 +7,10 @@ For costs ``c_1..c_n`` and ``p`` parts, a cut is ``0 = e_0 < e_1 < ... < e_p = n
     subject to  allowed(k, e_k, e_{k+1})                    the part fits on its stage
 
 by dynamic programming over (part, end): for the squares under the maximum, which is found first. Where every part is
-allowed by bisection, each step of which fills parts from the left; where not by the same programming, under a limit
-that grows until there is a cut.
+allowed and costs the same wherever it is, by bisection, each step of which fills parts from the left; where not by the
+same programming, under a limit that grows until there is a cut.
+
+Where devices are of unequal speed every part has costs of its own: ``c`` is then a row for each part.
 """
 
 from __future__ import annotations
@@ -24,20 +26,19 @@ ROUNDING = 1e-12
 """Sums of floats differ in the last bits by their order: limits allow for that much more, as a share of them."""
 
 
-def ends(costs: Sequence[float], parts: int, allowed: Allowed | None = None) -> list[int] | None:
+def ends(rows: Sequence[Sequence[float]], parts: int, allowed: Allowed | None = None) -> list[int] | None:
     """Where each part ends, for the cut that ``cuts`` makes; None if there is none.
 
     Args:
-        costs: not negative.
+        rows: costs, not negative: one row for all parts, or one for each, where they are of unequal speed.
         parts: how many consecutive, non-empty parts.
         allowed: ``allowed(part, start, end)`` tells whether ``costs[start:end]`` may be that part.
     """
-    n = len(costs)
-    if not 1 <= parts <= n:
+    if not 1 <= parts <= len(rows[0]):
         return None
-    sums = [0.0, *accumulate(costs)]
+    sums = _sums(rows, parts)
     pace = _pace(sums, parts)
-    if allowed is not None:
+    if allowed is not None or len(rows) > 1:
         slowest = None
         for limit in (pace, 1.5 * pace, 3 * pace, math.inf):
             slowest = _solve(sums, parts, allowed, max, limit * (1 + ROUNDING))
@@ -55,26 +56,27 @@ def cuts(costs: Sequence[float], parts: int, allowed: Allowed | None = None) -> 
     """The costs in consecutive parts whose largest sum is the least possible: ``cuts([1, 2, 3, 4, 5, 6], 2)`` is
     ``[[1, 2, 3, 4], [5, 6]]``; None where no cut is allowed. Arguments as for ``ends``.
     """
-    found = ends(costs, parts, allowed)
+    found = ends([costs], parts, allowed)
     if found is None:
         return None
     return [list(costs[start:end]) for start, end in zip([0, *found], found, strict=False)]
 
 
-def packed(costs: Sequence[float], parts: int, allowed: Allowed, *, steps: int = 12) -> list[int] | None:
+def packed(rows: Sequence[Sequence[float]], parts: int, allowed: Allowed, *, steps: int = 12) -> list[int] | None:
     """Where each part ends, quickly: as ``ends`` but for evenness, for parts of which any piece is allowed where the
-    whole is. The largest sum is the least possible to within ``2 ** -steps`` of the sum of all.
+    whole is, and any single item on any part. The largest sum is the least possible to within ``2 ** -steps`` of the
+    sum of all, where one row of costs holds for all parts.
 
     Under a limit parts are filled from the left, each as far as it may go, which leaves least for the others; the limit
     is found by bisection.
     """
-    sums = [0.0, *accumulate(costs)]
-    n = len(costs)
+    every = _sums(rows, parts)
+    n = len(rows[0])
 
     def fill(limit: float) -> list[int] | None:
         found: list[int] = []
         start = 0
-        for part in range(parts):
+        for part, sums in enumerate(every):
             most = min(bisect_right(sums, sums[start] + limit) - 1, n - (parts - part - 1))
             # The furthest end that is allowed, from where the part before would have ended.
             end = min(start + (found[-1] - (found[-2] if part > 1 else 0) if found else most), most)
@@ -88,7 +90,7 @@ def packed(costs: Sequence[float], parts: int, allowed: Allowed, *, steps: int =
             start = end
         return found if start == n else None
 
-    best, low, high = fill(math.inf), _pace(sums, parts), sums[-1]
+    best, low, high = fill(math.inf), _pace(every, parts), max(sums[-1] for sums in every)
     for _ in range(steps if best else 0):
         limit = (low + high) / 2
         narrower = fill(limit)
@@ -96,18 +98,24 @@ def packed(costs: Sequence[float], parts: int, allowed: Allowed, *, steps: int =
     return best
 
 
-def _pace(sums: Sequence[float], parts: int) -> float:
-    """The least possible sum of the largest part."""
-    low, high = 0.0, sums[-1]
+def _sums(rows: Sequence[Sequence[float]], parts: int) -> list[list[float]]:
+    """Sums of the costs up to each, for every part."""
+    found = [[0.0, *accumulate(row)] for row in rows]
+    return found if len(found) > 1 else found * parts
+
+
+def _pace(every: Sequence[Sequence[float]], parts: int) -> float:
+    """The least possible sum of the largest part; where parts have costs of their own, about that."""
+    low, high, n = 0.0, max(sums[-1] for sums in every), len(every[0]) - 1
     while high - low > ROUNDING * high / 4:
         limit = (low + high) / 2
-        start, largest, rest = 0, 0.0, parts
-        while rest and start < len(sums) - 1:
+        start, largest = 0, 0.0
+        for sums in every:
             end = bisect_right(sums, sums[start] + limit) - 1
             if end == start:
                 break
-            largest, start, rest = max(largest, sums[end] - sums[start]), end, rest - 1
-        if start == len(sums) - 1:
+            largest, start = max(largest, sums[end] - sums[start]), end
+        if start == n:
             high = min(high, largest)
         else:
             low = limit
@@ -115,13 +123,17 @@ def _pace(sums: Sequence[float], parts: int) -> float:
 
 
 def _solve(
-    sums: Sequence[float], parts: int, allowed: Allowed | None, join: Callable[[float, float], float], limit: float
+    every: Sequence[Sequence[float]],
+    parts: int,
+    allowed: Allowed | None,
+    join: Callable[[float, float], float],
+    limit: float,
 ) -> tuple[float, list[int]] | None:
     """The cut that minimises a joined cost of parts whose sums are at most ``limit``: its cost and its ends."""
-    n = len(sums) - 1
+    n = len(every[0]) - 1
     best: list[list[float]] = [[0.0] + [math.inf] * n]
     origin: list[list[int]] = []
-    for part in range(parts):
+    for part, sums in enumerate(every):
         row, source = [math.inf] * (n + 1), [0] * (n + 1)
         # Part ``part`` ends at least at part + 1, and leaves an item for each part after it.
         for end in range(part + 1, n - parts + part + 2):

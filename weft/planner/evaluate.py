@@ -10,6 +10,9 @@
 Where every device has its own core or is an accelerator, communication between replicas hides behind computation:
 gathers behind the forward and backward of their microbatch, the reduction behind the backward it follows. Devices that
 share cores hide nothing, since communication takes the same cores.
+
+Where devices differ, every line of replicas (sites.Line) has a timeline of its own, on cores that it shares with the
+others; the one that ends last is the step. The memory of a stage is that of the devices it fills most.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from weft.capture.profile import Profile
 from weft.cluster.topology import Cluster
@@ -24,6 +28,8 @@ from weft.estimate import Estimate
 from weft.planner import timeline
 from weft.planner.communication import transfer_s
 from weft.planner.loads import Flow, Flows, Load, Loads
+from weft.planner.sharing import Sharing
+from weft.planner.sites import Line, at
 from weft.planner.space import Candidate
 from weft.planner.stages import Ends, Stages
 from weft.planner.system import WEFT, System
@@ -33,15 +39,26 @@ from weft.schedule import Action, Edge, actions
 
 @dataclass(frozen=True)
 class StageRow:
-    """One device of a pipeline for people: which calls, what it holds, how long it works, how full it gets, what it
-    recomputes."""
+    """One device of a pipeline for people: which calls, what it holds, how long it works, how full it gets, and of how
+    much, what it recomputes, and which kinds of devices do this, where there are several."""
 
     calls: tuple[str, ...]
     parameter_bytes: float
     busy_s: float
     idle_s: float
     memory_bytes: float
+    limit_bytes: int
     recompute: Mapping[str, str] = field(default_factory=dict)
+    devices: tuple[str, ...] = ()
+
+
+class Run(NamedTuple):
+    """One line of a candidate: its stages' loads, and what goes from stage to stage."""
+
+    line: Line
+    flows: Flows
+    loads: list[Load]
+    transfers: Mapping[tuple[int, int], float]
 
 
 class Evaluator:
@@ -64,22 +81,28 @@ class Evaluator:
         """The estimate, and what each device of a pipeline contributes to it; ``events`` is filled with what each does
         when."""
         degrees, pp = candidate.degrees, candidate.degrees.pp
-        flows = self.flows(candidate, ends)
-        loads = self._loads.of(candidate, ends, flows, self._sending(candidate, flows))
-        spent = self._simulate(candidate, flows, loads, events)
+        runs = self._runs(candidate, ends)
+        every = self._simulate(candidate, runs, events is not None)
+        last = max(range(len(runs)), key=lambda r: max(device.end_s for device in every[r][0]))
+        (spent, seen), loads = every[last], runs[last].loads
+        if events is not None:
+            events += seen
         slowest = max(range(pp), key=lambda d: spent[d].end_s)
+        end_s = spent[slowest].end_s
         time = self._terms(candidate, loads[slowest::pp], spent[slowest])
         step = sum(time.values())
-        assert math.isclose(step, spent[slowest].end_s, rel_tol=1e-9), "the terms do not add up to the timeline"
+        assert math.isclose(step, end_s, rel_tol=1e-9), "the terms do not add up to the timeline"
         stretches = [self.stages.chunks(candidate, ends, d) for d in range(pp)]
-        memory = tuple(self.stages.memory(candidate, d, own) for d, own in enumerate(stretches))
-        idle = [spent[slowest].end_s - device.compute_s - device.step_s for device in spent]
+        memory = [self.stages.memory(candidate, d, own) for d, own in enumerate(stretches)]
+        idle = [[end_s - device.compute_s - device.step_s for device in of] for of, _ in every]
+        weights = [len(run.line.replicas) / degrees.replicas for run in runs]
+        idle_s = sum(weight * sum(of) for weight, of in zip(weights, idle, strict=True))
         estimate = Estimate(
             step_time_s=step,
             time=time,
-            memory=memory,
-            bytes_sent=max(sum(load.bytes_sent for load in loads[d::pp]) for d in range(pp)),
-            idle_share=sum(idle) / (pp * spent[slowest].end_s) if spent[slowest].end_s else 0.0,
+            memory=tuple(dict(held.terms) for held in memory),
+            bytes_sent=max(sum(load.bytes_sent for load in run.loads[d::pp]) for run in runs for d in range(pp)),
+            idle_share=idle_s / (pp * end_s) if end_s else 0.0,
             calibration=self.cluster.calibration,
         )
         rows = []
@@ -87,47 +110,72 @@ class Evaluator:
             holding = self.stages.holding(degrees, own)
             calls = [call for stretch in own for call in self.profile.calls[slice(*stretch)]]
             names = tuple(call.name for call in calls)
+            kinds = sorted({site.kind for site in at(self.stages.layout(candidate).sites, device)})
             rows.append(
                 StageRow(
                     names if device < pp - 1 else names[:-1],
                     holding.trainable_shard + holding.frozen_shard,
-                    spent[slowest].end_s - idle[device],
-                    idle[device],
-                    sum(memory[device].values()),
+                    end_s - idle[last][device],
+                    idle[last][device],
+                    memory[device].bytes,
+                    memory[device].limit,
                     {c.unit: m for c in calls if (m := candidate.recompute.get(c.unit))},
+                    tuple(self.stages.kinds[kind].name for kind in kinds) if len(self.stages.kinds) > 1 else (),
                 )
             )
         return estimate, rows
 
     def bound(self, candidate: Candidate, ends: Ends) -> float:
         """Seconds that a step takes at least: each device works through its microbatches; before its first one the
-        stages before it did that one's forward, and they do the last one's backward after it."""
-        flows = self.flows(candidate, ends)
-        loads = self._loads.of(candidate, ends, flows, self._sending(candidate, flows))
-        pp, most, before = candidate.degrees.pp, 0.0, 0.0
-        for device in range(pp):
-            own = loads[device::pp]
-            most = max(most, candidate.microbatches * sum(load.microbatch_s for load in own) + before + own[0].end_s)
-            before += sum(own[0].work.forward) + sum(own[0].work.backward)
+        stages before it did that one's forward, and after it they do the last one's backward and end their step."""
+        pp, microbatches, most = candidate.degrees.pp, candidate.microbatches, 0.0
+        for run in self._runs(candidate, ends):
+            before = after = 0.0
+            for device in range(pp):
+                own = run.loads[device::pp]
+                end_s, weight_s = own[0].end_s, sum(load.work.weight.compute_s for load in own)
+                done = before + microbatches * sum(load.microbatch_s for load in own)
+                most = max(most, done + end_s, done - microbatches * weight_s + after)  # weights' gradients can wait
+                before += sum(own[0].work.forward)
+                after = max(after, end_s) + sum(own[0].work.backward)
         return most
 
+    def _runs(self, candidate: Candidate, ends: Ends) -> list[Run]:
+        """Every line of a candidate, ready to be simulated."""
+        runs = []
+        for line in self.stages.layout(candidate).lines:
+            flows = self.flows(candidate, ends, line)
+            transfers = self._transfers(candidate, line, flows)
+            blocking, pairs = self.system.blocking, [pair for s, t in flows for pair in ((s, t), (t, s))]
+            loads = self._loads.of(candidate, ends, line, flows, transfers if blocking else {})
+            runs.append(Run(line, flows, loads, dict.fromkeys(pairs, 0.0) if blocking else transfers))
+        return runs
+
     def _simulate(
-        self, candidate: Candidate, flows: Flows, loads: Sequence[Load], events: list[Event] | None
-    ) -> list[Spent]:
-        degrees, edges = candidate.degrees, [Edge(s, t, f.gradient > 0) for (s, t), f in flows.items()]
-        transfers = {} if self.system.blocking else self._transfers(candidate, flows)
-        transfers = dict.fromkeys(self._pairs(flows), 0.0) | transfers
-        work = [load.work for load in loads]
+        self, candidate: Candidate, runs: Sequence[Run], watched: bool
+    ) -> list[tuple[list[Spent], list[Event]]]:
+        """What the devices of every line spend, and if it is ``watched`` what each does when."""
+        degrees, flows, cores = candidate.degrees, runs[0].flows, self.cluster.cores
+        edges = [Edge(s, t, f.gradient > 0) for (s, t), f in flows.items()]
+        pipelines = [([load.work for load in run.loads], run.transfers) for run in runs]
 
         def lists(microbatches: int) -> list[list[Action]]:
             return actions(candidate.schedule, degrees.pp, microbatches, edges, candidate.chunks)
 
         count = candidate.microbatches
-        if events is None and self.cluster.cores is None:
-            return timeline.repeated(lists, count, work, transfers, degrees.pp)
-        return timeline.simulate(lists(count), work, transfers, self.cluster.cores, events)
+        if cores is not None:
+            of_nodes = {place.node: place.cores for run in runs for place in run.line.places}
+            together = Sharing(lists(count), pipelines, of_nodes)
+            return list(zip(together.run(), together.events, strict=True))
+        if not watched:
+            return [(timeline.repeated(lists, count, *each, degrees.pp), []) for each in pipelines]
+        events: list[list[Event]] = [[] for _ in runs]
+        return [
+            (timeline.simulate(lists(count), *each, None, seen), seen)
+            for each, seen in zip(pipelines, events, strict=True)
+        ]
 
-    def flows(self, candidate: Candidate, ends: Ends) -> Flows:
+    def flows(self, candidate: Candidate, ends: Ends, line: Line) -> Flows:
         """Bytes of one microbatch from stage to stage: each tensor goes once to every later stage that reads it."""
         if candidate.stages == 1:
             return {}
@@ -136,27 +184,21 @@ class Evaluator:
         crossing = {(call, leaf, stage_of[reader]) for call, leaf, reader in self.stages.readers}
         for call, leaf, target in sorted(c for c in crossing if stage_of[c[0]] != c[2]):
             source, output = stage_of[call], self.profile.calls[call].outputs[leaf]
-            size = self.stages.output_bytes(call, leaf, candidate)
+            size = self.stages.output_bytes(call, leaf, candidate, line.samples)
             old = flows.get((source, target), Flow(0.0, 0.0))
             flows[source, target] = Flow(old.activation + size, old.gradient + (size if output.requires_grad else 0.0))
         return flows
 
-    def _sending(self, candidate: Candidate, flows: Flows) -> dict[tuple[int, int], float]:
-        """Seconds that a stage spends sending, where it can do nothing else meanwhile."""
-        return self._transfers(candidate, flows) if self.system.blocking else {}
-
-    def _pairs(self, flows: Flows) -> list[tuple[int, int]]:
-        return [pair for s, t in flows for pair in ((s, t), (t, s))]
-
-    def _transfers(self, candidate: Candidate, flows: Flows) -> dict[tuple[int, int], float]:
+    def _transfers(self, candidate: Candidate, line: Line, flows: Flows) -> dict[tuple[int, int], float]:
         """Seconds of a microbatch's tensors between stages, both ways."""
         degrees = candidate.degrees
         mesh, pp = self.stages.mesh(degrees), degrees.pp
         apart = degrees.devices // pp
+        first = line.replicas[0] * degrees.tp * degrees.cp
         scatters = self.system.scatters and not candidate.sequence
         seconds: dict[tuple[int, int], float] = {}
         for (source, target), flow in flows.items():
-            link = self.cluster.link_between(source % pp * apart, target % pp * apart)
+            link = self.cluster.link_between(source % pp * apart + first, target % pp * apart + first)
             for pair, size in (((source, target), flow.activation), ((target, source), flow.gradient)):
                 seconds[pair] = transfer_s(size / (degrees.tp if scatters else 1), link)
                 if scatters:

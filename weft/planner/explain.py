@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from weft.capture.profile import Profile
+from weft.cluster.topology import Device
 from weft.estimate import Estimate
-from weft.plan import RECOMPUTE
+from weft.plan import RECOMPUTE, listed
 from weft.planner.evaluate import StageRow
+from weft.planner.sites import Line
 from weft.planner.space import Candidate, Refused
 from weft.quantity import format_bytes, format_count, format_seconds
 
@@ -37,12 +39,11 @@ def explain(
     title: str,
     estimate: Estimate,
     stages: Sequence[StageRow],
-    memory_bytes: int,
     cluster: str,
     batch_size: int,
     alternatives: Sequence[tuple[str, Estimate]],
     refused: Sequence[Refused],
-    without_recompute: float | None = None,
+    without_recompute: tuple[float, int] | None = None,
     notes: Sequence[str] = (),
     later: Sequence[tuple[str, Estimate, str]] = (),
 ) -> str:
@@ -52,32 +53,32 @@ def explain(
         title: the plan in a line.
         estimate: of the plan.
         stages: what its stages contribute.
-        memory_bytes: of a device.
         cluster: its name.
         batch_size: global batch size, in samples.
         alternatives: other plans in a line each, with their estimates.
         refused: what was left out.
-        without_recompute: bytes the fullest device would need if nothing were recomputed; None where the planner did
-            not choose to.
+        without_recompute: bytes the fullest device would need if nothing were recomputed, and those it has; None where
+            the planner did not choose to.
         notes: what the user should know of it besides.
         later: faster plans that weft cannot run yet, with what it lacks.
     """
-    step, peak = estimate.step_time_s, max(estimate.peak_memory_bytes)
+    step, full = estimate.step_time_s, _fullest(stages)
+    peak = estimate.peak_memory_bytes[full]
     lines = [
         f"Plan: {title}",
         f"on {cluster} (rates: {estimate.calibration})",
         "",
         f"A step takes {format_seconds(step)}: {format_count(batch_size / step, 'samples/s')}. "
-        f"The fullest device holds {format_bytes(peak)} of {format_bytes(memory_bytes)}.",
+        f"The fullest device holds {format_bytes(peak)} of {format_bytes(stages[full].limit_bytes)}.",
         why(estimate, alternatives, refused),
-        *([] if without_recompute is None else [_because(without_recompute, memory_bytes)]),
+        *([] if without_recompute is None else [_because(*without_recompute)]),
         *notes,
         "",
         "Time of the slowest device's step:",
         *_terms({TIME_NAMES[k]: v for k, v in estimate.time.items()}, step, format_seconds),
         "",
-        f"Memory at its fullest moment (stage {_fullest(estimate)}):",
-        *_terms({MEMORY_NAMES[k]: v for k, v in estimate.memory[_fullest(estimate)].items()}, peak, format_bytes),
+        f"Memory at its fullest moment (stage {full}):",
+        *_terms({MEMORY_NAMES[k]: v for k, v in estimate.memory[full].items()}, peak, format_bytes),
         "",
         "Stages:",
         *(f"  {index}: {_stage(stage)}" for index, stage in enumerate(stages)),
@@ -111,8 +112,30 @@ def remarks(profile: Profile, candidate: Candidate) -> list[str]:
     ]
 
 
-def _because(without: float, memory_bytes: int) -> str:
-    needs = f"{format_bytes(without)} of {format_bytes(memory_bytes)}"
+def unequal(lines: Sequence[Line], kinds: Sequence[Device], chosen: Estimate, equal: Estimate) -> str:
+    """How a batch is divided over replicas of unequal speed, and what that is worth.
+
+    Args:
+        lines: of the plan.
+        kinds: of devices.
+        chosen: estimate of the plan.
+        equal: of the same with equal shares.
+    """
+    told = []
+    for line in lines:
+        sites = [site for sites in line.sites for site in sites]
+        names = dict.fromkeys(kinds[site.kind].name for site in sites)
+        counts = dict.fromkeys(str(site.samples) for site in sites)
+        replicas = f"replica{'s' if len(line.replicas) > 1 else ''} {listed(line.replicas)}"
+        told.append(f"{replicas} ({', '.join(names)}) {' or '.join(counts)}")
+    return (
+        f"Samples of a microbatch by the speed of devices: {'; '.join(told)}. With equal shares a step would take "
+        f"{format_seconds(equal.step_time_s)} ({equal.step_time_s / chosen.step_time_s - 1:+.1%})."
+    )
+
+
+def _because(without: float, limit: int) -> str:
+    needs = f"{format_bytes(without)} of {format_bytes(limit)}"
     return f"It recomputes activations, since keeping them all needs {needs}."
 
 
@@ -155,9 +178,8 @@ def _largest_difference(chosen: Estimate, other: Estimate) -> tuple[str, float]:
     return max(((name, theirs[name] - mine[name]) for name in mine), key=lambda pair: pair[1])
 
 
-def _fullest(estimate: Estimate) -> int:
-    peaks = estimate.peak_memory_bytes
-    return peaks.index(max(peaks))
+def _fullest(stages: Sequence[StageRow]) -> int:
+    return max(range(len(stages)), key=lambda s: stages[s].memory_bytes / stages[s].limit_bytes)
 
 
 def _terms(terms: dict[str, float], total: float, form: Callable[[float], str]) -> list[str]:
@@ -171,9 +193,11 @@ def _stage(stage: StageRow) -> str:
     calls = (
         stage.calls[0] if len(stage.calls) == 1 else f"{stage.calls[0]} to {stage.calls[-1]} ({len(stage.calls)} calls)"
     )
+    of = f" of {format_bytes(stage.limit_bytes)} on {' and '.join(stage.devices)}" if stage.devices else ""
     return (
         f"{calls}: {format_bytes(stage.parameter_bytes)} of parameters, busy {format_seconds(stage.busy_s)}, "
-        f"idle {format_seconds(stage.idle_s)}, {format_bytes(stage.memory_bytes)} at most{_recompute(stage.recompute)}"
+        f"idle {format_seconds(stage.idle_s)}, {format_bytes(stage.memory_bytes)}{of} at most"
+        f"{_recompute(stage.recompute)}"
     )
 
 

@@ -6,30 +6,35 @@ and more closely:
     degrees      the least of its candidates' bounds                                    _of_degrees
     candidate    S sum over calls of forward + backward, m microbatches, p stages: at best stages are cut so that
                  every one of them ends at the same time, S / (1 - (1 - 1 / m) ** p), and no stage is faster than the
-                 slowest call                                                            _floor
+                 slowest call; where devices differ, of every line of replicas           _floor
     cut          stages are cut and recomputation is chosen; the bound of Evaluator.bound, with what is exchanged,
                  gathered, reduced, and the optimizer's step
     costed       the simulated timeline
 
 What comes out costed is the fastest there is, since everything else has a bound that is no less. So pruning loses
 nothing of what is searched: all degrees, numbers of microbatches (space.counts), schedules, stages of the sharded
-optimizer; with stages cut by exact balance (balance.ends) and recomputation as recompute.py chooses it, greedily.
+optimizer, shares that are equal or by speed; with stages cut by exact balance (balance.ends) and recomputation as
+recompute.py chooses it, greedily.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import NamedTuple
 
 from weft.estimate import Estimate
+from weft.plan import listed
 from weft.planner import space
 from weft.planner.evaluate import Evaluator
 from weft.planner.recompute import recomputing
+from weft.planner.sites import Line, Site, at
 from weft.planner.space import Candidate, Constraints, Degrees, everywhere
-from weft.planner.stages import Ends, call_s
+from weft.planner.stages import Ends, Held
+from weft.quantity import format_bytes
 
 
 class Costed(NamedTuple):
@@ -58,7 +63,8 @@ class Costed(NamedTuple):
 def title(candidate: Candidate) -> str:
     """A candidate in a line."""
     degrees, microbatches = candidate.degrees, candidate.microbatches
-    parts = [degrees.describe(), f"{microbatches} microbatch{'es' if microbatches > 1 else ''}"]
+    shares = f" shares={listed(candidate.shares)}" if candidate.shares else ""
+    parts = [degrees.describe() + shares, f"{microbatches} microbatch{'es' if microbatches > 1 else ''}"]
     if degrees.pp > 1:
         parts.append(candidate.schedule + (f" in {candidate.chunks} chunks" if candidate.chunks > 1 else ""))
     parts += [f"zero={candidate.zero}"] * (degrees.dp_shard > 1) + ["sequence-parallel"] * candidate.sequence
@@ -66,11 +72,17 @@ def title(candidate: Candidate) -> str:
 
 
 class Cut(NamedTuple):
-    """A candidate with its stages cut, not yet costed."""
+    """A candidate with its stages cut, not yet costed, and what its fullest device holds."""
 
     candidate: Candidate
     ends: Ends
-    peak: float
+    full: Held
+
+    @property
+    def needs(self) -> str:
+        """What its fullest device needs, in words."""
+        again = " with recomputation" if self.candidate.recompute else ""
+        return f"needs {format_bytes(self.full.bytes)} of {format_bytes(self.full.limit)}{again}"
 
 
 @dataclass
@@ -90,13 +102,8 @@ class Frontier:
     degrees: list[Degrees]
     fits: set[Degrees] = field(default_factory=set)
     costed: int = 0
-    _floors: dict[object, tuple[float, float]] = field(default_factory=dict)
+    _floors: dict[object, tuple[float, float, list[float]]] = field(default_factory=dict)
     _roomy: dict[object, bool] = field(default_factory=dict)
-
-    @property
-    def memory_bytes(self) -> float:
-        """Of a device."""
-        return self.evaluator.cluster.memory_bytes
 
     def __iter__(self) -> Iterator[Costed]:
         """The fastest that fits of each kind of plan, fastest first."""
@@ -121,15 +128,15 @@ class Frontier:
             if degrees.kind in settled:
                 continue
             if isinstance(what, Degrees):
-                if self.standing(what, 3) > self.memory_bytes:
+                if self.standing(what, 3) > 1:
                     continue
                 for candidate in self._of_degrees(what):
                     push(max(bound, self._floor(candidate)), candidate)
             elif isinstance(what, Candidate):
                 cut = self.cut(what) if self._may_fit(what) else None
-                if cut and cut.peak <= self.memory_bytes:
+                if cut and cut.full.fits:
                     self.fits.add(degrees)
-                    push(max(bound, self.evaluator.bound(cut.candidate, cut.ends)), cut, cut.peak)
+                    push(max(bound, self.evaluator.bound(cut.candidate, cut.ends)), cut, cut.full.bytes)
             elif isinstance(what, Cut):
                 self.costed += 1
                 found = Costed(what.candidate, what.ends, self.evaluator.estimate(what.candidate, what.ends))
@@ -139,7 +146,10 @@ class Frontier:
                 yield what
 
     def _candidates(self, degrees: Degrees) -> list[Candidate]:
-        return list(space.candidates(self.evaluator.profile, degrees, self.constraints))
+        """Those of some degrees, with equal shares, and with shares by speed where replicas are of unequal speed."""
+        stages = self.evaluator.stages
+        equal = list(space.candidates(self.evaluator.profile, degrees, self.constraints))
+        return equal + [c for each in equal if (c := stages.with_shares(each)).shares]
 
     def _of_degrees(self, degrees: Degrees) -> list[Candidate]:
         """The candidates of some degrees. Where cutting the batch would change the statistics taken over it and no
@@ -148,36 +158,67 @@ class Frontier:
         if not self.evaluator.profile.batch_statistics or degrees.pp > 1:
             return every
         whole = [c for c in every if c.microbatches == 1]
-        return whole if any(self.cut(c).peak <= self.memory_bytes for c in whole) else every
+        return whole if any(self.cut(c).full.fits for c in whole) else every
 
     def _floor(self, candidate: Candidate) -> float:
         """Seconds that a candidate's step takes at least, before its stages are cut."""
         stages, cluster = self.evaluator.stages, self.evaluator.cluster
-        degrees, m = candidate.degrees, candidate.microbatches
-        key = (stages.division(candidate), degrees.tp)
-        if key not in self._floors:
-            mesh = stages.mesh(Degrees(tp=degrees.tp, cp=degrees.cp))
-            calls = stages.calls(candidate._replace(recompute={}), 0, len(stages.profile.calls))
-            seconds = [call_s(call, mesh) for call in calls]
-            self._floors[key] = sum(seconds), max(seconds)
-        total, slowest = self._floors[key]
+        lines = stages.layout(candidate).lines
         shown = 1 - self.evaluator.system.hides_tensor
-        floor = shown * max(total / (1 - (1 - 1 / m) ** degrees.pp), m * slowest)
-        if cluster.cores is not None and len(cluster.nodes) == 1 and cluster.nodes[0].count == 1:
-            computing = sum(c.forward_s + c.backward_s for c in stages.calls(candidate, 0, len(stages.profile.calls)))
-            floor = max(floor, m * computing * degrees.devices / degrees.pp / cluster.cores)
+        floor = shown * max(self._line_floor(candidate, line) for line in lines)
+        if cluster.cores is not None and len(cluster.node_starts) == 1:
+            floor = max(floor, sum(self._core_seconds(candidate, line) for line in lines) / cluster.cores)
         return floor
+
+    def _line_floor(self, candidate: Candidate, line: Line) -> float:
+        """The same of a line, whose stage ``d`` is at most ``v_d`` as fast at any call as its fastest stage: from
+
+            m y_d + sum of y_e over e < d <= T        for every stage, whose microbatch takes y_d
+            sum of v_d y_d >= S                       together they do everything
+
+        follows ``T >= S / sum of l_d`` for ``l_d >= 0`` with ``m l_d + sum of l_e over e > d >= v_d``.
+        """
+        stages, degrees, m = self.evaluator.stages, candidate.degrees, candidate.microbatches
+        paces = [stages.slowest(candidate, sites) for sites in line.sites]
+        key = (tuple((site.kind, site.samples) for site in paces), degrees.tp, degrees.cp, candidate.sequence)
+        if key not in self._floors:
+            whole = candidate._replace(recompute={}, degrees=Degrees(tp=degrees.tp, cp=degrees.cp))
+            rows = {site: stages.row(whole, site) for site in paces}
+            least = [min(costs) for costs in zip(*rows.values(), strict=True)]
+            ratios = {site: [a / b for a, b in zip(least, row, strict=True) if b] for site, row in rows.items()}
+            self._floors[key] = sum(least), max(least), [max(ratios[site], default=1.0) for site in paces]
+        total, slowest, speeds = self._floors[key]
+        if len(speeds) == 1:
+            filled = 1 - (1 - 1 / m) ** degrees.pp
+        else:
+            filled = 0.0
+            for speed in reversed(speeds):
+                filled += max(0.0, speed - filled) / m
+        return max(total / filled, m * slowest)
+
+    def _core_seconds(self, candidate: Candidate, line: Line) -> float:
+        """Seconds of processor cores that a line's devices take at least."""
+        stages, degrees = self.evaluator.stages, candidate.degrees
+
+        def seconds(site: Site) -> float:
+            calls = stages.calls(candidate, 0, len(stages.profile.calls), site)
+            return sum(call.forward_s + call.backward_s for call in calls)
+
+        least = min(seconds(site) for sites in line.sites for site in sites)
+        share = min(place.core_share for place in line.places)
+        devices = len(line.replicas) * degrees.tp * degrees.cp
+        return candidate.microbatches * least * share * devices
 
     def cut(self, candidate: Candidate) -> Cut:
         """The candidate as it is, or where that does not fit, cut by memory too, or recomputing as much as it takes."""
         stages = self.evaluator.stages
 
         def found(candidate: Candidate, ends: Ends) -> Cut:
-            return Cut(candidate, ends, max(stages.peaks(candidate, ends)))
+            return Cut(candidate, ends, stages.fullest(candidate, ends))
 
         fastest = stages.fastest(candidate)
         plain = found(candidate, fastest)
-        if plain.peak <= self.memory_bytes or (self.constraints.recompute is not None and candidate.stages == 1):
+        if plain.full.fits or (self.constraints.recompute is not None and candidate.stages == 1):
             return plain
         options = [plain]
         if (ends := stages.cut(candidate)) != fastest:
@@ -187,11 +228,11 @@ class Frontier:
             full = candidate._replace(recompute=everywhere(stages.profile, "full"))
             for ends in dict.fromkeys([fastest, stages.cut(full)]):
                 everything = found(full, ends)
-                fits = everything.peak <= self.memory_bytes
+                fits = everything.full.fits
                 options.append(found(recomputing(stages, candidate, ends), ends) if fits else everything)
-        fitting = [option for option in options if option.peak <= self.memory_bytes]
+        fitting = [option for option in options if option.full.fits]
         if not fitting:
-            return min(options, key=lambda o: o.peak)
+            return min(options, key=lambda o: o.full.order)
         if len(fitting) == 1:
             return fitting[0]
         # The bound tells little where devices share cores; clusters of such are small.
@@ -201,19 +242,23 @@ class Frontier:
         return min(fitting, key=lambda o: evaluator.estimate(o.candidate, o.ends).step_time_s)
 
     def standing(self, degrees: Degrees, zero: int) -> float:
-        """Bytes that the fullest device holds at least, in the optimizer's step: an equal part of what all hold."""
-        stages, device = self.evaluator.stages, self.evaluator.cluster.device
+        """Share of their memory that devices fill at least, in the optimizer's step: what the stages hold together, of
+        what those devices of each that can hold least can."""
+        stages = self.evaluator.stages
         holding = stages.holding(degrees, [(0, len(stages.profile.calls))])
         shards = holding.trainable_shard + holding.frozen_shard
         whole = holding.trainable + holding.frozen if degrees.dp_shard > 1 and zero < 3 else 0.0
         state = holding.trainable_shard * (1 + stages.profile.optimizer_state_bytes)  # and the gradients
-        return (shards + whole + state) / degrees.pp * (1 + device.allocator_share) + device.reserved_bytes
+        kinds, sites = stages.kinds, stages.layout(Candidate(degrees, 1, "1f1b")).sites
+        rooms = [(k.memory_bytes - k.reserved_bytes) / (1 + k.allocator_share) for k in kinds]
+        room = sum(min(rooms[site.kind] for site in at(sites, stage)) for stage in range(degrees.pp))
+        return (shards + whole + state) / room if room > 0 else math.inf
 
     def _may_fit(self, candidate: Candidate) -> bool:
         """False where it is known at once that a candidate does not fit: by what it holds in any case, or because
         smaller microbatches, ZeRO-3 or 1F1B would not, which need less: but for a single microbatch, which keeps no
         gradients beside activations."""
-        if self.standing(candidate.degrees, candidate.zero) > self.memory_bytes:
+        if self.standing(candidate.degrees, candidate.zero) > 1:
             return False
         if candidate.microbatches == 1 or self.constraints.recompute is not None:
             return True
@@ -222,16 +267,12 @@ class Frontier:
         degrees = candidate.degrees
         most = space.counts(self.evaluator.profile, degrees, self.constraints)[-1]
         smallest = candidate._replace(microbatches=most)
-        samples = self.evaluator.stages.samples(smallest)
         # Whole copies need the same however many there are.
-        key = (
-            degrees._replace(dp_replicate=min(degrees.dp_replicate, 2)),
-            candidate.zero,
-            samples,
-            min(most, 2 * degrees.pp),
-        )
+        alike = degrees._replace(dp_replicate=min(degrees.dp_replicate, 2))
+        sites = tuple((s.kind, s.samples) for of in self.evaluator.stages.layout(smallest).sites for s in of)
+        key = (alike, candidate.zero, sites, min(most, 2 * degrees.pp))
         if key not in self._roomy:
-            self._roomy[key] = self._least(smallest).peak <= self.memory_bytes
+            self._roomy[key] = self._least(smallest).full.fits
         return self._roomy[key]
 
     def _least(self, candidate: Candidate) -> Cut:
@@ -241,10 +282,11 @@ class Frontier:
             candidate = candidate._replace(schedule="1f1b")
         full = candidate._replace(recompute=everywhere(stages.profile, self.constraints.recompute or "full"))
         fastest = stages.fastest(full)
-        if (peak := max(stages.peaks(full, fastest))) > self.memory_bytes:
+        held = stages.fullest(full, fastest)
+        if not held.fits:
             fastest = stages.cut(full)
-            peak = max(stages.peaks(full, fastest))
-        return Cut(full, fastest, peak)
+            held = stages.fullest(full, fastest)
+        return Cut(full, fastest, held)
 
     def least(self, degrees: Degrees) -> Cut:
         """Of the candidates of some degrees the one that needs least memory, as far as their order tells: with one
@@ -252,4 +294,4 @@ class Frontier:
         counts = space.counts(self.evaluator.profile, degrees, self.constraints)
         every = [c for c in self._candidates(degrees) if c.microbatches in (1, counts[-1])]
         schedule = every[-1].schedule
-        return min((self._least(c) for c in every if c.schedule == schedule), key=lambda cut: cut.peak)
+        return min((self._least(c) for c in every if c.schedule == schedule), key=lambda cut: cut.full.order)

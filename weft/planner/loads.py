@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from weft.cluster.topology import Device
 from weft.planner.communication import Mesh, transfer_s
 from weft.planner.compute import ACCUMULATE_PASSES, SHARDED_OPERATIONS, accumulate_s, dtensor_s, optimizer_s
 from weft.planner.holdings import Holding
+from weft.planner.sites import Line, Place, Site, at
 from weft.planner.space import Candidate
 from weft.planner.stages import Ends, Stages, Stretch, exchange_s
 from weft.planner.work import Stage, Work
@@ -64,11 +66,10 @@ class Loads:
         self._known: dict[tuple[object, ...], Load] = {}
 
     def of(
-        self, candidate: Candidate, ends: Ends, flows: Flows, sending: Mapping[tuple[int, int], float]
+        self, candidate: Candidate, ends: Ends, line: Line, flows: Flows, sending: Mapping[tuple[int, int], float]
     ) -> list[Load]:
-        """The load of every stage; ``sending``: seconds a stage spends sending to another."""
+        """The load of every stage of a line; ``sending``: seconds a stage spends sending to another."""
         stretches, pp = self.stages.stretches(ends), candidate.degrees.pp
-        apart = candidate.degrees.devices // pp
         mixed = {"recompute": None, "schedule": candidate.schedule == "zero_bubble"}
         common = tuple((candidate._asdict() | mixed).values())
         found = []
@@ -80,13 +81,17 @@ class Loads:
             forward_s = sum(sending[s, t] for s, t in flows if s == stage) if sending else 0.0
             backward_s = sum(sending[t, s] for s, t in flows if t == stage) if sending else 0.0
             content = tuple(self.stages.content(each, self.stages.modes(candidate, each)) for each in own)
-            key = (stage // pp, content, common, tied, forward_s, backward_s)
-            if key not in self._known:
-                ending = own if stage < pp else []
-                self._known[key] = self._load(candidate, stretch, ending, tied, forward_s, backward_s)
-            load = self._known[key]
-            if node := stage % pp * apart // self.cluster.devices_per_node:
-                load = load._replace(work=replace(load.work, node=node))
+            place, sites = at(line.places, stage % pp), at(line.sites, stage % pp)
+            options = []
+            for site in sites:
+                key = (stage // pp, content, common, site, place[1:], tied, forward_s, backward_s)
+                if key not in self._known:
+                    ending = own if stage < pp else []
+                    self._known[key] = self._load(candidate, stretch, ending, site, place, tied, forward_s, backward_s)
+                options.append(self._known[key])
+            load = max(options, key=lambda load: load.microbatch_s) if len(options) > 1 else options[0]
+            if place.node:
+                load = load._replace(work=replace(load.work, node=place.node))
             crossing = sum(f.activation * (s == stage) + f.gradient * (t == stage) for (s, t), f in flows.items())
             found.append(load._replace(bytes_sent=load.bytes_sent + candidate.microbatches * crossing))
         return found
@@ -96,6 +101,8 @@ class Loads:
         candidate: Candidate,
         stretch: Stretch,
         ending: Sequence[Stretch],
+        site: Site,
+        place: Place,
         tied: float,
         forward_s: float,
         backward_s: float,
@@ -103,11 +110,9 @@ class Loads:
         """Load of one stage. ``ending`` are all stretches of its device where it is the device's first, with which the
         end of the step stands; ``tied`` is what the device shares with others, in bytes."""
         degrees, microbatches, system = candidate.degrees, candidate.microbatches, self.system
-        mesh, device = self.stages.mesh(degrees), self.cluster.device
-        calls, holding = self.stages.calls(candidate, *stretch), self.stages.holding(degrees, [stretch])
-        on_node = min(degrees.devices, self.cluster.devices_per_node)
-        hides = self.cluster.cores is None or self.cluster.cores >= on_node
-        hides_gather, hides_reduce = hides and system.hides_gather, hides and system.hides_reduce
+        mesh, device = self.stages.mesh(degrees), self.stages.kinds[site.kind]
+        calls, holding = self.stages.calls(candidate, *stretch, site), self.stages.holding(degrees, [stretch])
+        hides_gather, hides_reduce = place.hides and system.hides_gather, place.hides and system.hides_reduce
 
         forward, backward = sum(call.forward_s for call in calls), sum(call.backward_s for call in calls)
         later = (microbatches - 1) / microbatches  # the first microbatch's gradients are kept as they are
@@ -132,13 +137,13 @@ class Loads:
 
         sharded, each_s, gather_forward, gather_backward = degrees.dp_shard > 1, 0.0, 0.0, 0.0
         if sharded and candidate.zero == 3:
-            gathers, copies, gathered = self._gathers(holding, mesh)
+            gathers, copies, gathered = self._gathers(holding, mesh, device)
             forward, backward = forward + copies, backward + copies
             gather_forward = exposed(gathers, forward) if hides_gather else sum(gathers)
             gather_backward = exposed(gathers, backward) if hides_gather else sum(gathers)
             sent += 2 * microbatches * gathered
         if sharded and candidate.zero >= 2 and microbatches > 1:  # the last microbatch's are in ``reduce``
-            each, size = self._reduce(candidate, holding, mesh, backward if hides_reduce else 0.0)
+            each, size = self._reduce(holding, mesh, device, backward if hides_reduce else 0.0)
             each_s, sent = later * each.collective_s, sent + (microbatches - 1) * size
             backward += later * each.compute_s
         weight = sum(call.weight_s for call in calls) if candidate.schedule == "zero_bubble" else 0.0
@@ -146,13 +151,13 @@ class Loads:
         reduce, step, tied_s = Work(0.0), Work(0.0), 0.0
         if ending:
             whole, link = self.stages.holding(degrees, ending), mesh.link("pp")
-            reduce, size = self._reduce(candidate, whole, mesh, len(ending) * backward if hides_reduce else 0.0)
+            reduce, size = self._reduce(whole, mesh, device, len(ending) * backward if hides_reduce else 0.0)
             tied_s = 2 * transfer_s(tied / degrees.dp_shard, link) if tied and link else 0.0
             reduce = Work(reduce.compute_s, reduce.collective_s + tied_s)
-            seconds = self._step(candidate, whole)
+            seconds = self._step(candidate, whole, device)
             sent += size + tied / degrees.dp_shard
             if sharded and candidate.zero < 3:
-                gathers, copies, gathered = self._gathers(whole, mesh)
+                gathers, copies, gathered = self._gathers(whole, mesh, device)
                 seconds += copies + (exposed(gathers, len(ending) * forward) if hides_gather else sum(gathers))
                 sent += gathered
             step = Work(seconds, mesh.collective_s("everyone", "all_reduce", CONTROL_BYTES))
@@ -162,14 +167,14 @@ class Loads:
             weight=Work(weight),
             reduce=reduce,
             step=step,
-            devices=min(degrees.devices // degrees.pp, self.cluster.devices_per_node),
+            devices=place.devices,
+            core_share=place.core_share,
         )
         gather_s = gather_forward + gather_backward + each_s
         return Load(work, forward_tp + backward_tp, gather_s, tied_s, sent)
 
-    def _gathers(self, holding: Holding, mesh: Mesh) -> tuple[list[float], float, float]:
+    def _gathers(self, holding: Holding, mesh: Mesh, device: Device) -> tuple[list[float], float, float]:
         """Gathering every unit's parameters: seconds of each, seconds of copying, bytes sent."""
-        device = self.cluster.device
         scale = 1.0 if self.system.gather_bytes is None else self.system.gather_bytes / self.stages.item_bytes
         units = [scale * size for size in holding.units.values()]
         copies = sum(device.seconds("copy", 0.0, COPY_PASSES * size) for size in units)
@@ -177,23 +182,22 @@ class Loads:
         seconds = [mesh.collective_s("dp_shard", "all_gather", size) for size in units]
         return seconds, copies, sum(mesh.bytes("dp_shard", "all_gather", size) for size in units)
 
-    def _step(self, candidate: Candidate, holding: Holding) -> float:
+    def _step(self, candidate: Candidate, holding: Holding, device: Device) -> float:
         """Seconds of a device's optimizer step."""
         passes = self.stages.profile.optimizer_passes
         if self.system.step_bytes is not None:
             passes = self.system.step_bytes / self.stages.item_bytes
         tensors = holding.tensors
         dtensors = tensors if candidate.degrees.uses_fsdp else 0
-        seconds = optimizer_s(self.cluster.device, holding.trainable_shard, tensors, passes, dtensors=dtensors)
+        seconds = optimizer_s(device, holding.trainable_shard, tensors, passes, dtensors=dtensors)
         return seconds + self.system.step_s
 
-    def _reduce(self, candidate: Candidate, holding: Holding, mesh: Mesh, hidden_s: float) -> tuple[Work, float]:
+    def _reduce(self, holding: Holding, mesh: Mesh, device: Device, hidden_s: float) -> tuple[Work, float]:
         """Averaging the gradients over the replicas, what ``hidden_s`` does not hide of it; and the bytes sent."""
-        device, degrees = self.cluster.device, candidate.degrees
         if mesh.ranks("dp_shard") == mesh.ranks("dp_replicate") == 1 or not holding.trainable:
             return Work(0.0), 0.0
         scale = 1.0 if self.system.reduce_bytes is None else self.system.reduce_bytes / self.stages.item_bytes
-        if degrees.dp_shard > 1:
+        if mesh.ranks("dp_shard") > 1:
             parts = [scale * size for size in holding.units.values() if size]
             seconds = [mesh.collective_s("dp_shard", "reduce_scatter", size) for size in parts]
             sent = sum(mesh.bytes("dp_shard", "reduce_scatter", size) for size in parts)

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 from weft.plan import RECOMPUTE
+from weft.planner.sites import Site, at
 from weft.planner.space import Candidate
 from weft.planner.stages import Ends, Stages, Stretch
 
@@ -43,18 +44,19 @@ def pruned(stages: Stages, candidate: Candidate, ends: Ends) -> Candidate:
 
 
 def _fits(stages: Stages, candidate: Candidate, device: int, stretches: Sequence[Stretch]) -> bool:
-    return sum(stages.memory(candidate, device, stretches).values()) <= stages.cluster.memory_bytes
+    return stages.memory(candidate, device, stretches).fits
 
 
 def _of_device(stages: Stages, candidate: Candidate, device: int, stretches: Sequence[Stretch]) -> Mapping[str, str]:
     def fits(modes: Mapping[str, str]) -> bool:
         return _fits(stages, candidate._replace(recompute=modes), device, stretches)
 
+    site = stages.slowest(candidate, at(stages.layout(candidate).sites, device))
     before: dict[str, str] = {}
     if fits(before):
         return before
     for mode in RECOMPUTE:
-        units = _by_gain(stages, candidate, stretches, mode, before)
+        units = _by_gain(stages, candidate, site, stretches, mode, before)
 
         def first(count: int, before: dict[str, str] = before, mode: str = mode, units: Sequence[str] = units) -> bool:
             return fits(before | dict.fromkeys(units[:count], mode))
@@ -67,13 +69,18 @@ def _of_device(stages: Stages, candidate: Candidate, device: int, stretches: Seq
 
 
 def _by_gain(
-    stages: Stages, candidate: Candidate, stretches: Sequence[Stretch], mode: str, before: Mapping[str, str]
+    stages: Stages,
+    candidate: Candidate,
+    site: Site,
+    stretches: Sequence[Stretch],
+    mode: str,
+    before: Mapping[str, str],
 ) -> Sequence[str]:
     """Units that keep less in a mode than they do ``before``, the best bargains first."""
     units = [call.unit for stretch in stretches for call in stages.profile.calls[slice(*stretch)]]
     freed, spent = dict.fromkeys(units, 0.0), dict.fromkeys(units, 0.0)
     recomputes = [candidate._replace(recompute=modes) for modes in (before, dict.fromkeys(units, mode))]
-    now, then = ([c for stretch in stretches for c in stages.calls(which, *stretch)] for which in recomputes)
+    now, then = ([c for stretch in stretches for c in stages.calls(which, *stretch, site)] for which in recomputes)
     for unit, a, b in zip(units, now, then, strict=True):
         freed[unit] += a.saved_bytes - b.saved_bytes
         spent[unit] += b.backward_s - a.backward_s

@@ -7,6 +7,7 @@ variants of the best of each kind (``space.later``); they are told of, never cho
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Unpack
 
@@ -14,10 +15,10 @@ from weft.capture.profile import Profile
 from weft.cluster.topology import Cluster
 from weft.errors import MemoryLimitError, PlanError
 from weft.estimate import Estimate
-from weft.plan import RECOMPUTE, Plan
+from weft.plan import RECOMPUTE, Plan, lowest
 from weft.planner import space
 from weft.planner.evaluate import Evaluator, StageRow
-from weft.planner.explain import explain, remarks
+from weft.planner.explain import explain, remarks, unequal
 from weft.planner.frontier import Costed, Cut, Frontier, title
 from weft.planner.recompute import pruned
 from weft.planner.space import Candidate, Constraints, Degrees, Keywords, Refused, everywhere
@@ -124,26 +125,23 @@ def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> 
             break
     tight = _without_room(frontier, possible, {costed.candidate.degrees.kind for costed in best})
     if not best:
-        raise MemoryLimitError(_too_large(min(tight.values(), key=lambda cut: cut.peak), cluster))
-    refused += [Refused(what, f"needs {_needs(cut, cluster)}") for what, cut in tight.items()]
+        raise MemoryLimitError(_too_large(min(tight.values(), key=lambda cut: cut.full.order), cluster))
+    refused += [Refused(what, cut.needs) for what, cut in tight.items()]
     best.sort(key=lambda c: c.order)
     chosen, others = best[0], best[1:]
     later = _later(evaluator, best)
     estimate, stages = evaluator.evaluate(chosen.candidate, chosen.ends)
-    without = chosen.candidate._replace(recompute={})
+    plain = chosen.candidate._replace(recompute={}) if free and chosen.candidate.recompute else None
     reasons = explain(
         title=_title(chosen, profile.precision, compiled=compiled),
         estimate=estimate,
         stages=stages,
-        memory_bytes=cluster.memory_bytes,
         cluster=cluster.name,
         batch_size=profile.batch_size,
         alternatives=[(c.title, c.estimate) for c in others],
         refused=refused,
-        without_recompute=max(evaluator.stages.peaks(without, chosen.ends))
-        if free and chosen.candidate.recompute
-        else None,
-        notes=remarks(profile, chosen.candidate),
+        without_recompute=evaluator.stages.fullest(plain, chosen.ends)[:2] if plain else None,
+        notes=[*remarks(profile, chosen.candidate), *_unequal(evaluator, chosen)],
         later=[(x.what, x.estimate, x.lacks) for x in later],
     )
 
@@ -173,22 +171,24 @@ def make_plan(
     microbatches: int = 1,
     schedule: str = "1f1b",
     zero: int = 3,
+    shares: Sequence[int] = (),
     recompute: str | None = None,
     compile: bool = False,
 ) -> Plan:
-    """The plan with exactly these degrees, its stages balanced; memory binds only how they are cut.
+    """The plan with exactly these degrees and shares, its stages balanced; memory binds only how they are cut.
 
     ``recompute`` is the mode of every unit; the precision is the profile's.
 
     Raises:
-        PlanError: the model cannot be divided so.
+        PlanError: the model cannot be divided so, or the batch by these shares.
     """
     degrees = Degrees(pp, dp_replicate, dp_shard, tp)
     if reason := space.refuse(profile, degrees, microbatches):
         raise PlanError(f"{degrees.describe()}: {reason}")
     if recompute not in (None, "none", *RECOMPUTE):
         raise PlanError(f"recompute {recompute!r} is unknown; choose from none, {', '.join(RECOMPUTE)}")
-    candidate = Candidate(degrees, microbatches, schedule, everywhere(profile, recompute), zero)
+    lengths = lowest(shares, degrees.replicas, profile.batch_size, microbatches)
+    candidate = Candidate(degrees, microbatches, schedule, everywhere(profile, recompute), zero, shares=lengths)
     return _plan(profile, candidate, Evaluator(profile, cluster).stages.cut(candidate), compiled=compile)
 
 
@@ -216,7 +216,7 @@ def estimate(profile: Profile, cluster: Cluster, plan: Plan) -> Estimate:
     for stage in plan.stages:
         end += len(stage)
         ends.append(end)
-    candidate = Candidate(degrees, plan.microbatches, plan.schedule, plan.recompute, plan.zero)
+    candidate = Candidate(degrees, plan.microbatches, plan.schedule, plan.recompute, plan.zero, shares=plan.shares)
     return Evaluator(profile, cluster).estimate(candidate, tuple(ends))
 
 
@@ -232,7 +232,7 @@ def _without_room(frontier: Frontier, possible: list[Degrees], known: set[frozen
     found: dict[str, Cut] = {}
     if len(possible) <= FAMILIES:
         for degrees in possible:
-            if degrees not in frontier.fits and (least := frontier.least(degrees)).peak > frontier.memory_bytes:
+            if degrees not in frontier.fits and not (least := frontier.least(degrees)).full.fits:
                 found[degrees.describe()] = least
         return found
     kinds: dict[frozenset[str], list[Degrees]] = {}
@@ -245,9 +245,9 @@ def _without_room(frontier: Frontier, possible: list[Degrees], known: set[frozen
         members.sort(key=lambda degrees: frontier.standing(degrees, 3))
         least = frontier.least(members[0])
         for degrees in members[1:]:
-            if least.peak > frontier.memory_bytes and frontier.standing(degrees, 3) <= frontier.memory_bytes:
-                least = min(least, frontier.least(degrees), key=lambda cut: cut.peak)
-        if least.peak > frontier.memory_bytes:
+            if not least.full.fits and frontier.standing(degrees, 3) <= 1:
+                least = min(least, frontier.least(degrees), key=lambda cut: cut.full.order)
+        if not least.full.fits:
             names = " x ".join(name for name in space.DEGREES if name in kind)
             found[f"{names}, at best {least.candidate.degrees.describe()}"] = least
     return found
@@ -255,16 +255,14 @@ def _without_room(frontier: Frontier, possible: list[Degrees], known: set[frozen
 
 def _later(evaluator: Evaluator, best: list[Costed]) -> list[Later]:
     """Variants of the best plans that would be faster than the choice."""
-    found = []
+    found, limit = [], WORTH_WAITING * best[0].estimate.step_time_s
     for costed in best:
         for candidate, lacks in space.later(evaluator.profile, costed.candidate):
             ends = evaluator.stages.fastest(candidate)
-            if max(evaluator.stages.peaks(candidate, ends)) > evaluator.cluster.memory_bytes:
-                continue
-            if evaluator.bound(candidate, ends) >= WORTH_WAITING * best[0].estimate.step_time_s:
+            if not evaluator.stages.fullest(candidate, ends).fits or evaluator.bound(candidate, ends) >= limit:
                 continue
             variant = Costed(candidate, ends, evaluator.estimate(candidate, ends))
-            if variant.estimate.step_time_s < WORTH_WAITING * best[0].estimate.step_time_s:
+            if variant.estimate.step_time_s < limit:
                 found.append(Later(variant.title, variant.estimate, lacks))
     found.sort(key=lambda x: x.estimate.step_time_s)
     return found[:2]
@@ -273,11 +271,23 @@ def _later(evaluator: Evaluator, best: list[Costed]) -> list[Later]:
 def _one_device(evaluator: Evaluator, constraints: Constraints) -> list[Refused]:
     """Why one of these devices would not do, if it would not: the first thing one wants to know of a plan for many."""
     one = Constraints(recompute=constraints.recompute, microbatches=constraints.microbatches)
-    frontier = Frontier(evaluator, one, [Degrees()])
-    least = frontier.least(Degrees())
-    if least.peak <= evaluator.cluster.memory_bytes:
+    cluster = evaluator.cluster
+    if len(cluster.kinds) > 1:  # of unequal ones the one with most memory
+        roomy = max(cluster.nodes, key=lambda nodes: nodes.device.memory_bytes)
+        alone = (replace(roomy, count=1, devices=1),)
+        evaluator = Evaluator(evaluator.profile, replace(cluster, nodes=alone, links=()))
+    least = Frontier(evaluator, one, [Degrees()]).least(Degrees())
+    return [] if least.full.fits else [Refused(Degrees().describe(), least.needs)]
+
+
+def _unequal(evaluator: Evaluator, chosen: Costed) -> list[str]:
+    """What shares by speed are worth, where the choice has any."""
+    candidate = chosen.candidate
+    if not candidate.shares:
         return []
-    return [Refused(Degrees().describe(), f"needs {_needs(least, evaluator.cluster)}")]
+    stages, equal = evaluator.stages, candidate._replace(shares=())
+    other = evaluator.estimate(equal, stages.cut(equal))
+    return [unequal(stages.layout(candidate).lines, stages.kinds, chosen.estimate, other)]
 
 
 def _title(chosen: Costed, precision: str, *, compiled: bool) -> str:
@@ -300,17 +310,18 @@ def _plan(profile: Profile, candidate: Candidate, ends: Ends, *, compiled: bool)
         batch_size=profile.batch_size,
         recompute=candidate.recompute,
         precision=profile.precision,
+        shares=candidate.shares,
         compile=compiled,
     )
 
 
-def _needs(least: Cut, cluster: Cluster) -> str:
-    again = " with recomputation" if least.candidate.recompute else ""
-    return f"{format_bytes(least.peak)} of {format_bytes(cluster.memory_bytes)}{again}"
-
-
 def _too_large(least: Cut, cluster: Cluster) -> str:
-    whole = -(-int(least.peak) // 2**20)
+    whole = -(-int(least.full.bytes) // 2**20)
+    if len(cluster.kinds) > 1:
+        return (
+            f"nothing fits; at best, with {title(least.candidate)}, the fullest device needs {whole}MiB of its "
+            f"{format_bytes(least.full.limit)}; give devices more memory or use more of them"
+        )
     return (
         f"nothing fits in {format_bytes(cluster.memory_bytes)} per device; the least that would do is {whole}MiB, "
         f"with {title(least.candidate)}; give each device {whole}MiB or use more devices"

@@ -5,6 +5,7 @@
     zero           every stage of the sharded optimizer, where dp_shard is above one
     schedule       every order of weft.schedule where there is a pipeline; one name for it where there is none
     recompute      none, or as much as memory asks for (recompute.py)
+    shares         equal, and in proportion to the speed of replicas where it differs (sites.py)
 
 What the user fixed is kept; what cannot be for this model is refused with its reason, before any cost is worked out.
 """
@@ -143,6 +144,7 @@ class Candidate(NamedTuple):
         recompute, zero: as in Plan.
         chunks: stages on each device of a pipeline.
         sequence: what tensor parallelism does not divide is divided along the sequence.
+        shares: as in Plan.
     """
 
     degrees: Degrees
@@ -152,6 +154,7 @@ class Candidate(NamedTuple):
     zero: int = 3
     chunks: int = 1
     sequence: bool = False
+    shares: tuple[int, ...] = ()
 
     @property
     def stages(self) -> int:

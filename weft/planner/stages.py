@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 from weft.capture.profile import Profile
 from weft.cluster.topology import Cluster
@@ -17,6 +18,7 @@ from weft.planner.communication import Mesh
 from weft.planner.compute import CallCost, CallCosts, Division
 from weft.planner.holdings import Holding, Holdings
 from weft.planner.memory import Alive, alive, stage_memory
+from weft.planner.sites import Layout, Layouts, Site, at
 from weft.planner.space import Candidate, Degrees
 from weft.planner.system import WEFT, System
 
@@ -30,10 +32,36 @@ EVEN = 200
 """Calls times stages up to which a cut that memory asks for is as even as it can be beside its slowest stage."""
 
 
+class Held(NamedTuple):
+    """What the fullest devices of a stage hold, beside what they have.
+
+    Attributes:
+        bytes: at the fullest moment.
+        limit: their memory.
+        terms: bytes by term of MEMORY_TERMS.
+    """
+
+    bytes: float
+    limit: int
+    terms: Mapping[str, float]
+
+    @property
+    def fits(self) -> bool:
+        """Whether their memory is enough."""
+        return self.bytes <= self.limit
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """By which one is fuller than another."""
+        return self.bytes / self.limit, self.bytes
+
+
 class Stages:
     """Stages of any candidate for one profile on one cluster; what candidates share is worked out once.
 
     Attributes:
+        kinds: of devices, as sites number them.
+        layouts: where candidates run.
         holdings: what stretches of calls hold.
         readers: (call, leaf, reader) for every output that a later call reads.
         item_bytes: of an element of a trainable parameter, on average.
@@ -41,7 +69,9 @@ class Stages:
 
     def __init__(self, profile: Profile, cluster: Cluster, system: System = WEFT) -> None:
         self.profile, self.cluster, self.system = profile, cluster, system
-        self._calls = CallCosts(profile, cluster.device, system)
+        self.kinds = cluster.kinds
+        self.layouts = Layouts(profile.batch_size, cluster)
+        self._calls = [CallCosts(profile, kind, system) for kind in self.kinds]
         self.holdings = Holdings(profile)
         self.readers: list[tuple[int, int, int]] = sorted(
             {(source.call, source.leaf, reader) for reader, call in enumerate(profile.calls) for source in call.inputs}
@@ -56,7 +86,9 @@ class Stages:
         self.item_bytes = sum(p.bytes for p in trainable) / elements if elements else 4.0
         self._content = self._contents()
         self._modes: dict[int, tuple[Mapping[str, str], tuple[str | None, ...]]] = {}
-        self._tables: dict[tuple[Division, str | None], list[CallCost]] = {}
+        self._tables: dict[tuple[int, Division, str | None], list[CallCost]] = {}
+        self._shares: dict[tuple[Degrees, int], tuple[int, ...]] = {}
+        self._seconds: dict[tuple[int, Division], float] = {}
         self._memories: dict[tuple[object, ...], dict[str, float]] = {}
         self._cuts: dict[tuple[object, ...], Ends] = {}
         self.mesh = lru_cache(maxsize=None)(self._mesh)
@@ -91,67 +123,108 @@ class Stages:
             self._modes[id(candidate.recompute)] = known = candidate.recompute, modes
         return known[1][slice(*stretch)]
 
-    def calls(self, candidate: Candidate, start: int, end: int) -> list[CallCost]:
-        """Costs of calls ``start`` to ``end`` (exclusive), as the candidate recomputes them."""
-        division = self.division(candidate)
-        plain = self._table(division, None)
+    def calls(self, candidate: Candidate, start: int, end: int, site: Site) -> list[CallCost]:
+        """Costs of calls ``start`` to ``end`` (exclusive) on a site, as the candidate recomputes them."""
+        division = self.division(candidate, site.samples)
+        plain = self._table(site.kind, division, None)
         modes = self.modes(candidate, (start, end))
         if modes is None:
             return plain[start:end]
-        return [self._table(division, mode)[i] for i, mode in enumerate(modes, start)]
+        return [self._table(site.kind, division, mode)[i] for i, mode in enumerate(modes, start)]
 
-    def _table(self, division: Division, mode: str | None) -> list[CallCost]:
-        if (division, mode) not in self._tables:
-            self._tables[division, mode] = [self._calls.of(i, division, mode) for i in range(len(self.profile.calls))]
-        return self._tables[division, mode]
+    def _table(self, kind: int, division: Division, mode: str | None) -> list[CallCost]:
+        key = (kind, division, mode)
+        if key not in self._tables:
+            self._tables[key] = [self._calls[kind].of(i, division, mode) for i in range(len(self.profile.calls))]
+        return self._tables[key]
 
-    def division(self, candidate: Candidate) -> Division:
+    def division(self, candidate: Candidate, samples: int) -> Division:
         """What part of every call a rank computes."""
         degrees = candidate.degrees
-        return Division(self.samples(candidate), degrees.tp, candidate.sequence and degrees.tp > 1, degrees.cp)
+        return Division(samples, degrees.tp, candidate.sequence and degrees.tp > 1, degrees.cp)
+
+    # -- sites --------------------------------------------------------------------------------------------------------
+
+    def layout(self, candidate: Candidate) -> Layout:
+        """Where it runs."""
+        return self.layouts.of(candidate)
+
+    def with_shares(self, candidate: Candidate) -> Candidate:
+        """The candidate with shares in proportion to the speed of its replicas."""
+        key = (candidate.degrees, candidate.microbatches)
+        if key not in self._shares:
+            site = self.layout(candidate).sites[0][0]
+            seconds = [self._alone_s(candidate, site._replace(kind=kind)) for kind in range(len(self.kinds))]
+            self._shares[key] = self.layouts.shares(candidate, seconds)
+        return candidate._replace(shares=self._shares[key])
+
+    def slowest(self, candidate: Candidate, sites: Sequence[Site]) -> Site:
+        """Of the sites of a stage the one that is slowest at the whole model."""
+        if len(sites) == 1:
+            return sites[0]
+        return max(sites, key=lambda site: self._alone_s(candidate, site) / site.speed)
+
+    def _alone_s(self, candidate: Candidate, site: Site) -> float:
+        """Seconds of the whole model on a site, where nothing is recomputed and cores are free."""
+        key = (site.kind, self.division(candidate, site.samples))
+        if key not in self._seconds:
+            self._seconds[key] = sum(self.row(candidate._replace(recompute={}), site))
+        return self._seconds[key]
+
+    def row(self, candidate: Candidate, site: Site) -> list[float]:
+        """Seconds of every call on a site."""
+        mesh = self.mesh(candidate.degrees)
+        known: dict[int, float] = {}
+        costs = []
+        for call in self.calls(candidate, 0, len(self.profile.calls), site):
+            if id(call) not in known:
+                known[id(call)] = call_s(call, mesh)
+            costs.append(known[id(call)])
+        return costs
 
     # -- cutting ------------------------------------------------------------------------------------------------------
 
     def cut(self, candidate: Candidate) -> Ends:
         """Where each stage ends, LOSS left out: balanced by time, and by memory too if the fastest cut does not fit."""
         fastest = self.fastest(candidate)
-        fits = max(self.peaks(candidate, fastest)) <= self.cluster.memory_bytes
-        if fits or candidate.stages == 1 or candidate.chunks > 1:
+        if self.fullest(candidate, fastest).fits or candidate.stages == 1 or candidate.chunks > 1:
             return fastest
-        costs = self._costs(candidate)
+        rows = self._rows(candidate)
 
         def allowed(stage: int, start: int, end: int) -> bool:
-            end = len(self.profile.calls) if end == len(costs) else end
-            return sum(self.memory(candidate, stage, [(start, end)]).values()) <= self.cluster.memory_bytes
+            end = len(self.profile.calls) if end == len(rows[0]) else end
+            return self.memory(candidate, stage, [(start, end)]).fits
 
-        by_memory = balance.ends if len(costs) * candidate.stages <= EVEN else balance.packed
-        return tuple(by_memory(costs, candidate.stages, allowed) or fastest)
+        by_memory = balance.ends if len(rows[0]) * candidate.stages <= EVEN else balance.packed
+        return tuple(by_memory(rows, candidate.stages, allowed) or fastest)
 
     def fastest(self, candidate: Candidate) -> Ends:
         """Where each stage ends, balanced by time alone."""
         again = tuple(candidate.recompute.items())
-        key = (candidate.stages, self.division(candidate), again)
+        paces = tuple(
+            (site.kind, site.speed, self.division(candidate, site.samples)) for site in self._paces(candidate)
+        )
+        key = (candidate.stages, paces, again)
         if key not in self._cuts:
-            fastest = balance.ends(self._costs(candidate), candidate.stages)
+            fastest = balance.ends(self._rows(candidate), candidate.stages)
             assert fastest is not None, "more stages than calls were refused before"
             self._cuts[key] = tuple(fastest)
         return self._cuts[key]
 
-    def _costs(self, candidate: Candidate) -> list[float]:
-        """Seconds of every call, LOSS with the last."""
-        mesh = self.mesh(candidate.degrees)
-        known: dict[int, float] = {}
-        costs = []
-        for call in self.calls(candidate, 0, len(self.profile.calls)):
-            if id(call) not in known:
-                known[id(call)] = call_s(call, mesh)
-            costs.append(known[id(call)])
-        costs[-2:] = [sum(costs[-2:])]
-        return costs
+    def _paces(self, candidate: Candidate) -> list[Site]:
+        """The slowest site of every stage, or the one of all."""
+        return [self.slowest(candidate, sites) for sites in self.layout(candidate).sites]
 
-    def samples(self, candidate: Candidate) -> int:
-        """Samples of the largest microbatch."""
-        return -(-self.profile.batch_size // (candidate.degrees.replicas * candidate.microbatches))
+    def _rows(self, candidate: Candidate) -> list[list[float]]:
+        """Seconds of every call, LOSS with the last: for each stage, or one row for all of them."""
+        known: dict[Site, list[float]] = {}
+        for site in (paces := self._paces(candidate)):
+            if site not in known:
+                row = [seconds / site.speed for seconds in self.row(candidate, site)]
+                known[site] = [*row[:-2], sum(row[-2:])]
+        if len(known) == 1:
+            return list(known.values())
+        return [known[at(paces, stage)] for stage in range(candidate.stages)]
 
     def stretches(self, ends: Ends) -> list[Stretch]:
         """Call numbers of every stage, start and end; LOSS is the last of the last."""
@@ -172,32 +245,41 @@ class Stages:
         shards = degrees.dp_shard * degrees.cp if degrees.dp_shard > 1 else 1
         return self.holdings.joined(stretches, degrees.tp, shards)
 
-    def memory(self, candidate: Candidate, device: int, stretches: Sequence[Stretch]) -> dict[str, float]:
-        """Memory of a device with these stretches as its chunks."""
-        degrees, division = candidate.degrees, self.division(candidate)
+    def memory(self, candidate: Candidate, device: int, stretches: Sequence[Stretch]) -> Held:
+        """Memory of a device with these stretches as its chunks; of several sites, of the fullest."""
+        sites = at(self.layout(candidate).sites, device)
+        if len(sites) == 1:
+            return self._held(candidate, device, stretches, sites[0])
+        return max((self._held(candidate, device, stretches, site) for site in sites), key=lambda held: held.order)
+
+    def _held(self, candidate: Candidate, device: int, stretches: Sequence[Stretch], site: Site) -> Held:
+        degrees, division = candidate.degrees, self.division(candidate, site.samples)
         kept = alive(candidate.schedule, device, degrees.pp, candidate.microbatches, candidate.chunks)
         content = tuple(self.content(stretch, self.modes(candidate, stretch)) for stretch in stretches)
-        key = (content, kept, division, degrees.dp_shard, degrees.dp_replicate > 1, candidate.zero)
+        key = (content, kept, site.kind, division, degrees.dp_shard, degrees.dp_replicate > 1, candidate.zero)
         if key not in self._memories:
-            self._memories[key] = self._memory(candidate, stretches, kept)
-        known = self._memories[key]
-        batch = self.profile.sample_bytes * -(-self.profile.batch_size // degrees.replicas)
-        slack = self.cluster.device.allocator_share * batch
-        return {**known, "buffers": known["buffers"] + batch, "slack": known["slack"] + slack}
+            self._memories[key] = self._memory(candidate, stretches, kept, site)
+        known, kind = self._memories[key], self.kinds[site.kind]
+        batch = self.profile.sample_bytes * site.batch
+        slack = kind.allocator_share * batch
+        terms = {**known, "buffers": known["buffers"] + batch, "slack": known["slack"] + slack}
+        return Held(sum(terms.values()), kind.memory_bytes, terms)
 
-    def _memory(self, candidate: Candidate, stretches: Sequence[Stretch], kept: Sequence[Alive]) -> dict[str, float]:
+    def _memory(
+        self, candidate: Candidate, stretches: Sequence[Stretch], kept: Sequence[Alive], site: Site
+    ) -> dict[str, float]:
         arriving, leaving = 0.0, []
         for start, end in stretches:
             came = {tensor for read in self._read[start:end] for tensor in read if tensor[0] < start}
             goes = {(c, leaf) for c in range(start, end) for leaf, last in self._last[c].items() if last >= end}
-            arriving += self._bytes(came, candidate)
-            leaving.append(self._bytes(goes, candidate))
+            arriving += self._bytes(came, candidate, site)
+            leaving.append(self._bytes(goes, candidate, site))
         return stage_memory(
-            [self.calls(candidate, *stretch) for stretch in stretches],
+            [self.calls(candidate, *stretch, site) for stretch in stretches],
             self.holding(candidate.degrees, stretches),
             alive=kept,
             degrees=candidate.degrees,
-            device=self.cluster.device,
+            device=self.kinds[site.kind],
             optimizer_state=self.profile.optimizer_state_bytes,
             boundary_bytes=2 * (arriving + sum(leaving)),
             kept_output_bytes=leaving,
@@ -206,19 +288,19 @@ class Stages:
             item_bytes=self.item_bytes,
         )
 
-    def _bytes(self, tensors: set[tuple[int, int]], candidate: Candidate) -> float:
-        return sum(self.output_bytes(call, leaf, candidate) for call, leaf in tensors)
+    def _bytes(self, tensors: set[tuple[int, int]], candidate: Candidate, site: Site) -> float:
+        return sum(self.output_bytes(call, leaf, candidate, site.samples) for call, leaf in tensors)
 
-    def output_bytes(self, call: int, leaf: int, candidate: Candidate) -> float:
-        """Bytes of an output as a rank of the candidate has it."""
-        division = self.division(candidate)
-        samples = division.samples / division.cp / (division.tp if division.sequence else 1)
-        return self.profile.calls[call].outputs[leaf].bytes.at(samples)
+    def output_bytes(self, call: int, leaf: int, candidate: Candidate, samples: int) -> float:
+        """Bytes of an output as a rank has it that so many samples of a microbatch come to."""
+        division = self.division(candidate, samples)
+        own = division.samples / division.cp / (division.tp if division.sequence else 1)
+        return self.profile.calls[call].outputs[leaf].bytes.at(own)
 
-    def peaks(self, candidate: Candidate, ends: Ends) -> list[float]:
-        """Bytes of every device of a pipeline at its fullest."""
-        devices = range(candidate.degrees.pp)
-        return [sum(self.memory(candidate, d, self.chunks(candidate, ends, d)).values()) for d in devices]
+    def fullest(self, candidate: Candidate, ends: Ends) -> Held:
+        """What the fullest device of a pipeline holds."""
+        every = (self.memory(candidate, d, self.chunks(candidate, ends, d)) for d in range(candidate.degrees.pp))
+        return max(every, key=lambda held: held.order)
 
 
 def call_s(call: CallCost, mesh: Mesh) -> float:

@@ -5,8 +5,8 @@ communicates for ``collective_s`` with the stage's other devices. Transfers betw
 when both ends have posted it and the pair's previous one in that direction has arrived.
 
 Devices that share processor cores slow each other: of ``A`` devices of a node that are busy at once, each computes at
-``min(1, cores / A)`` of its speed. Communication counts as busy, but is not slowed: its rates were measured with all at
-work.
+``min(1, cores / A)`` of its speed; what a quota keeps one from taking is left to the others (``sharing.level``).
+Communication counts as busy, but is not slowed: its rates were measured with all at work.
 
 A step's time is the end of the last stage, and for each stage
 
@@ -49,10 +49,10 @@ def simulate(
     events = [] if events is None else events
     if cores is None:
         return _independent(actions, stages, transfer_s, events)
-    run = Sharing(actions, stages, transfer_s, cores, events)
-    while run.advance():
-        pass
-    return [state.spent for state in run.states]
+    run = Sharing(actions, [(stages, transfer_s)], dict.fromkeys((stage.node for stage in stages), cores))
+    (spent,) = run.run()
+    events += run.events[0]
+    return spent
 
 
 def repeated(

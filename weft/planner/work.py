@@ -26,7 +26,8 @@ class Stage:
     """What a stage's actions cost, and where its devices are. Of a device with several stages, ``reduce`` and ``step``
     stand with the first.
 
-    ``node`` names the node (stages on different nodes share no cores) and ``devices`` counts the stage's devices on it.
+    ``node`` names the node (stages on different nodes share no cores), ``devices`` counts the stage's devices on it,
+    ``core_share`` is what each takes of a core.
     """
 
     forward: Work
@@ -36,6 +37,7 @@ class Stage:
     node: int = 0
     devices: int = 1
     weight: Work = IDLE
+    core_share: float = 1.0
 
     def work(self, kind: Kind) -> Work:
         """Cost of an action that takes a device's time."""
