@@ -181,7 +181,7 @@ def candidates(profile: Profile, cluster: Cluster, surroundings: Surroundings) -
     ranked = [other.plan for other in sorted(found, key=lambda other: other.estimate.step_time_s)]
     plans = [choice.plan, *ranked[:CANDIDATES], *(plan for plan in ranked if plan.dp_replicate == count)]
     if surroundings.slow:
-        plans.append(make_plan(profile, Cluster.local(count), dp_replicate=count))
+        plans.append(make_plan(profile, cluster, dp_replicate=count))
     return list({json.dumps(plan.to_json()): plan for plan in plans}.values())
 
 

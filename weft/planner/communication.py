@@ -42,6 +42,7 @@ class Path(NamedTuple):
     """The levels of links that a group of ranks spans, innermost first."""
 
     levels: tuple[Level, ...]
+    stride: int = 1
 
     @classmethod
     def of(cls, cluster: Cluster, ranks: int, stride: int) -> Path:
@@ -57,7 +58,7 @@ class Path(NamedTuple):
                 below = within
         if below < ranks:
             levels.append(Level(cluster.links[-1], below, ranks))
-        return cls(tuple(levels))
+        return cls(tuple(levels), stride)
 
     @classmethod
     def flat(cls, link: Link, ranks: int) -> Path:
@@ -107,7 +108,7 @@ def collective_s(kind: str, size: float, path: Path) -> float:
     """Seconds of a collective on a tensor of ``size`` bytes (the whole tensor) along a path."""
     if not path.levels or size <= 0:
         return 0.0
-    measured = [c for c in path.link.collectives if c.kind == kind]
+    measured = path.link.measured(kind, path.stride)
     if not measured:
         return ring_s(kind, size, path)
     ranks = path.ranks

@@ -198,7 +198,7 @@ class Evaluator:
         scatters = self.system.scatters and not candidate.sequence
         seconds: dict[tuple[int, int], float] = {}
         for (source, target), flow in flows.items():
-            link = self.cluster.link_between(source % pp * apart + first, target % pp * apart + first)
+            link = self.cluster.link_between(source % pp * apart + first, target % pp * apart + first, senders=apart)
             for pair, size in (((source, target), flow.activation), ((target, source), flow.gradient)):
                 seconds[pair] = transfer_s(size / (degrees.tp if scatters else 1), link)
                 if scatters:
