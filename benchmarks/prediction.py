@@ -4,8 +4,9 @@ from a measurement of the machine in the same run, then measured; and how good t
     python benchmarks/prediction.py             # everything, kept in benchmarks/results/prediction.json
     python benchmarks/prediction.py --small     # a few minutes: one small model, every kind of surroundings
 
-Every plan is trained in rounds that take turns, a few timed steps each, so that a disturbance hits no plan alone. A
-plan's step time is the median over its rounds. Its memory is the largest rank's, in other processes, which have a limit
+Every plan is trained in rounds that take turns, a few timed steps each, so that a disturbance hits no plan alone;
+before each round the machine is measured again. A plan's step time is the median over its rounds, its prediction that
+over the measurements of the machine. Its memory is the largest rank's, in other processes, which have a limit
 that no plan reaches: without one the C library keeps what is freed, with holes, and what is measured is that. Where
 weft's choice and another plan are close, both get more rounds. Surroundings are hosts behind network cards of 1 Gbit/s
 and 100 Mbit/s, one process at half speed, one with half the memory (``hosts``); they need root on Linux and are left
@@ -121,7 +122,13 @@ class Bench:
                 cluster = clusters[degree_product(keywords)]
                 rows.append(self.row(model, PLAIN, cluster, make_plan(self.profile(model), cluster, **keywords)))
         with PLAIN.pool(counts[-1]) as pool:
-            self.run(pool, rows, self.rounds)
+            for number in range(self.rounds):
+                if number:
+                    clusters = {count: PLAIN.cluster(count) for count in counts}
+                    for row in rows:
+                        again = estimate(self.profile(row.model), clusters[row.plan.devices], row.plan)
+                        row.again_s.append(again.step_time_s)
+                self.run(pool, rows, 1)
         for row in rows:
             self.memory(row, clusters[row.plan.devices].with_memory(MEMORY))
         return rows
@@ -244,7 +251,7 @@ def table_of_rows(rows: list[Row]) -> Table:
         table.add_row(
             row.model,
             row.name,
-            format_seconds(row.predicted.step_time_s),
+            format_seconds(row.predicted_s),
             format_seconds(row.step_s),
             marked(row.time_error, TIME_WITHIN),
             *memory,
@@ -283,7 +290,7 @@ def marked(error: float, within: float) -> str:
 def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parse.add_argument("--small", action="store_true", help="one small model, few plans: minutes")
-    parse.add_argument("--rounds", type=int, help="of each plan (default 3, small 1)")
+    parse.add_argument("--rounds", type=int, help="of each plan (default 5, small 1)")
     parse.add_argument("--steps", type=int, help="timed steps of each round (default 5, small 3)")
     parse.add_argument("--only", choices=("plans", "scenarios"), help="half of it")
     parse.add_argument("--json", action="store_true", help="one JSON object on stdout, the tables on stderr")
@@ -294,7 +301,7 @@ def main() -> None:
     arguments = parser().parse_args()
     small = arguments.small
     people = Console(stderr=arguments.json, width=None if sys.stdout.isatty() else 160)
-    rounds, steps = arguments.rounds or (1 if small else 3), arguments.steps or (3 if small else 5)
+    rounds, steps = arguments.rounds or (1 if small else 5), arguments.steps or (3 if small else 5)
     bench = Bench(SMALL_MODELS if small else MODELS, rounds, steps, people)
     rows = [] if arguments.only == "scenarios" else bench.plans(SMALL_PLANS if small else PLANS)
     reason = missing()

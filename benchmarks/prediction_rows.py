@@ -12,12 +12,14 @@ from weft.estimate import Estimate
 
 @dataclass(kw_only=True)
 class Row:
-    """One plan in one place: predicted, and measured in rounds; its memory, where that was measured, by itself."""
+    """One plan in one place: predicted, from the cluster as measured first and ``again`` before each other round, and
+    measured in rounds; its memory, where that was measured, by itself."""
 
     model: str
     surroundings: str
     plan: Plan
     predicted: Estimate
+    again_s: list[float] = field(default_factory=list)
     rounds_s: list[float] = field(default_factory=list)
     predicted_peak: float = 0.0
     peak: int = 0
@@ -34,6 +36,11 @@ class Row:
         return self.plan.describe() + count + schedule + again
 
     @property
+    def predicted_s(self) -> float:
+        """Predicted."""
+        return median([self.predicted.step_time_s, *self.again_s])
+
+    @property
     def step_s(self) -> float:
         """Measured."""
         return median(self.rounds_s)
@@ -41,7 +48,7 @@ class Row:
     @property
     def time_error(self) -> float:
         """Predicted over measured, less one."""
-        return self.predicted.step_time_s / self.step_s - 1
+        return self.predicted_s / self.step_s - 1
 
     @property
     def memory_error(self) -> float | None:
@@ -52,7 +59,7 @@ class Row:
         """Where it stands, in a line."""
         if self.failed is not None:
             return f"{self.model}, {self.name}: {self.failed}"
-        return f"{self.model}, {self.name}: {self.rounds_s[-1]:.3f} s for {self.predicted.step_time_s:.3f} predicted"
+        return f"{self.model}, {self.name}: {self.rounds_s[-1]:.3f} s for {self.predicted_s:.3f} predicted"
 
     def describe_memory(self) -> str:
         """The same of memory."""
@@ -65,7 +72,8 @@ class Row:
             "surroundings": self.surroundings,
             "devices": self.plan.devices,
             "plan": self.name,
-            "predicted_step_s": self.predicted.step_time_s,
+            "predicted_step_s": self.predicted_s,
+            "predicted_rounds_s": [self.predicted.step_time_s, *self.again_s],
             "measured_step_s": self.step_s,
             "time_error": self.time_error,
             "predicted_peak_bytes": self.predicted_peak or None,

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from statistics import fmean
+from statistics import fmean, median
 
 import torch
 import torch.distributed as dist
@@ -34,8 +34,9 @@ TOLERANCE = 0.15
 """How much slower than the next faster one a device of the same kind may be. Four and eight equal processes on two busy
 cores differed by up to 10 % from one to the next."""
 
-WINDOWS, WINDOW_S, ALONE_S = 3, 0.3, 0.1
-"""How often and how long all ranks compute at once to see what they get of the cores, and how long each by itself."""
+WINDOWS, WINDOW_S, ALONE_S = 5, 0.2, 0.04
+"""How often and how long all ranks compute at once to see what they get of the cores, and how long each by itself, in
+turns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,23 +68,23 @@ def look(clock: Clock, probes: Sequence[Probe], *, name: str, memory_bytes: int,
     seconds = tuple(time_probes(list(probes), clock, repeats=5, at_least_s=5e-4))
     if not clock.shares_cores:
         return Rank(name=name, memory_bytes=memory_bytes, seconds=seconds, overhead_s=overhead)
-    together = []
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    together, alone = [], []
     for _ in range(WINDOWS):
         meet()
         together.append(_spin(clock, WINDOW_S))
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    for turn in range(per_node):
+        for turn in range(per_node):
+            meet()
+            if rank % per_node == turn:  # its neighbours wait in the barrier, asleep
+                alone.append(_spin(clock, ALONE_S)[1])
         meet()
-        if rank % per_node == turn:  # its neighbours wait in the barrier, asleep
-            alone = _spin(clock, ALONE_S)[1]
-    meet()
     return Rank(
         name=name,
         memory_bytes=memory_bytes,
         seconds=seconds,
         overhead_s=overhead,
         core_share=core_share(),
-        work=tuple(got * products / alone for got, products in together),
+        work=tuple(got * products / median(alone) for got, products in together),
     )
 
 

@@ -4,7 +4,8 @@
                   of them while its neighbours sleep, too (``kinds``)
     links         inside a node and between nodes: pairs of neighbours exchange messages, all pairs at once; between
                   nodes also one pair by itself, since a node's devices may share one network card
-    collectives   at either level, over groups of every size and stride that a mesh can have there, all groups at once
+    collectives   at either level, over groups of every size and stride that a mesh can have there, all groups at once;
+                  where devices are processes with what they take longer when ranks come to them from computing
 
 so that more processes than cores are predicted as they run. A few seconds in all: where a message takes long it is
 sent less often.
@@ -16,7 +17,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from statistics import fmean, quantiles
+from statistics import fmean, median, quantiles
 from typing import TypeVar
 
 import torch
@@ -49,6 +50,9 @@ MESSAGE_BYTES = (64, 2**22)
 """A message that is all latency, and one that is all bandwidth: many times what a network card lets through at once."""
 
 COLLECTIVE_BYTES = (2**12, 2**18, 2**22)
+
+LATE_BYTES, LATE_IN_A_ROW, LATE_REPEATS = 2**18, 6, 5
+"""The all-reduce, how many in a row and how often, that shows what ranks lose who come to it from computing."""
 
 T = TypeVar("T")
 
@@ -182,9 +186,11 @@ def _collectives(device: torch.device, ranks: int, size: int, stride: int) -> li
         group = dist.new_group(members)  # every rank takes part in making every group
         if rank in members:
             mine = group
-    found = []
+    found, late_s = [], _late_s(_collective("all_reduce", LATE_BYTES, size, mine, device), device)
     for kind in COLLECTIVES:
-        seconds = [_typical(_collective(kind, total, size, mine, device), device) for total in COLLECTIVE_BYTES]
+        seconds = [
+            late_s + _typical(_collective(kind, total, size, mine, device), device) for total in COLLECTIVE_BYTES
+        ]
         rates = tuple(total / spent for total, spent in zip(COLLECTIVE_BYTES, seconds, strict=True))
         curve = Curve(tuple(map(float, COLLECTIVE_BYTES)), rates)
         found.append(Collective(kind=kind, ranks=size, stride=stride, rates=curve))
@@ -206,6 +212,24 @@ def _collective(
     if kind == "all_gather":
         return lambda: ALL_GATHER(whole, part, group=group)
     return lambda: REDUCE_SCATTER(part, whole, group=group)
+
+
+def _late_s(run: Callable[[], object] | None, device: torch.device) -> float:
+    """Seconds by which a collective between computations takes longer than one after another: ranks on processors do
+    not come to it at the same time, and who waits has to be woken. Accelerators' queues hide this."""
+    if device.type != "cpu":
+        return 0.0
+    x, w = torch.randn(512, 256), torch.randn(256, 1024)
+
+    def between() -> None:
+        x @ w
+        if run is not None:
+            run()
+
+    ways = [between, lambda: x @ w, run]
+    times = [[_seconds(way, LATE_IN_A_ROW, device) for way in ways] for _ in range(LATE_REPEATS)]
+    both, computing, communicating = (median(_over_ranks(max, list(column))) for column in zip(*times, strict=True))
+    return max(0.0, both - computing - communicating)
 
 
 def _typical(run: Callable[[], object] | None, device: torch.device) -> float:

@@ -25,6 +25,9 @@ MATMULS = ((128, 64, 64), (512, 128, 128), (512, 256, 256), (512, 256, 1024), (1
 
 ACCELERATOR_MATMULS = ((2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192))
 
+CONVOLUTIONS = ((8, 16, 32, 16), (8, 32, 32, 16), (32, 32, 32, 16), (32, 64, 64, 16))
+"""(samples, channels in, channels out, side) of convolutions with kernels of 3 x 3."""
+
 TENSORS = (2**14, 2**18, 2**22)
 """Elements of the tensors of memory-bound operations: in a core's cache, at its edge, out of it."""
 
@@ -59,12 +62,11 @@ def probes(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[Pr
         q, k, v = (torch.randn(samples, 8, 128, 32, device=device, requires_grad=True) for _ in range(3))
         flops = 4.0 * q.numel() * 128
         yield Probe("attention", flops, (1 + ATTENTION_BACKWARD) * flops, _both(_attention, q, k, v))
-    x, w = (
-        torch.randn(8, 16, 16, 16, device=device, requires_grad=True),
-        torch.randn(32, 16, 3, 3, device=device, requires_grad=True),
-    )
-    flops = 2.0 * 8 * 16 * 16 * w.numel()
-    yield Probe("convolution", flops, 3 * flops, _both(lambda x, w: F.conv2d(x, w, padding=1), x, w))
+    for samples, inner, outer, side in CONVOLUTIONS:
+        x = torch.randn(samples, inner, side, side, device=device, requires_grad=True)
+        w = torch.randn(outer, inner, 3, 3, device=device, requires_grad=True)
+        flops = 2.0 * samples * side * side * w.numel()
+        yield Probe("convolution", flops, 3 * flops, _both(lambda x, w: F.conv2d(x, w, padding=1), x, w))
     for elements in TENSORS + (ACCELERATOR_TENSORS if accelerator else ()):
         yield from _memory_bound(elements, device)
 

@@ -159,7 +159,7 @@ class Mesh:
         shards, copies = (dp_shard * cp, dp_replicate) if dp_shard > 1 else (1, dp_replicate * cp)
         spans = {"tp": (tp, 1), "cp": (cp, tp), "dp_shard": (shards, tp), "dp_replicate": (copies, tp * shards)}
         self.devices = pp * dp_replicate * dp_shard * cp * tp
-        spans |= {"pp": (pp, self.devices // pp), "everyone": (self.devices, 1)}
+        spans |= {"pp": (pp, self.devices // pp), "everyone": (self.devices, 1), "replicas": (shards * copies, tp)}
         self._paths = {name: Path.of(cluster, *span) for name, span in spans.items() if span[0] > 1}
 
     def ranks(self, dimension: str) -> int:

@@ -64,6 +64,7 @@ class CallCost(NamedTuple):
         workspace_bytes: temporaries above that.
         exchanged_bytes: keys and values that the ranks of ``cp`` pass around in a forward.
         forward_operations, backward_operations: how many the process dispatches.
+        forward_statistics, backward_statistics: how often it takes statistics over the batch, which replicas exchange.
     """
 
     forward_s: float
@@ -76,6 +77,8 @@ class CallCost(NamedTuple):
     exchanged_bytes: float = 0.0
     forward_operations: int = 0
     backward_operations: int = 0
+    forward_statistics: int = 0
+    backward_statistics: int = 0
 
 
 class CallCosts:
@@ -130,6 +133,8 @@ class CallCosts:
             exchanged_bytes=exchanged if division.cp > 1 else 0.0,
             forward_operations=len(call.forward) + len(reduced),
             backward_operations=len(call.backward) + len(reduced),
+            forward_statistics=self._statistics(call.forward),
+            backward_statistics=self._statistics(call.backward),
         )
 
     def _again(self, index: int, division: Division, mode: str) -> CallCost:
@@ -141,6 +146,7 @@ class CallCosts:
             backward_s=whole.backward_s + self._seconds(way.again, division, last=False),
             backward_reduced=(*whole.backward_reduced, *whole.forward_reduced),
             backward_operations=whole.backward_operations + len(way.again) + len(whole.forward_reduced),
+            backward_statistics=whole.backward_statistics + self._statistics(way.again),
             saved_bytes=saved,
             workspace_bytes=whole.workspace_bytes + max(0.0, whole.saved_bytes - saved),
         )
@@ -161,6 +167,9 @@ class CallCosts:
             flops, size = self.size(op.flops, op.group, division), self.size(op.bytes, op.group, division)
             total += self._device.seconds(op.kind, flops, size, op.dtype)
         return total
+
+    def _statistics(self, operations: Sequence[Operation]) -> int:
+        return sum("batch_norm" in op.name for op in operations) if self._profile.batch_statistics else 0
 
     def _of_loss(self, division: Division) -> Division:
         """How the loss is divided: along the sequence stands for along the vocabulary, which is as much."""

@@ -7,9 +7,9 @@
         step                 optimizer, gradient norm and clipping (optimizer_s), gathers of a whole step
     memory    = memory.stage_memory of every device (Stages.memory)
 
-Where every device has its own core or is an accelerator, communication between replicas hides behind computation:
-gathers behind the forward and backward of their microbatch, the reduction behind the backward it follows. Devices that
-share cores hide nothing, since communication takes the same cores.
+Where devices are accelerators, communication between replicas hides behind computation: gathers behind the forward and
+backward of their microbatch, the reduction behind the backward it follows. Processors hide nothing, since what
+communicates takes their cores.
 
 Where devices differ, every line of replicas (sites.Line) has a timeline of its own, on cores that it shares with the
 others; the one that ends last is the step. The memory of a stage is that of the devices it fills most.

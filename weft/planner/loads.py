@@ -24,6 +24,10 @@ from weft.planner.work import Stage, Work
 COPY_PASSES = 2.0
 """Bytes moved per byte copied: a read and a write."""
 
+STATISTICS_BYTES = 1024.0
+"""What replicas exchange where a normalisation takes statistics over the batch: a few numbers for every channel, so few
+that only the latency counts."""
+
 CONTROL_BYTES = 64.0
 """Size of the sums that every device exchanges once a step: the sample count, the loss, the gradient norm."""
 
@@ -112,7 +116,8 @@ class Loads:
         degrees, microbatches, system = candidate.degrees, candidate.microbatches, self.system
         mesh, device = self.stages.mesh(degrees), self.stages.kinds[site.kind]
         calls, holding = self.stages.calls(candidate, *stretch, site), self.stages.holding(degrees, [stretch])
-        hides_gather, hides_reduce = place.hides and system.hides_gather, place.hides and system.hides_reduce
+        hides = device.accelerator  # a processor communicates in its own time
+        hides_gather, hides_reduce = hides and system.hides_gather, hides and system.hides_reduce
 
         forward, backward = sum(call.forward_s for call in calls), sum(call.backward_s for call in calls)
         later = (microbatches - 1) / microbatches  # the first microbatch's gradients are kept as they are
@@ -142,6 +147,12 @@ class Loads:
             gather_forward = exposed(gathers, forward) if hides_gather else sum(gathers)
             gather_backward = exposed(gathers, backward) if hides_gather else sum(gathers)
             sent += 2 * microbatches * gathered
+        # Sums of the forward are gathered, those of the backward reduced (runtime/statistics.py).
+        for_statistics = [
+            sum(getattr(call, which) for call in calls) * mesh.collective_s("replicas", kind, STATISTICS_BYTES)
+            for which, kind in (("forward_statistics", "all_gather"), ("backward_statistics", "all_reduce"))
+        ]
+        gather_forward, gather_backward = gather_forward + for_statistics[0], gather_backward + for_statistics[1]
         if sharded and candidate.zero >= 2 and microbatches > 1:  # the last microbatch's are in ``reduce``
             each, size = self._reduce(holding, mesh, device, backward if hides_reduce else 0.0)
             each_s, sent = later * each.collective_s, sent + (microbatches - 1) * size

@@ -47,13 +47,12 @@ class Site(NamedTuple):
 
 class Place(NamedTuple):
     """Where a line's devices of a stage are: ``devices`` of them on a node, each taking ``core_share`` of a core of its
-    ``cores``; ``hides``: these are enough for all, so communication goes on beside computation."""
+    ``cores``."""
 
     node: int = 0
     devices: int = 1
     core_share: float = 1.0
     cores: float = math.inf
-    hides: bool = True
 
 
 class Line(NamedTuple):
@@ -135,8 +134,7 @@ class Layouts:
         places: tuple[Place, ...] = (Place(),)
         if cluster.cores is not None:
             per_node, share, apart = cluster.devices_per_node, cluster.device.core_share, degrees.devices // degrees.pp
-            hides = cluster.cores >= share * min(degrees.devices, per_node)
-            one = Place(0, min(apart, per_node), share, cluster.cores, hides)
+            one = Place(0, min(apart, per_node), share, cluster.cores)
             places = tuple(one._replace(node=stage * apart // per_node) for stage in range(degrees.pp))
         return Layout((Line(range(degrees.replicas), ((site,),), places),), ((site,),))
 
@@ -178,9 +176,7 @@ class Layouts:
             ranks = [(stage * degrees.replicas + r) * tp + part for r in replicas for part in range(tp)]
             node, cores = cluster.node_of(ranks[0]), cluster.nodes_of(ranks[0]).cores or math.inf
             own = [cluster.device_of(rank).core_share for rank in ranks if cluster.node_of(rank) == node]
-            there = (r for r in range(degrees.devices) if cluster.node_of(r) == node)
-            hides = cores >= sum(cluster.device_of(rank).core_share for rank in there)
-            found.append(Place(node, len(own), sum(own) / len(own), cores, hides))
+            found.append(Place(node, len(own), sum(own) / len(own), cores))
         return tuple(found)
 
     def _all_columns(self, degrees: Degrees) -> list[Column]:
