@@ -33,18 +33,22 @@ TENSORS = (2**14, 2**18, 2**22)
 
 ACCELERATOR_TENSORS = (2**26,)
 
+MOST_TENSORS, TOUCHED = 16, 2**22
+"""A probe of memory-bound operations goes over so many tensors, or as many as have TOUCHED elements together."""
+
 ATTENTION_BACKWARD = 2.5
 """Flops of an attention's backward over those of its forward (two products forward, five backward)."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One timed thing: ``run`` does ``amount`` flops or bytes; ``size`` is the size of one operation of it."""
+    """One timed thing: ``run`` does ``amount`` flops or bytes in so many operations; ``size`` is the size of one."""
 
     kind: str
     size: float
     amount: float
     run: Callable[[], object]
+    operations: int = 1
 
 
 def probes(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[Probe]:
@@ -57,47 +61,54 @@ def probes(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[Pr
             w = torch.randn(outer, inner, device=device, dtype=dtype)
             g = torch.randn(rows, outer, device=device, dtype=dtype)
             flops = 2.0 * rows * inner * outer
-            yield Probe(f"matmul {_name(dtype)}", flops, 3 * flops, _linear(x, w, g))
+            yield Probe(f"matmul {_name(dtype)}", flops, 3 * flops, _linear(x, w, g), 3)
     for samples in (1, 8):
         q, k, v = (torch.randn(samples, 8, 128, 32, device=device, requires_grad=True) for _ in range(3))
         flops = 4.0 * q.numel() * 128
-        yield Probe("attention", flops, (1 + ATTENTION_BACKWARD) * flops, _both(_attention, q, k, v))
+        yield Probe("attention", flops, (1 + ATTENTION_BACKWARD) * flops, _both(_attention, q, k, v), 2)
     for samples, inner, outer, side in CONVOLUTIONS:
         x = torch.randn(samples, inner, side, side, device=device, requires_grad=True)
         w = torch.randn(outer, inner, 3, 3, device=device, requires_grad=True)
         flops = 2.0 * samples * side * side * w.numel()
-        yield Probe("convolution", flops, 3 * flops, _both(lambda x, w: F.conv2d(x, w, padding=1), x, w))
+        yield Probe("convolution", flops, 3 * flops, _both(lambda x, w: F.conv2d(x, w, padding=1), x, w), 2)
     for elements in TENSORS + (ACCELERATOR_TENSORS if accelerator else ()):
         yield from _memory_bound(elements, device)
 
 
 def _memory_bound(elements: int, device: torch.device) -> Iterator[Probe]:
-    """Probes of operations on a tensor of so many float32 elements, in rows of 256."""
-    size = 4.0 * elements
-    x = torch.randn(elements // 256, 256, device=device)
-    y, out = torch.randn_like(x), torch.empty_like(x)
-    mean, scale = x.mean(1, keepdim=True), x.std(1, keepdim=True)
+    """Probes of operations on tensors of so many float32 elements, in rows of 256. Every run goes over several tensors
+    and keeps all results, as a forward does: what is read has left the caches, what is written is fresh memory."""
+    size, count = 4.0 * elements, max(2, min(MOST_TENSORS, TOUCHED // elements))
+    many = [torch.randn(elements // 256, 256, device=device) for _ in range(count)]
+    y = torch.randn_like(many[0])
+    mean, scale = y.mean(1, keepdim=True), y.std(1, keepdim=True)
     rows = torch.randint(256, (elements // 256,), device=device)
     table = torch.randn(256, 256, device=device)
+
+    def probe(kind: str, moved: float, operations: int, run: Callable[[Tensor], object]) -> Probe:
+        """One run does so many operations on each tensor; ``moved`` counts tensors read and written by all of them."""
+        amount = count * moved * size
+        return Probe(kind, moved * size / operations, amount, lambda: [run(x) for x in many], count * operations)
+
     # A forward reads one tensor and writes one, a backward reads two and writes one.
-    pairs: tuple[tuple[str, Callable[[], object]], ...] = (
-        ("transcendental", lambda: (aten.gelu(x), aten.gelu_backward(y, x))),
-        ("softmax", lambda: (aten._softmax(x, -1, False), aten._softmax_backward_data(y, x, -1, torch.float32))),
-        (
-            "normalization",
-            lambda: (
-                aten.native_layer_norm(x, (256,), None, None, 1e-5),
-                aten.native_layer_norm_backward(y, x, (256,), mean, scale, None, None, (True, False, False)),
-            ),
+    yield probe("transcendental", 5, 2, lambda x: (aten.gelu(x), aten.gelu_backward(y, x)))
+    yield probe(
+        "softmax", 5, 2, lambda x: (aten._softmax(x, -1, False), aten._softmax_backward_data(y, x, -1, torch.float32))
+    )
+    yield probe(
+        "normalization",
+        5,
+        2,
+        lambda x: (
+            aten.native_layer_norm(x, (256,), None, None, 1e-5),
+            aten.native_layer_norm_backward(y, x, (256,), mean, scale, None, None, (True, False, False)),
         ),
     )
-    for kind, run in pairs:
-        yield Probe(kind, 2 * size, 5 * size, run)
-    yield Probe("pointwise", 3 * size, 3 * size, lambda: x + y)
-    yield Probe("reduction", size, size, lambda: x.sum(0))
-    yield Probe("copy", 2 * size, 2 * size, lambda: x.t().contiguous())
-    yield Probe("random", size, size, lambda: out.bernoulli_(0.9))
-    yield Probe("gather", 2 * size, 2 * size, lambda: F.embedding(rows, table))
+    yield probe("pointwise", 3, 1, lambda x: x + y)
+    yield probe("reduction", 1, 1, lambda x: x.sum(0))
+    yield probe("copy", 2, 1, lambda x: x.t().contiguous())
+    yield probe("random", 1, 1, lambda x: x.bernoulli_(0.9))  # the last: it leaves only 0 and 1
+    yield probe("gather", 2, 1, lambda _: F.embedding(rows, table))
 
 
 def overhead_s(clock: Clock) -> float:
@@ -156,10 +167,7 @@ def curves(work: list[Probe], seconds: list[float], overhead: float) -> dict[str
     """Rate over size by kind, the overhead of each operation taken off."""
     points: dict[str, list[tuple[float, float]]] = {}
     for probe, spent in zip(work, seconds, strict=True):
-        operations = (
-            probe.amount / probe.size if probe.kind.startswith("matmul") else 2 if probe.amount > probe.size else 1
-        )
-        net = max(spent - operations * overhead, 0.2 * spent)
+        net = max(spent - probe.operations * overhead, 0.2 * spent)
         points.setdefault(probe.kind, []).append((probe.size, probe.amount / net))
     return {kind: Curve(*zip(*sorted(found), strict=True)) for kind, found in points.items()}
 
