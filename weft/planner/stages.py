@@ -28,6 +28,9 @@ Stretch = tuple[int, int]
 MODES_KEPT = 4096
 """Ways of recomputing that are remembered call by call."""
 
+NEARLY = 1.1
+"""How much more than its memory every stage of a cut needs where none can be changed to fit."""
+
 EVEN = 200
 """Calls times stages up to which a cut that memory asks for is as even as it can be beside its slowest stage."""
 
@@ -185,9 +188,16 @@ class Stages:
     # -- cutting ------------------------------------------------------------------------------------------------------
 
     def cut(self, candidate: Candidate) -> Ends:
-        """Where each stage ends, LOSS left out: balanced by time, and by memory too if the fastest cut does not fit."""
+        """Where each stage ends, LOSS left out: balanced by time, and by memory too if the fastest cut does not fit.
+
+        Of two cuts one gives some stage all that the other gives it: where no stage of the fastest fits, by more than
+        what it exchanges at its ends, no cut does.
+        """
         fastest = self.fastest(candidate)
-        if self.fullest(candidate, fastest).fits or candidate.stages == 1 or candidate.chunks > 1:
+        if candidate.stages == 1 or candidate.chunks > 1:
+            return fastest
+        every = self.every(candidate, fastest)
+        if all(held.fits for held in every) or all(held.bytes > NEARLY * held.limit for held in every):
             return fastest
         rows = self._rows(candidate)
 
@@ -299,8 +309,12 @@ class Stages:
 
     def fullest(self, candidate: Candidate, ends: Ends) -> Held:
         """What the fullest device of a pipeline holds."""
-        every = (self.memory(candidate, d, self.chunks(candidate, ends, d)) for d in range(candidate.degrees.pp))
-        return max(every, key=lambda held: held.order)
+        return max(self.every(candidate, ends), key=lambda held: held.order)
+
+    def every(self, candidate: Candidate, ends: Ends) -> list[Held]:
+        """What each device of a pipeline holds."""
+        stretches, pp = self.stretches(ends), candidate.degrees.pp
+        return [self.memory(candidate, device, stretches[device::pp]) for device in range(pp)]
 
 
 def call_s(call: CallCost, mesh: Mesh) -> float:
