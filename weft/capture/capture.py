@@ -54,6 +54,7 @@ def capture(workload: Workload, precision: str = "float32") -> Profile:
     plain_synchronised(fake.model)
     units = find_units(fake.model, workload.units)
     batches = [sample_batch(workload, samples) for samples in SAMPLES]
+    tensors = [t for t in tree_leaves(batches[1]) if isinstance(t, Tensor)]
     watch = Watch()
     watched = replace(workload, loss=watch.of(workload.loss))
     small, large = plain = _record(fake, units, in_precision(watched, precision), batches)
@@ -89,10 +90,11 @@ def capture(workload: Workload, precision: str = "float32") -> Profile:
         optimizer_state_bytes=state,
         optimizer_passes=passes,
         batch_size=workload.batch_size,
-        sample_bytes=sum(t.nbytes for t in tree_leaves(batches[1]) if isinstance(t, Tensor)) // SAMPLES[1],
+        sample_bytes=sum(t.nbytes for t in tensors) // SAMPLES[1],
         capture_s=time.perf_counter() - start,
         precision=precision,
         batch_statistics=watch.batch_statistics,
+        sample_tokens=max((t.shape[1] for t in tensors if t.dim() == 2 and not t.is_floating_point()), default=0),
     )
 
 

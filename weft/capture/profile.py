@@ -184,6 +184,7 @@ class Profile:
         optimizer_passes: bytes an optimizer step reads and writes, per byte of trainable parameter.
         batch_size: global batch size of the workload, in samples.
         sample_bytes: bytes of one sample of the batch.
+        sample_tokens: length of the longest sequence of whole numbers in a sample; 0 where it has none.
         capture_s: seconds the capture took.
         precision: the operations', one of ``plan.PRECISIONS``.
         batch_statistics: a normalisation takes its statistics from the microbatch.
@@ -200,6 +201,7 @@ class Profile:
     capture_s: float
     precision: str = "float32"
     batch_statistics: bool = False
+    sample_tokens: int = 0
 
     def divided_share(self, tp: int) -> float:
         """Share of the parameters' bytes that tensor parallelism of this degree divides."""

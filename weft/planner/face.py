@@ -7,17 +7,27 @@ from typing import Unpack
 from weft.capture import Profile, capture
 from weft.cluster.topology import Cluster
 from weft.plan import Plan
-from weft.planner.search import search
+from weft.planner.objectives import choose
 from weft.planner.space import Constraints, Keywords
 from weft.workload import Workload
 
 
-def plan(workload: Workload | Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> Plan:
-    """The fastest plan that fits.
+def plan(
+    workload: Workload | Profile,
+    cluster: Cluster,
+    *,
+    objective: str | None = None,
+    price: float | None = None,
+    **keywords: Unpack[Keywords],
+) -> Plan:
+    """The plan that is best at an objective: the fastest that fits, if none is named.
 
     Args:
         workload: what to compute, or its profile.
-        cluster: on what; all its devices are used.
+        cluster: on what; all its devices are used, but for objective ``"cost"``.
+        objective: ``"time"``; ``"memory"``: the fastest of those whose fullest device needs least; ``"cost"``: the
+            fastest on as many of the devices as make a sample cheapest.
+        price: of one device for an hour, in any currency.
         keywords: degrees (``pp=2``, ``tp=1``), ``microbatches``, ``schedule`` and ``recompute`` (``"none"``,
             ``"selective"``, ``"full"``) to keep; what is left out is searched. ``precision`` (``"float32"`` where it is
             left out, ``"bf16"``, ``"fp16"``) and ``compile`` (``False``) are as told.
@@ -34,4 +44,4 @@ def plan(workload: Workload | Profile, cluster: Cluster, **keywords: Unpack[Keyw
     if isinstance(profile, Workload):
         precision = Constraints.parse(keywords).precision
         profile = capture(profile, precision or "float32")
-    return search(profile, cluster, **keywords).plan
+    return choose(profile, cluster, objective=objective, price=price, **keywords).plan

@@ -20,6 +20,7 @@ from weft.planner import space
 from weft.planner.evaluate import Evaluator, StageRow
 from weft.planner.explain import explain, remarks, unequal
 from weft.planner.frontier import Costed, Cut, Frontier, title
+from weft.planner.prices import Cost
 from weft.planner.recompute import pruned
 from weft.planner.space import Candidate, Constraints, Degrees, Keywords, Refused, everywhere
 from weft.planner.stages import Ends
@@ -62,6 +63,7 @@ class Choice:
         later: what would be faster once weft can run it, fastest first.
         refused: what was left out and what bound it.
         capture_s, search_s: seconds spent.
+        cost: of the plan, where there is a price.
     """
 
     plan: Plan
@@ -72,6 +74,7 @@ class Choice:
     refused: tuple[Refused, ...]
     capture_s: float
     search_s: float
+    cost: Cost | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -83,6 +86,7 @@ class Choice:
             "refused": [r._asdict() for r in self.refused],
             "capture_s": self.capture_s,
             "search_s": self.search_s,
+            "cost": None if self.cost is None else self.cost.to_json(),
         }
 
 
@@ -109,12 +113,8 @@ def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> 
     evaluator = Evaluator(profile, cluster)
     free, compiled = constraints.recompute is None, bool(constraints.compile)
     refused: list[Refused] = _one_device(evaluator, constraints) if cluster.devices > 1 else []
-    possible = []
-    for degrees in space.products(cluster.devices, constraints):
-        if reason := space.refuse(profile, degrees, constraints.microbatches):
-            refused.append(Refused(degrees.describe(), reason))
-        else:
-            possible.append(degrees)
+    possible, illegal = space.possible(profile, cluster.devices, constraints)
+    refused += illegal
     if not possible:
         raise PlanError(_impossible(constraints, refused))
     frontier = Frontier(evaluator, constraints, possible)

@@ -205,6 +205,17 @@ def products(devices: int, constraints: Constraints) -> list[Degrees]:
     raise PlanError(f"{said} multiply to {product}, which does not make {number}; {remedy}")
 
 
+def possible(profile: Profile, devices: int, constraints: Constraints) -> tuple[list[Degrees], list[Refused]]:
+    """The products that this model can be divided by, and why it cannot by the others. Raises as ``products``."""
+    found, refused = [], []
+    for degrees in products(devices, constraints):
+        if reason := refuse(profile, degrees, constraints.microbatches):
+            refused.append(Refused(degrees.describe(), reason))
+        else:
+            found.append(degrees)
+    return found, refused
+
+
 def refuse(profile: Profile, degrees: Degrees, microbatches: int | None) -> str | None:
     """Why this model cannot be divided by these degrees; None if it can.
 
