@@ -19,6 +19,7 @@ class Estimate:
     Attributes:
         step_time_s: seconds per optimizer step.
         time: seconds by term of TIME_TERMS; they add up to ``step_time_s``.
+        stage_time: the same of each stage, on average over its devices, idling to the end of the step included.
         memory: bytes by term of MEMORY_TERMS, one dict per stage, for the fullest rank of the stage.
         bytes_sent: bytes the busiest device sends per step.
         idle_share: mean share of the step in which a device waits, 0 to 1.
@@ -31,6 +32,7 @@ class Estimate:
     bytes_sent: float
     idle_share: float
     calibration: str
+    stage_time: tuple[dict[str, float], ...] = ()
 
     @property
     def peak_memory_bytes(self) -> list[float]:
@@ -42,7 +44,11 @@ class Estimate:
         return {
             "step_time_s": self.step_time_s,
             "peak_memory_bytes": self.peak_memory_bytes,
-            "terms": {"time_s": self.time, "memory_bytes": list(self.memory)},
+            "terms": {
+                "time_s": self.time,
+                "stage_time_s": list(self.stage_time),
+                "memory_bytes": list(self.memory),
+            },
             "bytes_sent": self.bytes_sent,
             "idle_share": self.idle_share,
             "calibration": self.calibration,
