@@ -66,6 +66,7 @@ BROKEN_PLAN = json.dumps({"version": VERSION, "pp": 1, "colour": "red"})
         (["plan", *SMALL, "--devices", "2", "--memory", "10KiB"], "10.0 KiB"),
         (["plan", *SMALL, "--cluster", "abacus:2x8"], "'abacus:2x8' is neither a cluster file nor a preset"),
         (["plan", *SMALL, "batch_size=1", "--dp-replicate", "2", "--devices", "2"], "batch"),
+        (["plan", *SMALL, "--devices", "2", "--html", "no/plan.html"], "name a file in a folder there is"),
         (["compare", *SMALL, "--devices", "1"], "at least 2 devices"),
         (["verify", *SMALL, "--dtype", "float12", "--devices", "1"], "float12"),
         (["launch", "nowhere.py"], "nowhere.py: no such file"),
@@ -90,6 +91,8 @@ def test_plan_explains_and_saves(weft: WEFT, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     assert out.startswith("Plan: dp_shard=2")
     assert Plan.load(tmp_path / "plan.json").degrees["dp_shard"] == 2
+    assert weft("plan", *SMALL, "--devices", "2", "--html", "plan.html")[0] == 0
+    assert (tmp_path / "plan.html").read_text().startswith("<!doctype html>")
     data = as_json(weft, "plan", *SMALL, "--cluster", "h100-sxm:2x8", "--devices", "8", "--memory", "4GiB")
     assert set(data) >= {"plan", "estimate", "alternatives", "refused", "capture_s", "search_s"}
     assert set(data["estimate"]) >= {"step_time_s", "peak_memory_bytes", "terms"}

@@ -6,17 +6,14 @@ code 0: done; 1: the job failed, or verification did not hold; 2: what the user 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console, RenderableType
 
 from weft.capture import capture
 from weft.cluster import Cluster, measure
@@ -29,7 +26,8 @@ from weft.jobs import verify as verifying
 from weft.plan import Plan
 from weft.planner import Constraints, Keywords, changes, search
 from weft.quantity import each_of, parse_sizes
-from weft.report import tables
+from weft.report import page, tables
+from weft.report.output import output
 from weft.report.progress import Bar, TrainingLog, show_cursor
 from weft.runtime.launch import device_count, launch_script
 from weft.runtime.launch import launch as launch_function
@@ -63,6 +61,7 @@ def plan(
     devices: Devices = None,
     memory: Memory = None,
     save: Annotated[Path | None, typer.Option(metavar="FILE", help="write the plan here")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="draw it as a page of its own")] = None,
     what_if: Annotated[
         bool | None, typer.Option(help="search again with more memory, faster links, other batches; default: if quick")
     ] = None,
@@ -80,6 +79,8 @@ def plan(
         found = []
         if what_if or (what_if is None and choice.search_s < QUICK_S):
             found = changes(profile, on, choice, **fixed)
+        if html is not None:
+            page.write(html, choice, profile, on, found)
         lines = ["", "What would change it:", *(f"  {change.describe()}" for change in found)] if found else []
         show("\n".join([choice.plan.explain(), *lines]), choice.to_json() | {"changes": [c.to_json() for c in found]})
 
@@ -274,38 +275,6 @@ def devices_of(devices: int | None, plan: Plan | None = None, cluster: Cluster |
     if devices not in (None, plan.devices):
         raise PlanError(f"the plan is for {plan.devices} devices and --devices is {devices}; leave --devices out")
     return plan.devices
-
-
-@contextlib.contextmanager
-def output(as_json: bool) -> Iterator[Callable[[RenderableType, dict[str, Any]], None]]:
-    """Yields a function that shows a result to people, or writes it as JSON.
-
-    For JSON, whatever else this process and those it starts print goes to stderr, the user's own code included.
-    """
-    if not as_json:
-        people = sys.stdout.isatty()
-        console = Console(width=None if people else 160, highlight=False, soft_wrap=not people)
-
-        def show(text: RenderableType, _: dict[str, Any]) -> None:
-            if text:
-                console.print(text)
-
-        yield show
-        return
-    sys.stdout.flush()
-    real = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with open(real, "w", closefd=False) as stdout, contextlib.redirect_stdout(sys.stderr):
-
-            def write(_: RenderableType, data: dict[str, Any]) -> None:
-                stdout.write(json.dumps(data) + "\n")
-
-            yield write
-    finally:
-        sys.stdout.flush()
-        os.dup2(real, 1)
-        os.close(real)
 
 
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]

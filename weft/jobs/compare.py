@@ -23,6 +23,7 @@ from weft.runtime import memory
 from weft.runtime.engine import parallelize
 from weft.runtime.meter import Meter
 from weft.runtime.pool import Pool
+from weft.runtime.stopwatch import Stopwatch
 from weft.runtime.worker import join
 from weft.target import Target
 
@@ -242,7 +243,7 @@ def train_plan(target: Target, plan: Plan, steps: int) -> tuple[Measurement, lis
     workload = target.load()  # what it imports is no memory of the plan
     used = memory.of(device)
     engine = parallelize(workload, plan)
-    meter = Meter(device, used, batch_size=plan.batch_size, waited_s=lambda: engine.waited_s)
+    meter = Meter(device, used, batch_size=plan.batch_size, stopwatch=engine.stopwatch)
     batches = engine.batches(epochs=None)
     return measure_steps(meter, steps, lambda: float(engine.step(next(batches))))
 
@@ -253,7 +254,7 @@ def train_alone(target: Target, plan: Plan, steps: int) -> tuple[Measurement, li
     workload = target.load()
     used = memory.of(device)
     single = SingleDevice(workload, device, plan=plan)
-    meter = Meter(device, used, batch_size=plan.batch_size, waited_s=lambda: 0.0)
+    meter = Meter(device, used, batch_size=plan.batch_size, stopwatch=Stopwatch(device))
     results = single.steps(WARM_UP + steps)
     return measure_steps(meter, steps, lambda: next(results).loss)
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from weft.capture import capture
 from weft.cluster import Cluster, measure
 from weft.errors import InputError
-from weft.estimate import Estimate, Measurement
+from weft.estimate import Difference, Estimate, Measurement, differences
 from weft.plan import Plan
 from weft.planner import Refused, estimate, search
 from weft.precision import dtypes_of
@@ -102,7 +102,8 @@ class Order:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What training did. ``losses`` are those of this run's steps; ``first_step`` is where it began."""
+    """What training did. ``losses`` are those of this run's steps; ``first_step`` is where it began;
+    ``differences`` are the terms of the estimate that were off."""
 
     first_step: int
     steps: int
@@ -113,6 +114,7 @@ class Training:
     plan: Plan
     estimate: Estimate | None
     measurement: Measurement | None
+    differences: list[Difference]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -151,7 +153,7 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
     end = order.steps if order.steps is not None else engine.steps_per_epoch
     if end <= begin:
         raise InputError(f"the checkpoint is of step {begin} and training goes to step {end}; raise --steps")
-    meter = Meter(device, used, batch_size=plan.batch_size, waited_s=lambda: engine.waited_s)
+    meter = Meter(device, used, batch_size=plan.batch_size, stopwatch=engine.stopwatch)
     losses: list[Any] = []
     interval = time.perf_counter()
     saved = -1
@@ -198,6 +200,7 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
         plan=plan,
         estimate=predicted,
         measurement=measurement,
+        differences=differences(predicted, measurement) if predicted and measurement else [],
     )
 
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from weft.capture.profile import Profile
 from weft.cluster.topology import Cluster
-from weft.estimate import Estimate
+from weft.estimate import TIME_TERMS, Estimate
 from weft.planner import timeline
 from weft.planner.communication import transfer_s
 from weft.planner.loads import Flow, Flows, Load, Loads
@@ -61,6 +61,11 @@ class Run(NamedTuple):
     transfers: Mapping[tuple[int, int], float]
 
 
+def latest(every: Sequence[tuple[list[Spent], list[Event]]]) -> int:
+    """Which of the simulated lines is done last."""
+    return max(range(len(every)), key=lambda r: max(device.end_s for device in every[r][0]))
+
+
 class Evaluator:
     """Costs of any candidate for one profile on one cluster; what candidates share is worked out once."""
 
@@ -75,18 +80,13 @@ class Evaluator:
         """Step time and memory of a candidate with its stages cut."""
         return self.evaluate(candidate, ends)[0]
 
-    def evaluate(
-        self, candidate: Candidate, ends: Ends, events: list[Event] | None = None
-    ) -> tuple[Estimate, list[StageRow]]:
-        """The estimate, and what each device of a pipeline contributes to it; ``events`` is filled with what each does
-        when."""
+    def evaluate(self, candidate: Candidate, ends: Ends) -> tuple[Estimate, list[StageRow]]:
+        """The estimate, and what each device of a pipeline contributes to it."""
         degrees, pp = candidate.degrees, candidate.degrees.pp
-        runs = self._runs(candidate, ends)
-        every = self._simulate(candidate, runs, events is not None)
-        last = max(range(len(runs)), key=lambda r: max(device.end_s for device in every[r][0]))
-        (spent, seen), loads = every[last], runs[last].loads
-        if events is not None:
-            events += seen
+        runs = self.runs(candidate, ends)
+        every = self.simulate(candidate, runs)
+        last = latest(every)
+        spent, loads = every[last][0], runs[last].loads
         slowest = max(range(pp), key=lambda d: spent[d].end_s)
         end_s = spent[slowest].end_s
         time = self._terms(candidate, loads[slowest::pp], spent[slowest])
@@ -96,10 +96,12 @@ class Evaluator:
         memory = [self.stages.memory(candidate, d, own) for d, own in enumerate(stretches)]
         idle = [[end_s - device.compute_s - device.step_s for device in of] for of, _ in every]
         weights = [len(run.line.replicas) / degrees.replicas for run in runs]
+        stage_time = tuple(self._stage_time(candidate, runs, every, weights, d) for d in range(pp))
         idle_s = sum(weight * sum(of) for weight, of in zip(weights, idle, strict=True))
         estimate = Estimate(
             step_time_s=step,
             time=time,
+            stage_time=stage_time,
             memory=tuple(dict(held.terms) for held in memory),
             bytes_sent=max(sum(load.bytes_sent for load in run.loads[d::pp]) for run in runs for d in range(pp)),
             idle_share=idle_s / (pp * end_s) if end_s else 0.0,
@@ -129,7 +131,7 @@ class Evaluator:
         """Seconds that a step takes at least: each device works through its microbatches; before its first one the
         stages before it did that one's forward, and after it they do the last one's backward and end their step."""
         pp, microbatches, most = candidate.degrees.pp, candidate.microbatches, 0.0
-        for run in self._runs(candidate, ends):
+        for run in self.runs(candidate, ends):
             before = after = 0.0
             for device in range(pp):
                 own = run.loads[device::pp]
@@ -140,7 +142,7 @@ class Evaluator:
                 after = max(after, end_s) + sum(own[0].work.backward)
         return most
 
-    def _runs(self, candidate: Candidate, ends: Ends) -> list[Run]:
+    def runs(self, candidate: Candidate, ends: Ends) -> list[Run]:
         """Every line of a candidate, ready to be simulated."""
         runs = []
         for line in self.stages.layout(candidate).lines:
@@ -151,8 +153,8 @@ class Evaluator:
             runs.append(Run(line, flows, loads, dict.fromkeys(pairs, 0.0) if blocking else transfers))
         return runs
 
-    def _simulate(
-        self, candidate: Candidate, runs: Sequence[Run], watched: bool
+    def simulate(
+        self, candidate: Candidate, runs: Sequence[Run], *, watched: bool = False
     ) -> list[tuple[list[Spent], list[Event]]]:
         """What the devices of every line spend, and if it is ``watched`` what each does when."""
         degrees, flows, cores = candidate.degrees, runs[0].flows, self.cluster.cores
@@ -204,6 +206,26 @@ class Evaluator:
                 if scatters:
                     seconds[pair] += mesh.collective_s("tp", "all_gather", size)
         return seconds
+
+    def _stage_time(
+        self,
+        candidate: Candidate,
+        runs: Sequence[Run],
+        every: Sequence[tuple[list[Spent], list[Event]]],
+        weights: Sequence[float],
+        device: int,
+    ) -> dict[str, float]:
+        """Seconds of a device of the pipeline by term, the mean over its replicas (of each line this share of them),
+        with what it idles until the step is over: they add up to the step."""
+        end_s = max(spent.end_s for of, _ in every for spent in of)
+        total = dict.fromkeys(TIME_TERMS, 0.0)
+        for run, (of, _), weight in zip(runs, every, weights, strict=True):
+            spent = of[device]
+            terms = self._terms(candidate, run.loads[device :: candidate.degrees.pp], spent)
+            terms["bubble"] += end_s - spent.end_s
+            for term, seconds in terms.items():
+                total[term] += weight * seconds
+        return total
 
     def _terms(self, candidate: Candidate, loads: Sequence[Load], spent: Spent) -> dict[str, float]:
         """A device's seconds by term of TIME_TERMS."""

@@ -32,6 +32,8 @@ MEMORY_NAMES = {
 REFUSED_SHOWN = 12
 TELLING = 1e-3
 """Differences below this share of the whole are not told."""
+TOLD = 1e-2
+"""What an alternative saves somewhere is told from this share of the step."""
 
 
 def explain(
@@ -147,25 +149,27 @@ def why(estimate: Estimate, alternatives: Sequence[tuple[str, Estimate]], refuse
         return f"It is the only plan that {'fits' if tight else 'is possible'} under what was asked.{without}"
     name, other = alternatives[0]
     gap = other.step_time_s / estimate.step_time_s - 1
-    term, more = _largest_difference(estimate, other)
+    term, more = _differences(estimate, other)[0]
     because = f", which spends {format_seconds(more)} more on {term}" if more > 0 else ""
     return f"It is the fastest that fits: {gap:.1%} ahead of {name}{because}.{without}"
 
 
 def separates(chosen: Estimate, other: Estimate) -> str:
     """What separates an alternative from the chosen plan."""
-    term, more = _largest_difference(chosen, other)
+    (most, more), *_, (least, less) = _differences(chosen, other)
     peak = max(other.peak_memory_bytes) - max(chosen.peak_memory_bytes)
     parts = [f"{format_seconds(other.step_time_s)} ({other.step_time_s / chosen.step_time_s - 1:+.1%})"]
     if more > TELLING * chosen.step_time_s:
-        parts.append(f"{format_seconds(more)} more {term}")
+        parts.append(f"{format_seconds(more)} more {most}")
+    if -less > TOLD * chosen.step_time_s:
+        parts.append(f"{format_seconds(-less)} less {least}")
     if abs(peak) > TELLING * max(chosen.peak_memory_bytes):
         parts.append(f"{format_bytes(abs(peak))} {'more' if peak > 0 else 'less'} memory")
     return ", ".join(parts)
 
 
-def _largest_difference(chosen: Estimate, other: Estimate) -> tuple[str, float]:
-    """Where the other plan loses most, and by how much.
+def _differences(chosen: Estimate, other: Estimate) -> list[tuple[str, float]]:
+    """What the other plan spends more, or less where it is negative, on each term: most first.
 
     Computing and idling count as one: devices that share cores compute faster while others idle.
     """
@@ -175,7 +179,7 @@ def _largest_difference(chosen: Estimate, other: Estimate) -> tuple[str, float]:
         return {"computing and idling": estimate.time["compute"] + estimate.time["bubble"], **rest}
 
     mine, theirs = parts(chosen), parts(other)
-    return max(((name, theirs[name] - mine[name]) for name in mine), key=lambda pair: pair[1])
+    return sorted(((name, theirs[name] - mine[name]) for name in mine), key=lambda pair: -pair[1])
 
 
 def _fullest(stages: Sequence[StageRow]) -> int:
@@ -208,11 +212,11 @@ def _recompute(modes: Mapping[str, str]) -> str:
     parts = []
     for mode in RECOMPUTE:
         if units := [unit for unit, of in modes.items() if of == mode]:
-            parts.append(f"{mode} in {', '.join(_stretches(units))}")
+            parts.append(f"{mode} in {', '.join(stretches(units))}")
     return f"; recompute: {', '.join(parts)}"
 
 
-def _stretches(units: Sequence[str]) -> list[str]:
+def stretches(units: Sequence[str]) -> list[str]:
     """Names with consecutive numbers at the end drawn together: ``blocks.0-5``."""
     found: list[tuple[str, int, int] | str] = []
     for unit in units:

@@ -23,6 +23,7 @@ from weft.planner.frontier import Costed, Cut, Frontier, title
 from weft.planner.prices import Cost
 from weft.planner.recompute import pruned
 from weft.planner.space import Candidate, Constraints, Degrees, Keywords, Refused, everywhere
+from weft.planner.spans import candidate_of
 from weft.planner.stages import Ends
 from weft.quantity import format_bytes
 
@@ -211,13 +212,7 @@ def estimate(profile: Profile, cluster: Cluster, plan: Plan) -> Estimate:
     placed = [name for stage in plan.stages for name in stage]
     if placed != names:
         raise PlanError(_misplaced(placed, names))
-    degrees = Degrees(plan.pp, plan.dp_replicate, plan.dp_shard, plan.tp)
-    ends, end = [], 0
-    for stage in plan.stages:
-        end += len(stage)
-        ends.append(end)
-    candidate = Candidate(degrees, plan.microbatches, plan.schedule, plan.recompute, plan.zero, shares=plan.shares)
-    return Evaluator(profile, cluster).estimate(candidate, tuple(ends))
+    return Evaluator(profile, cluster).estimate(*candidate_of(plan))
 
 
 def _prune(evaluator: Evaluator, costed: Costed) -> Costed:

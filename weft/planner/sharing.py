@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from weft.planner.work import Event, Key, Spent, Stage, needs, transfer_of
+from weft.planner.work import Event, Key, Spent, Stage, arriving, needs, transfer_of
 from weft.schedule import COMPUTE, Action, Kind
 
 Pipeline = tuple[Sequence[Stage], Mapping[tuple[int, int], float]]
@@ -143,7 +143,12 @@ class Sharing:
     def _end_wait(self, state: _State, index: int) -> None:
         if state.waits_since is None:
             return
-        state.spent.wait(state.waits_since, [self.travels[key] for key in self._waited_for(index)])
+        before = state.spent.transfer_s
+        arrival = state.spent.wait(state.waits_since, [self.travels[key] for key in self._waited_for(index)])
+        if (travelled := state.spent.transfer_s - before) > 0:
+            pipeline, device = divmod(index, self.devices)
+            action = arriving(self.actions[device][state.next])
+            self.events[pipeline].append(Event(device, action, arrival - travelled, arrival))
         state.waits_since = None
 
     def _rates(self) -> list[float]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from weft.planner.sharing import Sharing
-from weft.planner.work import Event, Key, Spent, Stage, needs, transfer_of
+from weft.planner.work import Event, Key, Spent, Stage, arriving, needs, transfer_of
 from weft.schedule import Action
 
 FILLED = 4
@@ -41,17 +41,17 @@ def simulate(
         stages: costs of all stages; stage ``k`` is on device ``k % len(actions)``.
         transfer_s: seconds one microbatch's tensors take from a stage to another, by (source, target).
         cores: devices of a node that compute at full speed at once; None: all.
-        events: where to note every action that takes time.
+        events: where to note every action that takes time, and the receives that a device waits for while they travel.
 
     Returns:
         Per device what its time went to.
     """
-    events = [] if events is None else events
     if cores is None:
         return _independent(actions, stages, transfer_s, events)
     run = Sharing(actions, [(stages, transfer_s)], dict.fromkeys((stage.node for stage in stages), cores))
     (spent,) = run.run()
-    events += run.events[0]
+    if events is not None:
+        events += run.events[0]
     return spent
 
 
@@ -87,7 +87,7 @@ def _independent(
     actions: Sequence[Sequence[Action]],
     stages: Sequence[Stage],
     transfer_s: Mapping[tuple[int, int], float],
-    events: list[Event],
+    events: list[Event] | None,
 ) -> list[Spent]:
     """The same where no device slows another: each is followed on its own as far as what it waits for is known, so the
     work grows with the actions alone.
@@ -121,11 +121,16 @@ def _independent(
                     if any(key not in travels for key in needed):
                         break
                     if needed:
+                        before = spent[device].transfer_s
                         now[device] = spent[device].wait(now[device], [travels[key] for key in needed])
+                        travelled = spent[device].transfer_s - before
+                        if events is not None and travelled > 0:
+                            events.append(Event(device, arriving(action), now[device] - travelled, now[device]))
                     work = stages[device + action.chunk * devices].work(action.kind)
                     spent[device].work(action.kind, *work)
                     end = now[device] + work.compute_s + work.collective_s + work.sending_s
-                    events.append(Event(device, action, now[device], end))
+                    if events is not None:
+                        events.append(Event(device, action, now[device], end))
                     now[device] = end
                 place[device] += 1
                 moved = True

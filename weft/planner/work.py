@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from weft.schedule import Action, Kind
@@ -98,7 +98,8 @@ class Spent:
 
 
 class Event(NamedTuple):
-    """An action that took a device's time, seconds from the beginning of the step."""
+    """An action that took a device's time, seconds from the beginning of the step; of a receive while it travelled
+    and was waited for."""
 
     device: int
     action: Action
@@ -119,6 +120,12 @@ def transfer_of(action: Action, device: int, devices: int) -> Key:
     stage = device + action.chunk * devices
     sends = action.kind in (Kind.SEND_ACTIVATION, Kind.SEND_GRADIENT)
     return Key(stage, action.peer, action.microbatch) if sends else Key(action.peer, stage, action.microbatch)
+
+
+def arriving(action: Action) -> Action:
+    """The receive that a computation waits for."""
+    forward = action.kind is Kind.FORWARD
+    return replace(action, kind=Kind.RECEIVE_ACTIVATION if forward else Kind.RECEIVE_GRADIENT)
 
 
 def needs(actions: Sequence[Action], device: int, devices: int) -> dict[tuple[Kind, int, int], list[Key]]:

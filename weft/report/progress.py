@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from weft.estimate import Estimate, Measurement
+from weft.estimate import OFF, Difference, Estimate, Measurement, differences
 from weft.jobs.train import Line
 from weft.plan import Plan
 from weft.quantity import format_bytes, format_seconds
@@ -86,6 +87,8 @@ class TrainingLog:
     def compared(self, estimate: Estimate, measurement: Measurement) -> None:
         """What was predicted and what was seen."""
         print(prediction_line(estimate, measurement), flush=True)
+        if off := differences(estimate, measurement):
+            print(difference_line(off), flush=True)
 
     def close(self) -> None:
         """Take the bar away."""
@@ -116,6 +119,17 @@ def prediction_line(estimate: Estimate, measurement: Measurement) -> str:
         f"({predicted / measured - 1:+.0%}); "
         f"memory {format_bytes(expected)} predicted, {format_bytes(seen)} measured ({expected / max(seen, 1) - 1:+.0%})"
     )
+
+
+def difference_line(off: Sequence[Difference]) -> str:
+    """What was predicted wrongly."""
+
+    def told(d: Difference) -> str:
+        form = format_bytes if d.term == "memory" else format_seconds
+        error = f"{d.predicted / d.measured - 1:+.0%}" if d.measured else "none seen"
+        return f"{d.term} {form(d.predicted)} predicted, {form(d.measured)} measured ({error})"
+
+    return f"off by more than {OFF:.0%}: {'; '.join(map(told, off))}"
 
 
 def new_progress() -> Progress:

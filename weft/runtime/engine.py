@@ -27,6 +27,7 @@ from weft.runtime.placement import Placement
 from weft.runtime.recordings import Recordings
 from weft.runtime.routes import Routes
 from weft.runtime.scaling import LossScale
+from weft.runtime.stopwatch import Stopwatch
 from weft.runtime.worker import describe_stage, join
 from weft.workload import Workload
 
@@ -42,6 +43,7 @@ class Engine:
         optimizer: the user's optimizer over what this rank holds.
         scheduler: the user's learning-rate scheduler, or None; it steps with every step.
         step_count: steps done.
+        stopwatch: what steps go to besides computing, while it is on.
         gradient_norm: global L2 norm of the last step's gradients before clipping; None where it was not needed.
         loss_scale: what float16 needs; None in other precisions. A step whose gradients overflow (``loss_scale.finite``
             is False) changes no parameter.
@@ -59,6 +61,7 @@ class Engine:
         self.grid = Grid.make(plan)
         describe_stage(self.grid.stage)
         self.step_count = 0
+        self.stopwatch = Stopwatch(self.grid.device, inside=max(plan.tp, plan.dp_shard) > 1)
         self.gradient_norm: Tensor | None = None
         self._sampler = Sampler(workload)
         self.recordings = Recordings(workload)
@@ -96,6 +99,7 @@ class Engine:
             data_parallel=self.part.data_parallel,
             buffers=buffers,
             record=self.recordings.of,
+            stopwatch=self.stopwatch,
         )
         self.loss_scale = LossScale() if plan.precision == "fp16" else None
 
@@ -139,20 +143,23 @@ class Engine:
         sums = self._pipeline.run(batch, self.step_count, check=first)
         if first:
             self._warn_unless_finite(sums.unfinite)
-        totals.sum_copies(self.part.held)
-        loss, self.gradient_norm = totals.agree(
-            sums,
-            self.part.held,
-            self.grid,
-            adds_loss=self.grid.stage == self.plan.pp - 1 and self.grid.index("tp") == 0,
-            max_norm=self.workload.max_grad_norm,
-            want_norm=gradient_norm,
-            scale=self.loss_scale,
-        )
-        if self.loss_scale is None or self.loss_scale.finite:
-            self.optimizer.step()
-            if self.scheduler is not None:
-                self.scheduler.step()
+        with self.stopwatch.time("waiting"):
+            totals.sum_copies(self.part.held)
+        with self.stopwatch.time("optimizer"):
+            loss, self.gradient_norm = totals.agree(
+                sums,
+                self.part.held,
+                self.grid,
+                adds_loss=self.grid.stage == self.plan.pp - 1 and self.grid.index("tp") == 0,
+                max_norm=self.workload.max_grad_norm,
+                want_norm=gradient_norm,
+                scale=self.loss_scale,
+                stopwatch=self.stopwatch,
+            )
+            if self.loss_scale is None or self.loss_scale.finite:
+                self.optimizer.step()
+                if self.scheduler is not None:
+                    self.scheduler.step()
         self.step_count += 1
         return loss
 
@@ -160,11 +167,6 @@ class Engine:
     def steps_per_epoch(self) -> int:
         """Batches per epoch, the partial last one included."""
         return self._sampler.steps_per_epoch
-
-    @property
-    def waited_s(self) -> float:
-        """Seconds this rank has waited for transfers between stages."""
-        return self._pipeline.waited_s
 
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters and buffers as one device has them: whole, on the CPU, under single-device names.

@@ -3,15 +3,15 @@
 step time       wall clock of each step, from a point where all ranks meet
 memory          peak above what the process used before the model (``memory``)
 bytes sent      CPU: what the loopback interface carried, over ranks; accelerators: not measured
-idle            Linux CPU: the main thread was neither running nor waiting for a core; elsewhere: it waited for a
-transfer
+idle            Linux CPU: the main thread was neither running nor waiting for a core; elsewhere: it waited for others
+terms           as the stopwatch says; communication on Linux CPUs: all the idling that is not waiting for other stages;
+                elsewhere not told apart from computing where ranks communicate inside layers. Computing is the rest
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from weft.errors import JobError
 from weft.estimate import Measurement
 from weft.runtime.memory import Memory
+from weft.runtime.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,20 @@ class Meter:
         device: of this rank.
         memory: of the device, with its baseline from before the model.
         batch_size: samples per step over all ranks.
-        waited_s: seconds this rank has waited for transfers so far.
+        stopwatch: of this rank.
     """
 
-    def __init__(self, device: torch.device, memory: Memory, *, batch_size: int, waited_s: Callable[[], float]) -> None:
-        self.device, self.memory, self.batch_size, self.waited_s = device, memory, batch_size, waited_s
+    def __init__(self, device: torch.device, memory: Memory, *, batch_size: int, stopwatch: Stopwatch) -> None:
+        self.device, self.memory, self.batch_size, self.stopwatch = device, memory, batch_size, stopwatch
         self.steps: list[float] = []
         self._idle: list[float] = []
+        self._terms: list[dict[str, float]] = []
         self._bytes: list[float] = []
 
     def start(self) -> None:
         """A step begins. All ranks meet here, so that none is charged for another's lateness."""
         dist.barrier()
-        self._waited = self.waited_s()
+        self.stopwatch.start()
         self._clock = Clock.read()
 
     def stop(self) -> None:
@@ -69,10 +71,16 @@ class Meter:
         now, then = Clock.read(), self._clock
         wall = now.wall_s - then.wall_s
         self.steps.append(wall)
+        terms = self.stopwatch.stop()
         if now.wanted_core_s is not None and then.wanted_core_s is not None and self.device.type == "cpu":
-            self._idle.append(max(0.0, 1.0 - (now.wanted_core_s - then.wanted_core_s) / wall))
+            idle_s = max(0.0, wall - (now.wanted_core_s - then.wanted_core_s))
+            terms["communication"] = max(0.0, idle_s - terms["waiting"])
         else:
-            self._idle.append((self.waited_s() - self._waited) / wall)
+            idle_s = terms["waiting"]
+            if self.stopwatch.inside:
+                del terms["communication"]
+        self._idle.append(idle_s / wall)
+        self._terms.append({"compute": wall - sum(terms.values()), **terms})
         ranks = dist.get_world_size()
         if now.bytes_sent is not None and then.bytes_sent is not None:
             # alone, all there is on the interface is what others on this machine send
@@ -92,16 +100,18 @@ class Meter:
             self.memory.peak(),
             median(self._idle),
             median(self._bytes) if cpu and self._bytes else None,
+            {term: median(terms[term] for terms in self._terms) for term in self._terms[0]},
         )
-        every: list[tuple[float, int, float, float | None]] = [mine] * dist.get_world_size()
+        every: list[tuple[float, int, float, float | None, dict[str, float]]] = [mine] * dist.get_world_size()
         dist.all_gather_object(every, mine)
         slowest = max(step for step, *_ in every)
-        sent = [value for *_, value in every if value is not None]
+        sent = [value for *_, value, _ in every if value is not None]
         return Measurement(
             step_time_s=slowest,
             peak_memory_bytes=[peak for _, peak, *_ in every],
             bytes_sent=max(sent) if sent else None,
-            idle_share=sum(idle for _, _, idle, _ in every) / len(every),
+            idle_share=sum(idle for _, _, idle, *_ in every) / len(every),
+            time={term: sum(terms[term] for *_, terms in every) / len(every) for term in mine[-1]},
             samples_per_s=self.batch_size / slowest,
         )
 

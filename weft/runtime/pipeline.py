@@ -7,7 +7,6 @@ between two stages and in one direction they keep the order of the list on both 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +28,7 @@ from weft.runtime.grid import Grid
 from weft.runtime.placement import Placement, Run, split_loss
 from weft.runtime.randomness import Seeds
 from weft.runtime.routes import Routes
+from weft.runtime.stopwatch import Stopwatch
 from weft.schedule import Action, Edge, Kind, actions
 from weft.workload import Workload
 
@@ -79,6 +79,7 @@ class Pipeline:
         data_parallel: how replicas come together.
         buffers: what forwards change.
         record: gives the recording for a microbatch, cached by its shapes.
+        stopwatch: told of waiting for other stages and for replicas.
     """
 
     def __init__(
@@ -91,14 +92,14 @@ class Pipeline:
         data_parallel: DataParallel,
         buffers: Buffers,
         record: Callable[[Any, Seeds], Recording],
+        stopwatch: Stopwatch,
     ) -> None:
         self.workload, self.plan, self.grid = workload, plan, grid
         self.placement, self.data_parallel, self.record = placement, data_parallel, record
-        self.buffers = buffers
+        self.buffers, self.stopwatch = buffers, stopwatch
         self.stage = grid.stage
         self.scale = 1.0
         """Losses are multiplied by it before the backward (``scaling``)."""
-        self.waited_s = 0.0
         self.bytes_sent = 0
         self._routes: WeakKeyDictionary[Recording, Routes] = WeakKeyDictionary()
         self._actions: dict[frozenset[Edge], list[Action]] = {}
@@ -172,7 +173,8 @@ class Pipeline:
                 wanted = routes.with_gradient(action.peer, self.stage)
                 self._send(action, [flight.returning.pop(source) for source in wanted])
             case Kind.REDUCE:
-                self.data_parallel.finish()
+                with self.stopwatch.time("communication"):
+                    self.data_parallel.finish()
             case Kind.STEP:
                 pass  # the engine's: it needs the norm over all ranks first
 
@@ -273,9 +275,8 @@ class Pipeline:
         return [arrival.tensors for arrival in arrivals]
 
     def _wait(self, work: dist.Work) -> None:
-        start = time.perf_counter()
-        work.wait()
-        self.waited_s += time.perf_counter() - start
+        with self.stopwatch.time("waiting"):
+            work.wait()
 
     def _to_device(self, batch: Any) -> Any:
         device = self.grid.device

@@ -23,6 +23,7 @@ from weft.runtime.division import Division
 from weft.runtime.grid import Grid
 from weft.runtime.pipeline import Sums
 from weft.runtime.scaling import LossScale
+from weft.runtime.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def agree(
     max_norm: float | None,
     want_norm: bool,
     scale: LossScale | None = None,
+    stopwatch: Stopwatch,
 ) -> tuple[Tensor, Tensor | None]:
     """Make the gradients those of the global mean loss, clipped; one all-reduce over all ranks.
 
@@ -120,6 +122,7 @@ def agree(
         max_norm: clip to this norm.
         want_norm: compute the norm even if nothing is clipped.
         scale: the losses were multiplied by it; it is told whether the gradients are finite everywhere.
+        stopwatch: told of waiting for the other ranks.
 
     Returns:
         The global mean loss and, if clipped or wanted, the gradient norm before clipping: float64 scalars.
@@ -136,7 +139,8 @@ def agree(
     mine_of_all = [sums.loss if adds_loss else nothing, sums.count if adds_loss else nothing, square, unfinite]
     vector = torch.stack(mine_of_all)
     if grid.mesh.size() > 1:
-        dist.all_reduce(vector)
+        with stopwatch.time("waiting"):
+            dist.all_reduce(vector)
     loss, count, square, unfinite = vector.unbind()
     factor = None
     if sums.counted:
