@@ -108,9 +108,7 @@ def predict(run: Run, profile: Profile) -> Prediction:
     if run.recompute_what == "op":
         profile = replace(profile, calls=tuple(_every_other(call) for call in profile.calls))
     evaluator = Evaluator(profile, cluster, system)
-    balanced = run.framework == "nanotron"  # which cuts by parameters that compute, the head's among them
-    ends = evaluator.stages.fastest(candidate) if balanced else ends_of(run, profile)
-    found = evaluator.estimate(candidate, ends)
+    found = evaluator.estimate(candidate, ends_of(run, profile))
     peaks = found.peak_memory_bytes
     seen = {"first": peaks[0], "last": peaks[-1]}.get(run.memory_rank, max(peaks))
     return Prediction(share * found.step_time_s, seen)
@@ -145,13 +143,14 @@ def _link(run: Run, link: Link) -> Link:
 def system_of(run: Run) -> System:
     """How the run's program keeps and moves numbers."""
     system = SYSTEMS.get(run.framework, MEGATRON)
-    return replace(system, blocking=system.blocking and run.vpp == 1)
+    return replace(system, blocking=system.blocking and run.vpp == 1, context_shards=run.zero > 0)
 
 
 def candidate_of(run: Run, profile: Profile) -> Candidate:
     """The run's plan."""
-    sharded = run.zero > 0 and run.dp > 1
-    degrees = Degrees(run.pp, 1 if sharded else run.dp, run.dp if sharded else 1, run.tp, run.cp)
+    sharded = run.zero > 0 and run.dp * run.cp > 1
+    ep, etp = (run.ep, run.etp) if run.shape.experts else (1, 0)
+    degrees = Degrees(run.pp, 1 if sharded else run.dp, run.dp if sharded else 1, run.tp, run.cp, ep, etp)
     mode = {"none": None}.get(run.recompute, run.recompute)
     if run.recompute_what == "core":
         mode = None

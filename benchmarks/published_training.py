@@ -148,11 +148,13 @@ def read_training(row: Row, index: int) -> Run | Skipped:
         vpp=vpp if pp > 1 else 1,
         cp=cp,
         ep=ep,
+        etp=tp,
         zero=zero if dp * cp > 1 else 0,
         recompute=recompute,
         recompute_what=what,
         sequence_parallel=tp > 1 and (said.startswith(("1", "t", "T")) or not said),
         compiled=compiled,
+        stage_layers=stages_by_cost(shape, pp) if framework == "nanotron" and pp > 1 else (),
         features=frozenset(["async-tp"] if "async tp" in row["notes"].lower() else []),
         peak_memory_bytes=GIB * memory if (memory := number(row, "peak_mem_GiB")) else None,
         memory_of="reserved" if framework == "torchtitan" else "allocated",
@@ -241,6 +243,19 @@ def _shape(row: Row, source: str, framework: str, model: str, *, fused: bool) ->
         top_k=2 if experts else 1,
         expert_ffn=ffn if experts else 0,
     )
+
+
+def stages_by_cost(shape: Shape, pp: int) -> tuple[int, ...]:
+    """Blocks of every stage as nanotron cuts: block after block goes to a stage until the weights of all so far, the
+    head's at the end, are more than its share of them."""
+    width = shape.head_size * shape.heads
+    block, head = 4 * width * shape.hidden + 3 * shape.ffn * shape.hidden, shape.vocab * shape.hidden
+    stages, total = [0] * pp, shape.layers * block + head
+    stage = 0
+    for number in range(1, shape.layers + 1):
+        stages[stage] += 1
+        stage += stage < pp - 1 and number * block * pp > total * (stage + 1)
+    return tuple(stages)
 
 
 def _recompute(row: Row, framework: str) -> tuple[str, str]:

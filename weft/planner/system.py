@@ -22,6 +22,7 @@ class System:
         step_bytes: that an optimizer step reads and writes; None: as it was seen to.
         accumulate_bytes: that adding a microbatch's gradients to those kept reads and writes; None: two reads, a write.
         standing_gradients: gradients have buffers that live from step to step; None: where whole copies meet.
+        context_shards: ranks of ``cp`` shard parameters where no replicas do; they are copies where replicas are.
         shards_beside: sharded parameters that are gathered for a whole step stand beside their shards.
         hides_reduce, hides_gather: averaging gradients, and gathering parameters, hide behind computation.
         hides_tensor: share of the exchange inside layers that hides behind computation.
@@ -43,6 +44,7 @@ class System:
     step_bytes: float | None = None
     accumulate_bytes: float | None = None
     standing_gradients: bool | None = None
+    context_shards: bool = True
     shards_beside: bool = True
     hides_reduce: bool = True
     hides_gather: bool = True
