@@ -57,8 +57,15 @@ SYSTEMS = {
         hides_reduce=True,
         hides_gather=True,
     ),
-    # Gradients in bfloat16 stand beside their float32 sums.
-    "nanotron": replace(MEGATRON, gradient_bytes=6, accumulate_bytes=10, scatters=False, keeps_gathered=True),
+    # Gradients in bfloat16 are added to float32 sums and let go of after every backward; DistributedDataParallel's buckets
+    # reduce, or scatter, the sums. Of what should hide behind the backward then, nothing is seen to.
+    "nanotron": replace(
+        MEGATRON,
+        accumulate_bytes=10,
+        scatters=False,
+        keeps_gathered=True,
+        buckets_shards=True,
+    ),
 }
 """By framework; others are taken for Megatron-LM."""
 

@@ -238,6 +238,8 @@ def _shape(row: Row, source: str, framework: str, model: str, *, fused: bool) ->
         attention_dropout=dropout,
         attention="unfused" if unfused else "flash",
         fused=fused,
+        fused_gate=framework != "nanotron",
+        copied_heads=framework == "nanotron",
         joined=framework not in ("torchtitan", "nnscaler"),
         experts=experts,
         top_k=2 if experts else 1,

@@ -45,6 +45,7 @@ class Path(NamedTuple):
 
     levels: tuple[Level, ...]
     stride: int = 1
+    trees: bool = False  # the outermost level is a network of nodes, of which each may hold one of the ranks
 
     @classmethod
     def of(cls, cluster: Cluster, ranks: int, stride: int) -> Path:
@@ -60,7 +61,7 @@ class Path(NamedTuple):
                 below = within
         if below < ranks:
             levels.append(Level(cluster.links[-1], below, ranks))
-        return cls(tuple(levels), stride)
+        return cls(tuple(levels), stride, bool(levels) and levels[-1].link is not cluster.levels[0])
 
     @classmethod
     def flat(cls, link: Link, ranks: int) -> Path:
@@ -89,8 +90,8 @@ class Path(NamedTuple):
 
     @property
     def tree_s(self) -> float:
-        """Latency of a tree over the outermost level's parts and of the chains below; infinite on one level."""
-        if len(self.levels) == 1:
+        """Latency of a tree over the outermost level's parts and of the chains below; infinite inside a node."""
+        if not self.trees:
             return math.inf
         top = self.levels[-1]
         chains = sum((v.within // v.below - 1) * v.link.latency_s for v in self.levels[:-1])

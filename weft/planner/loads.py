@@ -200,7 +200,7 @@ class Loads:
         if not holding.trainable:
             return Work(0.0), 0.0
         scale = 1.0 if self.system.reduce_bytes is None else self.system.reduce_bytes / self.stages.item_bytes
-        if mesh.ranks("dp_shard") > 1:
+        if mesh.ranks("dp_shard") > 1 and not self.system.buckets_shards:
             parts = [(name, scale * size) for name, size in sharded_units(holding) if size]
         else:
             experts, whole, size = sum(holding.experts.values()), holding.trainable, self.system.bucket_bytes

@@ -32,7 +32,8 @@ class System:
             not divided otherwise (of a norm's input and output the latter).
         parallel_loss: under tensor parallelism the loss is computed on shares of the logits.
         fused: neighbouring operations on elements are one kernel, which reads what enters and writes what leaves.
-        bucket_bytes: gradients that are reduced at once.
+        bucket_bytes: gradients that are reduced at once, where whole copies meet.
+        buckets_shards: so are those that are sharded; else they are by unit.
         dispatch_s: seconds in which the process that drives an accelerator dispatches one operation.
         step_s: seconds of a step that nothing else accounts for.
     """
@@ -55,6 +56,7 @@ class System:
     parallel_loss: bool = False
     fused: bool = False
     bucket_bytes: float = 25 * 2**20
+    buckets_shards: bool = False
     dispatch_s: float = 1e-5
     step_s: float = 0.0
 
