@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from hardware import machine
 from published_metrics import Predicted, Summary, summaries
-from published_models import DTYPES, in_place, workload
+from published_models import DTYPES, loss_kind, workload
 from published_rows import DATA, FILES, read
 from published_run import GIB, Run, Skipped
 from published_systems import CannotPredictError, predict
@@ -57,7 +57,7 @@ def predict_all(runs: Iterable[Run], processes: int = PROCESSES) -> tuple[list[P
     """Predictions of any runs, in their order, and what could not be predicted; models are shared out to processes."""
     models: dict[object, list[Run]] = {}
     for run in runs:
-        models.setdefault((run.shape, DTYPES.get(run.dtype), in_place(run)), []).append(run)
+        models.setdefault((run.shape, DTYPES.get(run.dtype), loss_kind(run)), []).append(run)
     batches = sorted(models.values(), key=lambda batch: -len(batch))
     if processes > 1 and len(batches) > 1:
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:

@@ -45,6 +45,12 @@ LLAMA_LIKE = ("llama", "mistral", "mixtral", "qwen", "gemma", "deepseek", "nemot
 VOCABULARY = 50257
 """GPT-2's, which single-node rows leave out."""
 
+FEATURES = {"async-tp": "async tp", "overlap": "overlap on"}
+"""Features by what notes say of them."""
+
+LOSS_COMPILED = ("2025", "04")
+"""Year and month from which torchtitan compiles the loss, too, where it compiles."""
+
 SINGLE_NODE = "vTrain ground truth (single node)"
 
 
@@ -155,7 +161,7 @@ def read_training(row: Row, index: int) -> Run | Skipped:
         sequence_parallel=tp > 1 and (said.startswith(("1", "t", "T")) or not said),
         compiled=compiled,
         stage_layers=stages_by_cost(shape, pp) if framework == "nanotron" and pp > 1 else (),
-        features=frozenset(["async-tp"] if "async tp" in row["notes"].lower() else []),
+        features=_features(row, framework, compiled=compiled),
         peak_memory_bytes=GIB * memory if (memory := number(row, "peak_mem_GiB")) else None,
         memory_of="reserved" if framework == "torchtitan" else "allocated",
         memory_rank={"torchtitan": "first"}.get(framework, "max"),
@@ -279,6 +285,15 @@ def _zero(row: Row, framework: str) -> int:
     if found := re.search(r"\d", text):
         return min(3, int(found.group()))
     return {"torchtitan": 3, "nnscaler": 1, "nemo": 1, "megatron": 1}.get(framework, 0)
+
+
+def _features(row: Row, framework: str, *, compiled: bool) -> frozenset[str]:
+    """What notes say, and what follows from when it was."""
+    found = {word for word, said in FEATURES.items() if said in row["notes"].lower()}
+    dated = re.search(r"(20\d\d)-?(\d\d)", row["source_ref"])
+    if framework == "torchtitan" and compiled and dated and dated.groups() >= LOSS_COMPILED:
+        found.add("fused-entropy")
+    return frozenset(found)
 
 
 def _step_time(row: Row, run: Run, counted: Shape) -> tuple[float | None, str]:

@@ -318,7 +318,7 @@ def test_fused_kernels_do_what_operators_do():
     two.load_state_dict(one.state_dict())
     tokens = torch.randint(shape.vocab, (2, shape.seq_len))
     # Rotary tables are float32 and so is a fused norm inside; the loss is float32 as well.
-    losses = [loss_of(shape, in_place=False)(model, tokens) for model in (one, two)]
+    losses = [loss_of(shape, "plain")(model, tokens) for model in (one, two)]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
     for loss in losses:
         loss.backward()
@@ -333,7 +333,7 @@ def test_models_run_for_real_and_every_parameter_gets_a_gradient(name):
     model = FAMILIES[shape.family](shape)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    loss = loss_of(shape, in_place=False)(model, torch.randint(shape.vocab, (4, shape.seq_len + shape.decoder_len)))
+    loss = loss_of(shape, "plain")(model, torch.randint(shape.vocab, (4, shape.seq_len + shape.decoder_len)))
     loss.backward()
     assert loss.isfinite()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
