@@ -57,8 +57,8 @@ SYSTEMS = {
         hides_reduce=True,
         hides_gather=True,
     ),
-    # Gradients in bfloat16 are added to float32 sums and let go of after every backward; DistributedDataParallel's buckets
-    # reduce, or scatter, the sums. Of what should hide behind the backward then, nothing is seen to.
+    # Gradients in bfloat16 are added to float32 sums and let go of after every backward. DistributedDataParallel's
+    # buckets reduce, or scatter, the sums; of what should hide behind the backward then, nothing is seen to.
     "nanotron": replace(
         MEGATRON,
         accumulate_bytes=10,
@@ -75,13 +75,13 @@ FP8_ELSEWHERE = 1.8
 """How much faster products are in 8 bits than in 16, of twice by the data sheet; casts and scales take the rest, more
 of it where they are not part of the kernels. Fitted on torchtitan's runs, and on one of DGXC's."""
 
-ROWWISE = 0.75
-"""The same with a scale for every row: fitted on torchtitan's run without asynchronous tensor parallelism, tested on that
-with it."""
+ROWWISE = 0.7
+"""The same with a scale for every row: fitted on torchtitan's run without asynchronous tensor parallelism, tested on
+that with it."""
 
 ASYNC = 0.3
-"""Share of the exchange inside layers that asynchronous tensor parallelism hides: what torchtitan's bfloat16 run with it
-is faster than that without. Tested on its four fp8 runs."""
+"""Share of the exchange inside layers that asynchronous tensor parallelism hides: what torchtitan's bfloat16 run with
+it is faster than that without. Tested on its fp8 runs."""
 
 EVERY_OTHER = 0.6
 """Of what selective recomputation keeps besides a block's input, what torchtitan's does: every other product."""

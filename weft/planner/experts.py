@@ -41,7 +41,7 @@ class Experts:
         for name, parameter in profile.parameters.items():
             if parameter.group != NO_GROUP and len(parameter.shape) == 3 and parameter.tensor_dim != 0:
                 styles = profile.tensor_groups[parameter.group].styles
-                owner = max((n for n in parameter.names), key=len).rpartition(".")[0]
+                owner = max(parameter.names, key=len).rpartition(".")[0]
                 if any(owner == module and style.name == "reduce" for module, style in styles):
                     found.setdefault(parameter.group, {})[name] = parameter
         alike = {g: own for g, own in found.items() if len({p.shape[0] for p in own.values()}) == 1}
@@ -50,7 +50,7 @@ class Experts:
 
     def routed(self, profile: Profile, call: Call) -> Affine:
         """Bytes of a call's tokens, once for each of their experts."""
-        total = Affine(0.0, 0.0)
+        fixed = per_sample = 0.0
         for group in self.counts:
             products = [op for op in call.forward if op.group == group and op.kind == "matmul"]
             own = [p for n in call.parameters if n in self.names and (p := profile.parameters[n]).group == group]
@@ -58,8 +58,9 @@ class Experts:
                 (first, *_), each = own, sum(p.elements for p in own) / self.counts[group]  # weights of an expert
                 hidden = first.shape[3 - (first.tensor_dim or 1)]
                 scale = hidden * first.bytes / first.elements / (2 * each)  # a row does two operations with a weight
-                total = Affine(*(a + scale * sum(b) for a, b in zip(total, zip(*(op.flops for op in products)))))
-        return total
+                fixed += scale * sum(op.flops.fixed for op in products)
+                per_sample += scale * sum(op.flops.per_sample for op in products)
+        return Affine(fixed, per_sample)
 
     def refuse(self, ep: int) -> str | None:
         """Why they cannot be divided among so many ranks; None if they can."""
