@@ -1,6 +1,6 @@
 """Predictions against published measurements: step time, peak memory, and which plan is fastest.
 
-    python benchmarks/published.py                              every table of benchmarks/data
+    python benchmarks/published.py                              every table of benchmarks/data; kept in results/
     python benchmarks/published.py --kind single-node           one of them
     python benchmarks/published.py --csv FILE --kind training   another table of one of their formats
     python benchmarks/published.py --rows                       every row beside its summary
@@ -23,8 +23,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from hardware import machine
 from published_metrics import Predicted, Summary, summaries
-from published_models import DTYPES, in_place, workload
+from published_models import DTYPES, loss_kind, workload
 from published_rows import DATA, FILES, read
 from published_run import GIB, Run, Skipped
 from published_systems import CannotPredictError, predict
@@ -33,6 +34,7 @@ from weft.capture import capture
 from weft.errors import WeftError
 
 PROCESSES = 2
+RESULTS = Path(__file__).resolve().parent / "results" / "published.json"
 
 
 def predicted(runs: list[Run]) -> list[Predicted | Skipped]:
@@ -55,7 +57,7 @@ def predict_all(runs: Iterable[Run], processes: int = PROCESSES) -> tuple[list[P
     """Predictions of any runs, in their order, and what could not be predicted; models are shared out to processes."""
     models: dict[object, list[Run]] = {}
     for run in runs:
-        models.setdefault((run.shape, DTYPES.get(run.dtype), in_place(run)), []).append(run)
+        models.setdefault((run.shape, DTYPES.get(run.dtype), loss_kind(run)), []).append(run)
     batches = sorted(models.values(), key=lambda batch: -len(batch))
     if processes > 1 and len(batches) > 1:
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
@@ -138,8 +140,11 @@ def main(arguments: list[str] | None = None) -> int:
     found, failed = predict_all(runs, options.processes)
     skipped += failed
     result = summaries(found, skipped)
+    as_json = {"sources": [s.to_json() for s in result]}
+    if not (options.csv or options.kind):
+        RESULTS.write_text(json.dumps({"machine": machine(), **as_json}, indent=2) + "\n")
     if options.json:
-        print(json.dumps({"sources": [s.to_json() for s in result]}, indent=2))
+        print(json.dumps(as_json, indent=2))
         return 0
     if options.rows:
         print(row_lines(found))

@@ -56,6 +56,17 @@ def _normed_back(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tupl
     return back.to(x.dtype), (grad.float() * unit).flatten(0, -2).sum(0).to(weight.dtype)
 
 
+def _surprised(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.float().logsumexp(-1)
+    return scale - x.gather(-1, labels.unsqueeze(-1)).squeeze(-1).float(), scale
+
+
+def _surprised_back(grad: Tensor, x: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+    share = (x.float() - scale.unsqueeze(-1)).exp()
+    one = torch.full_like(labels, -1, dtype=share.dtype).unsqueeze(-1)
+    return (share.scatter_add(-1, labels.unsqueeze(-1), one) * grad.unsqueeze(-1)).to(x.dtype)
+
+
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     one, two = x.float().chunk(2, -1)
     sin = sign * sin
@@ -80,6 +91,10 @@ _norm_back = _operator(
     pointwise=False,
 )
 _rotate = _operator("rotate(Tensor x, Tensor cos, Tensor sin, float sign) -> Tensor", _rotated)
+_surprise = _operator("entropy(Tensor x, Tensor labels) -> (Tensor, Tensor)", _surprised, pointwise=False)
+_surprise_back = _operator(
+    "entropy_backward(Tensor grad, Tensor x, Tensor labels, Tensor scale) -> Tensor", _surprised_back, pointwise=False
+)
 _gate = _operator("gate(Tensor gate, Tensor up) -> Tensor", lambda gate, up: torch.nn.functional.silu(gate) * up)
 _gate_back = _operator("gate_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)", _gated_back)
 
@@ -169,6 +184,26 @@ class _Entropy(torch.autograd.Function):
         x.scatter_add_(-1, labels.unsqueeze(-1), one)
         x.mul_(grad / labels.numel())
         return x.to(ctx.dtype), None
+
+
+class _FusedEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        losses, scale = _surprise(logits, labels)
+        ctx.save_for_backward(logits, labels, scale)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _surprise_back(grad, *ctx.saved_tensors), None
+
+
+def fused_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy in one pass forward and one backward, which keep no copy of the logits.
+
+    Shapes: logits [..., V], labels [...].
+    """
+    return cast(Tensor, _FusedEntropy.apply(logits, labels)).mean()  # type: ignore[no-untyped-call]  # torch's
 
 
 def entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from published_kernels import dropout_add
+from published_kernels import dropout_add, fused_entropy
 from published_kernels import entropy as entropy_in_place
 from published_parts import MLP, Angles, Attention, Experts, LatentAttention, angles_of, norm_of
 from published_run import Run, Shape
@@ -195,13 +195,17 @@ class Zeros:
         return torch.zeros(self.tokens, dtype=torch.long)
 
 
-def loss_of(shape: Shape, *, in_place: bool) -> Callable[[nn.Module, Tensor], Tensor]:
+ENTROPIES = {"in place": entropy_in_place, "fused": fused_entropy}
+"""Kinds of losses, besides ``"plain"``: PyTorch's operators on a float32 copy of the logits."""
+
+
+def loss_of(shape: Shape, kind: str = "plain") -> Callable[[nn.Module, Tensor], Tensor]:
     """Cross-entropy in float32; the labels are the tokens, which costs what other labels would."""
     unfused = shape.attention == "unfused"
 
     def entropy(logits: Tensor, labels: Tensor) -> Tensor:
-        if in_place:
-            return entropy_in_place(logits, labels.t() if unfused else labels)
+        if kind in ENTROPIES:
+            return ENTROPIES[kind](logits, labels.t() if unfused else labels)
         return F.cross_entropy(logits.float().flatten(0, 1), (labels.t() if unfused else labels).flatten())
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -217,9 +221,11 @@ def loss_of(shape: Shape, *, in_place: bool) -> Callable[[nn.Module, Tensor], Te
     return loss
 
 
-def in_place(run: Run) -> bool:
-    """Whether the run's program computes its loss in place."""
-    return run.framework not in ("torchtitan", "nanotron", "nnscaler", "unknown")
+def loss_kind(run: Run) -> str:
+    """How the run's program computes its loss: Megatron-LM in place."""
+    if "fused-entropy" in run.features:
+        return "fused"
+    return "plain" if run.framework in ("torchtitan", "nanotron", "nnscaler", "unknown") else "in place"
 
 
 def workload(run: Run) -> weft.Workload:
@@ -231,7 +237,7 @@ def workload(run: Run) -> weft.Workload:
     dtype = DTYPES.get(run.dtype, torch.bfloat16)
     return weft.Workload(
         model=lambda: FAMILIES[shape.family](shape).to(dtype),
-        loss=loss_of(shape, in_place=in_place(run)),
+        loss=loss_of(shape, loss_kind(run)),
         data=Zeros(shape.seq_len + shape.decoder_len, run.global_batch),
         optimizer=lambda parameters: torch.optim.AdamW(parameters),
         batch_size=run.global_batch,

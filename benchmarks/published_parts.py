@@ -81,6 +81,7 @@ class Attention(nn.Module):
         self.size, self.each = shape.head_size, shape.heads // shape.kv_heads
         self.causal, self.cross, self.fused = causal, cross, shape.fused
         self.p, self.flash = shape.attention_dropout, shape.attention == "flash"
+        self.copied = shape.copied_heads
         width, own = shape.head_size * shape.heads, shape.head_size * shape.kv_heads
         self.joined = shape.joined and not cross
         if self.joined:
@@ -113,6 +114,8 @@ class Attention(nn.Module):
         if self.joined:  # by group of queries that share keys, so that a rank's columns are consecutive
             fused = self.qkv(x).unflatten(-1, (-1, (self.each + 2) * self.size))
             q, k, v = fused.split((self.each * self.size, self.size, self.size), -1)
+            if self.copied:
+                return q.reshape(*x.shape[:2], -1, self.size).clone(), k.clone(), v.clone()
             return q.reshape(*x.shape[:2], -1, self.size), k, v
         q = self.q(x).unflatten(-1, (-1, self.size))
         if self.cross:
@@ -167,7 +170,7 @@ class MLP(nn.Module):
 
     def __init__(self, shape: Shape, width: int) -> None:
         super().__init__()
-        self.fused = shape.fused
+        self.fused = shape.fused and shape.fused_gate
         self.gate = nn.Linear(shape.hidden, width, bias=shape.bias) if shape.gated else None
         self.up = nn.Linear(shape.hidden, width, bias=shape.bias)
         self.down = nn.Linear(width, shape.hidden, bias=shape.bias)

@@ -31,6 +31,8 @@ class Shape:
         attention_dropout: of the attention's weights; inside the kernel where that is fused.
         attention: ``"flash"`` (one fused kernel) or ``"unfused"`` (two products around a fused scale-mask-softmax).
         fused: norms, rotary positions and gates are one kernel each; False spells them out in PyTorch's operators.
+        fused_gate: of what is fused, gates are, too; else they are spelled out.
+        copied_heads: queries, keys and values are copied into the layout of the attention kernel.
         joined: queries, keys and values come from one projection.
         experts: of each MoE layer, 0 for none; every token goes to ``top_k`` of them, evenly.
         expert_ffn, shared_ffn: widths of an expert, and of the expert that all tokens go through.
@@ -59,6 +61,8 @@ class Shape:
     attention_dropout: float = 0.0
     attention: str = "flash"
     fused: bool = True
+    fused_gate: bool = True
+    copied_heads: bool = False
     joined: bool = True
     experts: int = 0
     top_k: int = 1

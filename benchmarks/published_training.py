@@ -45,6 +45,12 @@ LLAMA_LIKE = ("llama", "mistral", "mixtral", "qwen", "gemma", "deepseek", "nemot
 VOCABULARY = 50257
 """GPT-2's, which single-node rows leave out."""
 
+FEATURES = {"async-tp": "async tp", "overlap": "overlap on"}
+"""Features by what notes say of them."""
+
+LOSS_COMPILED = ("2025", "04")
+"""Year and month from which torchtitan compiles the loss, too, where it compiles."""
+
 SINGLE_NODE = "vTrain ground truth (single node)"
 
 
@@ -148,12 +154,14 @@ def read_training(row: Row, index: int) -> Run | Skipped:
         vpp=vpp if pp > 1 else 1,
         cp=cp,
         ep=ep,
+        etp=tp,
         zero=zero if dp * cp > 1 else 0,
         recompute=recompute,
         recompute_what=what,
         sequence_parallel=tp > 1 and (said.startswith(("1", "t", "T")) or not said),
         compiled=compiled,
-        features=frozenset(["async-tp"] if "async tp" in row["notes"].lower() else []),
+        stage_layers=stages_by_cost(shape, pp) if framework == "nanotron" and pp > 1 else (),
+        features=_features(row, framework, compiled=compiled),
         peak_memory_bytes=GIB * memory if (memory := number(row, "peak_mem_GiB")) else None,
         memory_of="reserved" if framework == "torchtitan" else "allocated",
         memory_rank={"torchtitan": "first"}.get(framework, "max"),
@@ -236,11 +244,26 @@ def _shape(row: Row, source: str, framework: str, model: str, *, fused: bool) ->
         attention_dropout=dropout,
         attention="unfused" if unfused else "flash",
         fused=fused,
+        fused_gate=framework != "nanotron",
+        copied_heads=framework == "nanotron",
         joined=framework not in ("torchtitan", "nnscaler"),
         experts=experts,
         top_k=2 if experts else 1,
         expert_ffn=ffn if experts else 0,
     )
+
+
+def stages_by_cost(shape: Shape, pp: int) -> tuple[int, ...]:
+    """Blocks of every stage as nanotron cuts: block after block goes to a stage until the weights of all so far, the
+    head's at the end, are more than its share of them."""
+    width = shape.head_size * shape.heads
+    block, head = 4 * width * shape.hidden + 3 * shape.ffn * shape.hidden, shape.vocab * shape.hidden
+    stages, total = [0] * pp, shape.layers * block + head
+    stage = 0
+    for number in range(1, shape.layers + 1):
+        stages[stage] += 1
+        stage += stage < pp - 1 and number * block * pp > total * (stage + 1)
+    return tuple(stages)
 
 
 def _recompute(row: Row, framework: str) -> tuple[str, str]:
@@ -262,6 +285,15 @@ def _zero(row: Row, framework: str) -> int:
     if found := re.search(r"\d", text):
         return min(3, int(found.group()))
     return {"torchtitan": 3, "nnscaler": 1, "nemo": 1, "megatron": 1}.get(framework, 0)
+
+
+def _features(row: Row, framework: str, *, compiled: bool) -> frozenset[str]:
+    """What notes say, and what follows from when it was."""
+    found = {word for word, said in FEATURES.items() if said in row["notes"].lower()}
+    dated = re.search(r"(20\d\d)-?(\d\d)", row["source_ref"])
+    if framework == "torchtitan" and compiled and dated and dated.groups() >= LOSS_COMPILED:
+        found.add("fused-entropy")
+    return frozenset(found)
 
 
 def _step_time(row: Row, run: Run, counted: Shape) -> tuple[float | None, str]:

@@ -10,7 +10,6 @@ from weft.cluster.presets import processes
 from weft.planner.compute import CallCost
 from weft.planner.holdings import Holding, Holdings, padded_share
 from weft.planner.memory import GATHER_COPIES, REDUCE_COPIES, STEP_COPIES, Alive, alive, stage_memory
-from weft.planner.space import Degrees
 from weft.schedule import ORDERS, Kind, in_flight
 
 PROCESS = processes(1, memory_bytes=2**30, cores=1).device
@@ -30,7 +29,8 @@ def holding(gradients, shards=None, units=None):
 def memory(calls, held, **changes):
     settings = {
         "alive": [Alive(1, 0)],
-        "degrees": Degrees(),
+        "sharded": False,
+        "copied": False,
         "device": PROCESS,
         "optimizer_state": 2.0,
         "boundary_bytes": 0.0,
@@ -73,7 +73,7 @@ def test_the_fullest_moment_is_the_walk_s(schedule, stages, microbatches, costs,
             [call(s) for s in saved],
             held,
             alive=alive(schedule, stage, stages, microbatches),
-            degrees=Degrees(dp_replicate=2 if replicated else 1),
+            copied=replicated,
         )
         order = ORDERS[schedule](stage, stages, microbatches)
         # The buckets are the gradients.
@@ -97,9 +97,8 @@ def test_one_microbatch_never_holds_all_activations_and_all_gradients():
 
 def test_replicas_keep_buckets():
     """Gradients are views of them, however many microbatches there are."""
-    twice = Degrees(dp_replicate=2)
-    once = memory([call(100.0), call(100.0)], holding([60.0, 60.0]), degrees=twice)
-    several = memory([call(100.0), call(100.0)], holding([60.0, 60.0]), degrees=twice, alive=[Alive(1, 1)])
+    once = memory([call(100.0), call(100.0)], holding([60.0, 60.0]), copied=True)
+    several = memory([call(100.0), call(100.0)], holding([60.0, 60.0]), copied=True, alive=[Alive(1, 1)])
     assert (once["activations"], once["gradients"], once["buffers"]) == (200.0, 120.0, 0.0)
     assert (several["activations"], several["gradients"], several["buffers"]) == (200.0, 120.0, 0.0)
 
@@ -114,12 +113,12 @@ def test_the_optimizer_step_can_be_the_fullest_moment():
 
 def test_sharding_gathers_whole_units_and_keeps_shards_of_gradients():
     held = holding([80.0, 40.0], [20.0, 10.0], {"a": 80.0, "b": 40.0})
-    once = memory([call(500.0), call(0.0)], held, degrees=Degrees(dp_shard=4))
-    again = memory([call(500.0), call(0.0)], held, degrees=Degrees(dp_shard=4), alive=[Alive(1, 1)])
+    once = memory([call(500.0), call(0.0)], held, sharded=True)
+    again = memory([call(500.0), call(0.0)], held, sharded=True, alive=[Alive(1, 1)])
     assert (once["parameters"], once["optimizer"]) == (30.0, 60.0)
     assert once["buffers"] == (GATHER_COPIES + REDUCE_COPIES) * 80.0
     assert (once["gradients"], again["gradients"]) == (30.0, 30.0)
-    optimizer_only = memory([call(500.0), call(0.0)], held, degrees=Degrees(dp_shard=4), alive=[Alive(1, 1)], zero=1)
+    optimizer_only = memory([call(500.0), call(0.0)], held, sharded=True, alive=[Alive(1, 1)], zero=1)
     assert (optimizer_only["gradients"], optimizer_only["parameters"]) == (120.0, 150.0)
 
 

@@ -8,7 +8,7 @@ from weft.errors import MemoryLimitError, PlanError
 from weft.plan import Plan
 from weft.planner import estimate, make_plan, search
 from weft.planner.compute import CallCosts, Division
-from weft.planner.explain import _stretches
+from weft.planner.explain import stretches
 
 MIB = 2**20
 DEGREES = [{}, {"pp": 2}, {"dp_shard": 2}, {"tp": 2}, {"dp_replicate": 2}]
@@ -99,7 +99,7 @@ def test_the_explanation_says_what_and_why():
 
 
 def test_names_are_drawn_together():
-    assert _stretches(["blocks.0", "blocks.1", "blocks.2", "blocks.5", "h.1.x", "norm", "tail.9"]) == [
+    assert stretches(["blocks.0", "blocks.1", "blocks.2", "blocks.5", "h.1.x", "norm", "tail.9"]) == [
         "blocks.0-2", "blocks.5", "h.1.x", "norm", "tail.9",
     ]  # fmt: skip
 

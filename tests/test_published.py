@@ -12,10 +12,10 @@ from pathlib import Path
 import published
 import pytest
 import torch
-from published_kernels import dropout, dropout_add, entropy
+from published_kernels import dropout, dropout_add, entropy, fused_entropy
 from published_megatron import DEEPSEEK, read_megatron
 from published_metrics import Predicted, kendall_tau, regret, summaries
-from published_models import FAMILIES, loss_of, workload
+from published_models import FAMILIES, loss_kind, loss_of, workload
 from published_parts import Experts
 from published_rates import model_flops, rates_of
 from published_rows import DATA, FILES, kind_of, read
@@ -197,6 +197,23 @@ def test_step_times_are_those_the_notes_derive():
             assert run.step_time_s == pytest.approx(float(found.group(1)), rel=2e-3)
 
 
+def test_features_are_told_by_notes_and_by_when_it_was():
+    assert run_of(notes="README says DP/TP/PP comm overlap on").features == {"overlap"}
+    assert run_of(source="torchtitan", notes="compile async TP").features == {"async-tp"}
+    for page, fused in (("llama3_h100_202412.md", False), ("asyncTP_2025-06.md", True), ("h200_202506.md", True)):
+        run = run_of(source="torchtitan", source_ref=page, notes="compile")
+        assert (loss_kind(run) == "fused") is fused
+    assert loss_kind(run_of(source="torchtitan", source_ref="h200_202506.md", notes="eager")) == "plain"
+    assert loss_kind(run_of()) == "in place"
+
+
+def test_nanotron_cuts_when_the_weights_so_far_are_more_than_a_share():
+    runs = {run.row: run for run in TABLES["training"][0] if run.framework == "nanotron" and run.pp > 1}
+    # 16 blocks and a head of 4 blocks' weights: 10 are exactly half, so that the next one goes there as well.
+    assert {run.stage_layers for run in runs.values() if run.shape.layers == 16} == {(11, 5)}
+    assert {run.stage_layers for run in runs.values() if run.shape.layers == 32} == {(18, 14), (9, 9, 8, 6)}
+
+
 def test_tokens_are_those_of_one_gpu():
     run = run_of(step_time_s="", tokens_per_s_per_gpu="1024")
     assert (run.step_time_s, run.derived) == (8.0, "tokens")
@@ -318,7 +335,7 @@ def test_fused_kernels_do_what_operators_do():
     two.load_state_dict(one.state_dict())
     tokens = torch.randint(shape.vocab, (2, shape.seq_len))
     # Rotary tables are float32 and so is a fused norm inside; the loss is float32 as well.
-    losses = [loss_of(shape, in_place=False)(model, tokens) for model in (one, two)]
+    losses = [loss_of(shape, "plain")(model, tokens) for model in (one, two)]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
     for loss in losses:
         loss.backward()
@@ -333,7 +350,7 @@ def test_models_run_for_real_and_every_parameter_gets_a_gradient(name):
     model = FAMILIES[shape.family](shape)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    loss = loss_of(shape, in_place=False)(model, torch.randint(shape.vocab, (4, shape.seq_len + shape.decoder_len)))
+    loss = loss_of(shape, "plain")(model, torch.randint(shape.vocab, (4, shape.seq_len + shape.decoder_len)))
     loss.backward()
     assert loss.isfinite()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
@@ -446,8 +463,9 @@ def test_the_command_says_what_is_wrong_with_a_file(tmp_path: Path, capsys: pyte
     assert "--kind" in capsys.readouterr().err
 
 
-def test_the_loss_in_place_is_the_loss():
+@pytest.mark.parametrize("ours", [entropy, fused_entropy])
+def test_losses_of_frameworks_are_the_loss(ours):
     logits, labels = torch.randn(5, 3, 11, requires_grad=True), torch.randint(11, (5, 3))
-    found, expected = entropy(logits, labels), functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    found, expected = ours(logits, labels), functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (found, expected)))

@@ -8,6 +8,7 @@ whole tensor), by the ring algorithm (Patarasuk and Yuan 2009):
     all_reduce      2 (sum a + (n - 1) / n B / W)
     all_gather         sum a + (n - 1) / n B / W
     reduce_scatter     sum a + (n - 1) / n B / W
+    all_to_all             a + max (m' - m) / n B / w    a level with m ranks below it, m' within
     transfer               a + B / w                     point to point
 
 or, where it is less, an all-reduce by trees over the ``N`` parts of the outermost level and chains below (Sanders,
@@ -25,9 +26,10 @@ from typing import NamedTuple
 
 from weft.cluster.links import Collective, Link
 from weft.cluster.topology import Cluster
+from weft.planner.space import Degrees
 
-ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
-"""Times a ring passes ``n - 1`` parts of a tensor around."""
+ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
+"""Times a rank passes on ``n - 1`` parts of a tensor."""
 
 
 class Level(NamedTuple):
@@ -43,6 +45,7 @@ class Path(NamedTuple):
 
     levels: tuple[Level, ...]
     stride: int = 1
+    trees: bool = False  # the outermost level is a network of nodes, of which each may hold one of the ranks
 
     @classmethod
     def of(cls, cluster: Cluster, ranks: int, stride: int) -> Path:
@@ -58,7 +61,7 @@ class Path(NamedTuple):
                 below = within
         if below < ranks:
             levels.append(Level(cluster.links[-1], below, ranks))
-        return cls(tuple(levels), stride)
+        return cls(tuple(levels), stride, bool(levels) and levels[-1].link is not cluster.levels[0])
 
     @classmethod
     def flat(cls, link: Link, ranks: int) -> Path:
@@ -87,8 +90,8 @@ class Path(NamedTuple):
 
     @property
     def tree_s(self) -> float:
-        """Latency of a tree over the outermost level's parts and of the chains below; infinite on one level."""
-        if len(self.levels) == 1:
+        """Latency of a tree over the outermost level's parts and of the chains below; infinite inside a node."""
+        if not self.trees:
             return math.inf
         top = self.levels[-1]
         chains = sum((v.within // v.below - 1) * v.link.latency_s for v in self.levels[:-1])
@@ -96,8 +99,11 @@ class Path(NamedTuple):
 
 
 def ring_s(kind: str, size: float, path: Path) -> float:
-    """Seconds of a collective on a tensor of ``size`` bytes: by rings, an all-reduce also by trees."""
+    """Seconds of a collective on a tensor of ``size`` bytes: by rings, an all-reduce also by trees; an all-to-all goes
+    straight from every rank to every other."""
     n = path.ranks
+    if kind == "all_to_all":
+        return path.link.latency_s + max((v.within - v.below) / n * size / v.link.bytes_per_s for v in path.levels)
     seconds = ROUNDS[kind] * (path.hops_s + (n - 1) / n * size / path.bytes_per_s)
     if kind != "all_reduce":
         return seconds
@@ -148,18 +154,28 @@ def transfer_s(size: float, link: Link) -> float:
     return link.latency_s + size / link.bytes_per_s
 
 
+def expert_shards(degrees: Degrees, shards: int) -> int:
+    """Ranks that shard a part of the experts where ``shards`` ranks shard other parameters."""
+    return max(1, shards * degrees.tp // degrees.parts) if shards > 1 else 1
+
+
 class Mesh:
     """The links that each dimension of a mesh spans on a cluster, in the rank order of ``plan.DIMENSIONS``.
 
     The ranks of ``cp`` keep the same parameters: they average gradients with those of ``dp_shard``, which shard
-    among all of them, or where there are none with those of ``dp_replicate``.
+    among all of them (``shards``), or with those of ``dp_replicate``. Experts that ``ep`` divides lie with ``etp``
+    innermost; what of the ranks is left over keeps the same experts, and shards or copies them.
     """
 
-    def __init__(self, cluster: Cluster, *, pp: int, dp_replicate: int, dp_shard: int, tp: int, cp: int = 1) -> None:
-        shards, copies = (dp_shard * cp, dp_replicate) if dp_shard > 1 else (1, dp_replicate * cp)
-        spans = {"tp": (tp, 1), "cp": (cp, tp), "dp_shard": (shards, tp), "dp_replicate": (copies, tp * shards)}
-        self.devices = pp * dp_replicate * dp_shard * cp * tp
+    def __init__(self, cluster: Cluster, degrees: Degrees, shards: int) -> None:
+        self.devices, pp, tp = degrees.devices, degrees.pp, degrees.tp
+        copies = self.devices // (pp * tp * shards)
+        spans = {"tp": (tp, 1), "cp": (degrees.cp, tp), "dp_shard": (shards, tp), "dp_replicate": (copies, tp * shards)}
         spans |= {"pp": (pp, self.devices // pp), "everyone": (self.devices, 1), "replicas": (shards * copies, tp)}
+        parts, alike = degrees.parts, expert_shards(degrees, shards)
+        copies = self.devices // (pp * parts * alike)
+        spans |= {"ep": (degrees.ep, degrees.etp or tp)}
+        spans |= {"expert_shard": (alike, parts), "expert_replicate": (copies, parts * alike)}
         self._paths = {name: Path.of(cluster, *span) for name, span in spans.items() if span[0] > 1}
 
     def ranks(self, dimension: str) -> int:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from weft.capture.profile import LOSS, NO_GROUP, Affine, Operation, Profile, Saved
 from weft.cluster.topology import Device
+from weft.planner.experts import Experts
 from weft.planner.system import WEFT, System
 
 CLIP_PASSES = 3.0
@@ -36,6 +37,9 @@ DIVIDED_OPERATIONS = 1
 SHARDED_OPERATIONS = 10
 """The same for one unit that ``fully_shard`` gathers, and frees or reduces."""
 
+ROUTES = 2
+"""Times a token travels for its experts: there and back."""
+
 
 class Division(NamedTuple):
     """What part of a call a rank computes.
@@ -45,12 +49,15 @@ class Division(NamedTuple):
         tp: ranks that divide layers.
         sequence: what they do not divide they divide along the sequence (Korthikanti et al. 2022).
         cp: ranks that divide every sequence.
+        ep, etp: ranks that divide experts among them, and each expert.
     """
 
     samples: int
     tp: int = 1
     sequence: bool = False
     cp: int = 1
+    ep: int = 1
+    etp: int = 0
 
 
 class CallCost(NamedTuple):
@@ -63,6 +70,7 @@ class CallCost(NamedTuple):
         saved_bytes: activations kept for the backward.
         workspace_bytes: temporaries above that.
         exchanged_bytes: keys and values that the ranks of ``cp`` pass around in a forward.
+        forward_routed, backward_routed: tokens that the ranks of ``ep`` send each other's experts, and back.
         forward_operations, backward_operations: how many the process dispatches.
         forward_statistics, backward_statistics: how often it takes statistics over the batch, which replicas exchange.
     """
@@ -75,6 +83,8 @@ class CallCost(NamedTuple):
     saved_bytes: float
     workspace_bytes: float
     exchanged_bytes: float = 0.0
+    forward_routed: float = 0.0
+    backward_routed: float = 0.0
     forward_operations: int = 0
     backward_operations: int = 0
     forward_statistics: int = 0
@@ -87,6 +97,7 @@ class CallCosts:
     def __init__(self, profile: Profile, device: Device, system: System = WEFT) -> None:
         self._profile, self._device, self._system = profile, device, system
         self._known: dict[tuple[int, Division, str | None], CallCost] = {}
+        self._experts = Experts.of(profile)
         self._groups: dict[str, list[int]] = {}
         for index, group in enumerate(profile.tensor_groups):
             self._groups.setdefault(group.unit, []).append(index)
@@ -105,7 +116,8 @@ class CallCosts:
 
     def _cost(self, index: int, division: Division) -> CallCost:
         call, tp = self._profile.calls[index], division.tp
-        groups = [self._profile.tensor_groups[g] for g in self._groups.get(call.unit, ())]
+        apart = set(self._experts.counts) if division.etp == 1 else set()  # whole experts: nothing to sum
+        groups = [self._profile.tensor_groups[g] for g in self._groups.get(call.unit, ()) if g not in apart]
         reduced = [group for group in groups if tp > 1 and group.divisible_by(tp)]
         modules = sum(len(group.styles) for group in reduced)
         python = dtensor_s(self._device, modules * DIVIDED_OPERATIONS)
@@ -115,6 +127,9 @@ class CallCosts:
         backward = self._seconds(call.backward, division, last)
         products = [op for op in call.backward if op.kind in ("matmul", "convolution")]
         exchanged = sum(self.size(op.bytes, op.group, division) for op in call.forward if op.kind == "attention") / 2
+        routed = 0.0
+        if division.ep > 1:
+            routed = ROUTES * self.size(self._experts.routed(self._profile, call), NO_GROUP, division)
         return CallCost(
             forward_s=self._seconds(call.forward, division, last) + python,
             backward_s=backward + python,
@@ -131,6 +146,8 @@ class CallCosts:
                 division._replace(sequence=self._system.parallel_loss and (last or shares)),
             ),
             exchanged_bytes=exchanged if division.cp > 1 else 0.0,
+            forward_routed=routed,
+            backward_routed=routed,
             forward_operations=len(call.forward) + len(reduced),
             backward_operations=len(call.backward) + len(reduced),
             forward_statistics=self._statistics(call.forward),
@@ -145,6 +162,7 @@ class CallCosts:
         return whole._replace(
             backward_s=whole.backward_s + self._seconds(way.again, division, last=False),
             backward_reduced=(*whole.backward_reduced, *whole.forward_reduced),
+            backward_routed=whole.backward_routed + whole.forward_routed,
             backward_operations=whole.backward_operations + len(way.again) + len(whole.forward_reduced),
             backward_statistics=whole.backward_statistics + self._statistics(way.again),
             saved_bytes=saved,

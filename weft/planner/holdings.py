@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from weft.capture.profile import NO_GROUP, Parameter, Profile
 from weft.plan import shard_dim
+from weft.planner.communication import expert_shards
+from weft.planner.experts import Experts
+from weft.planner.space import Degrees
 
 ROOT = ""
 """Gather group of the parameters that glue reads: they belong to no unit of the stage."""
@@ -22,6 +27,7 @@ class Holding(NamedTuple):
         tensors: how many trainable parameters.
         largest: bytes of the largest trainable shard, of which an optimizer step makes temporaries.
         units: bytes gathered at once, by unit; ROOT for glue.
+        experts: the same of experts that ``ep`` divides, apart from the other parameters.
         gradients: whole bytes of the gradients that the backward of each call of the stretch completes.
         gradient_shards: the same, sharded.
     """
@@ -32,9 +38,10 @@ class Holding(NamedTuple):
     frozen_shard: float
     tensors: int
     largest: float
-    units: dict[str, float]
+    units: Mapping[str, float]
     gradients: tuple[float, ...]
     gradient_shards: tuple[float, ...]
+    experts: Mapping[str, float] = MappingProxyType({})
 
 
 class _Own(NamedTuple):
@@ -48,10 +55,22 @@ class _Own(NamedTuple):
     largest: float = 0.0
     inside: float = 0.0  # gathered with the call's unit
     outside: float = 0.0  # gathered with ROOT
+    apart: float = 0.0  # experts, gathered by themselves
 
     def plus(self, other: _Own) -> _Own:
         largest = max(self.largest, other.largest)
         return _Own(*(a + b for a, b in zip(self, other, strict=True)))._replace(largest=largest)
+
+
+class Ways(NamedTuple):
+    """How parameters are divided: layers by ``tp``, what of them is left over ``shards``; experts of their own way by
+    ``ep``, ``etp`` and ``expert_shards``, as others where ``etp`` is 0."""
+
+    tp: int
+    shards: int
+    ep: int = 1
+    etp: int = 0
+    expert_shards: int = 1
 
 
 class Holdings:
@@ -59,8 +78,9 @@ class Holdings:
 
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
-        self._known: dict[tuple[int, int, int, int], Holding] = {}
-        self._divided: dict[tuple[int, int], list[_Own]] = {}
+        self._experts = Experts.of(profile).names
+        self._known: dict[tuple[int, int, Ways], Holding] = {}
+        self._divided: dict[Ways, list[_Own]] = {}
         self._buffers = {name for call in profile.calls for name in call.buffers}
         readers: dict[str, list[int]] = {}
         for index, call in enumerate(profile.calls):
@@ -71,9 +91,12 @@ class Holdings:
 
     def of(self, start: int, end: int, tp: int, dp_shard: int) -> Holding:
         """Parameters that calls ``start`` to ``end`` (exclusive) read, on the fullest of ``tp * dp_shard`` ranks."""
-        key = (start, end, tp, dp_shard)
+        return self._of(start, end, Ways(tp, dp_shard))
+
+    def _of(self, start: int, end: int, ways: Ways) -> Holding:
+        key = (start, end, ways)
         if key not in self._known:
-            self._known[key] = self._holding(start, end, tp, dp_shard)
+            self._known[key] = self._holding(start, end, ways)
         return self._known[key]
 
     def own(self, index: int) -> tuple[object, ...]:
@@ -105,15 +128,18 @@ class Holdings:
                 total += parameter.bytes * bool(homes & mine and homes - mine)
         return total
 
-    def joined(self, stretches: Sequence[tuple[int, int]], tp: int, dp_shard: int) -> Holding:
-        """What several stretches of one device hold together."""
-        parts = [self.of(*stretch, tp, dp_shard) for stretch in stretches]
+    def joined(self, stretches: Sequence[tuple[int, int]], degrees: Degrees, shards: int) -> Holding:
+        """What several stretches of one device hold together, whose parameters ``shards`` ranks divide."""
+        ways = Ways(degrees.tp, shards)
+        if degrees.parts != degrees.tp or degrees.ep > 1:
+            ways = Ways(degrees.tp, shards, degrees.ep, degrees.etp or degrees.tp, expert_shards(degrees, shards))
+        parts = [self._of(*stretch, ways) for stretch in stretches]
         if len(parts) == 1:
             return parts[0]
-        units: dict[str, float] = {}
+        units, experts = (Counter[str](), Counter[str]())
         for part in parts:
-            for unit, size in part.units.items():
-                units[unit] = units.get(unit, 0.0) + size
+            units.update(part.units)
+            experts.update(part.experts)
         return Holding(
             sum(part.trainable for part in parts),
             sum(part.frozen for part in parts),
@@ -124,22 +150,26 @@ class Holdings:
             units,
             tuple(gradient for part in parts for gradient in part.gradients),
             tuple(gradient for part in parts for gradient in part.gradient_shards),
+            experts,
         )
 
-    def _holding(self, start: int, end: int, tp: int, dp_shard: int) -> Holding:
-        if (tp, dp_shard) not in self._divided:
-            self._divided[tp, dp_shard] = [self._sum(i, own, tp, dp_shard) for i, own in enumerate(self._own)]
-        parts = self._divided[tp, dp_shard][start:end]
+    def _holding(self, start: int, end: int, ways: Ways) -> Holding:
+        if ways not in self._divided:
+            self._divided[ways] = [self._sum(i, own, ways) for i, own in enumerate(self._own)]
+        parts = self._divided[ways][start:end]
         # The backward goes from the last call to the first: the first reader's completes a parameter's gradient.
         for name, readers in self._shared.items():
             first = next((r for r in readers if r >= start), end)
             if first < end:
-                parts[first - start] = parts[first - start].plus(self._sum(first, [name], tp, dp_shard))
+                parts[first - start] = parts[first - start].plus(self._sum(first, [name], ways))
         gathered: dict[str, float] = {}
+        experts: dict[str, float] = {}
         for call, part in zip(self._profile.calls[start:end], parts, strict=True):
             for unit, size in ((call.unit, part.inside), (ROOT, part.outside)):
                 if size:
                     gathered[unit] = gathered.get(unit, 0.0) + size
+            if part.apart:
+                experts[call.unit] = experts.get(call.unit, 0.0) + part.apart
         return Holding(
             sum(part.trainable for part in parts),
             sum(part.frozen for part in parts),
@@ -150,16 +180,22 @@ class Holdings:
             gathered,
             tuple(part.trainable for part in parts),
             tuple(part.trainable_shard for part in parts),
+            experts,
         )
 
-    def _sum(self, index: int, names: Sequence[str], tp: int, dp_shard: int) -> _Own:
+    def _sum(self, index: int, names: Sequence[str], ways: Ways) -> _Own:
         """What parameters add that this call reads first."""
         unit, total = self._profile.calls[index].unit, _Own()
         for name in names:
             parameter = self._profile.parameters[name]
-            whole = parameter.bytes / self._tensor_share(parameter, tp)
+            expert = ways.etp > 0 and name in self._experts
+            shape, shards = parameter.shape, ways.expert_shards if expert else ways.shards
+            if expert:
+                shape = (max(1, shape[0] // ways.ep), *shape[1:])
+            whole = parameter.bytes / self._tensor_share(parameter, ways.etp if expert else ways.tp)
+            whole /= ways.ep if expert else 1
             buffer = name in self._buffers
-            shard = whole if buffer else whole * padded_share(parameter.shape, dp_shard)
+            shard = whole if buffer else whole * padded_share(shape, shards)
             inside = bool(unit) and belongs(parameter, unit)
             total = total.plus(
                 _Own(
@@ -169,8 +205,9 @@ class Holdings:
                     frozen_shard=shard * (not parameter.trainable),
                     tensors=int(parameter.trainable),
                     largest=shard * parameter.trainable,
-                    inside=whole * (inside and not buffer),
-                    outside=whole * (not inside and not buffer),
+                    inside=whole * (inside and not buffer and not expert),
+                    outside=whole * (not inside and not buffer and not expert),
+                    apart=whole * expert,
                 )
             )
         return total

@@ -126,13 +126,15 @@ class Loads:
             passes = system.accumulate_bytes / self.stages.item_bytes
         backward += later * accumulate_s(device, holding.trainable, holding.tensors, passes)
         forward_tp = backward_tp = sent = 0.0
-        if degrees.tp * degrees.cp > 1:
+        if degrees.tp * degrees.cp * degrees.ep > 1:
             exchanged = [exchange_s(call, mesh) for call in calls]
             forward_tp, backward_tp = (
                 (1 - system.hides_tensor) * sum(pair[way] for pair in exchanged) for way in (0, 1)
             )
             sizes = [size for call in calls for size in (*call.forward_reduced, *call.backward_reduced)]
             sent = microbatches * sum(mesh.bytes("tp", "all_reduce", size) for size in sizes)
+            routed = sum(call.forward_routed + call.backward_routed for call in calls)
+            sent += microbatches * mesh.bytes("ep", "all_to_all", routed)
 
         if device.accelerator:  # which is not faster than the process that feeds it
             fed = system.dispatch_s * sum(call.forward_operations for call in calls)
@@ -140,7 +142,7 @@ class Loads:
             fed = system.dispatch_s * sum(call.backward_operations for call in calls)
             backward = max(backward, fed - backward_tp)
 
-        sharded, each_s, gather_forward, gather_backward = degrees.dp_shard > 1, 0.0, 0.0, 0.0
+        sharded, each_s, gather_forward, gather_backward = mesh.ranks("dp_shard") > 1, 0.0, 0.0, 0.0
         if sharded and candidate.zero == 3:
             gathers, copies, gathered = self._gathers(holding, mesh, device)
             forward, backward = forward + copies, backward + copies
@@ -163,10 +165,11 @@ class Loads:
         if ending:
             whole, link = self.stages.holding(degrees, ending), mesh.link("pp")
             reduce, size = self._reduce(whole, mesh, device, len(ending) * backward if hides_reduce else 0.0)
-            tied_s = 2 * transfer_s(tied / degrees.dp_shard, link) if tied and link else 0.0
+            tied /= mesh.ranks("dp_shard")
+            tied_s = 2 * transfer_s(tied, link) if tied and link else 0.0
             reduce = Work(reduce.compute_s, reduce.collective_s + tied_s)
             seconds = self._step(candidate, whole, device)
-            sent += size + tied / degrees.dp_shard
+            sent += size + tied
             if sharded and candidate.zero < 3:
                 gathers, copies, gathered = self._gathers(whole, mesh, device)
                 seconds += copies + (exposed(gathers, len(ending) * forward) if hides_gather else sum(gathers))
@@ -187,11 +190,11 @@ class Loads:
     def _gathers(self, holding: Holding, mesh: Mesh, device: Device) -> tuple[list[float], float, float]:
         """Gathering every unit's parameters: seconds of each, seconds of copying, bytes sent."""
         scale = 1.0 if self.system.gather_bytes is None else self.system.gather_bytes / self.stages.item_bytes
-        units = [scale * size for size in holding.units.values()]
-        copies = sum(device.seconds("copy", 0.0, COPY_PASSES * size) for size in units)
+        units = [(name, scale * size) for name, size in sharded_units(holding)]
+        copies = sum(device.seconds("copy", 0.0, COPY_PASSES * size) for _, size in units)
         copies += dtensor_s(device, len(units) * SHARDED_OPERATIONS)
-        seconds = [mesh.collective_s("dp_shard", "all_gather", size) for size in units]
-        return seconds, copies, sum(mesh.bytes("dp_shard", "all_gather", size) for size in units)
+        seconds = [mesh.collective_s(f"{name}shard", "all_gather", size) for name, size in units]
+        return seconds, copies, sum(mesh.bytes(f"{name}shard", "all_gather", size) for name, size in units)
 
     def _step(self, candidate: Candidate, holding: Holding, device: Device) -> float:
         """Seconds of a device's optimizer step."""
@@ -205,23 +208,35 @@ class Loads:
 
     def _reduce(self, holding: Holding, mesh: Mesh, device: Device, hidden_s: float) -> tuple[Work, float]:
         """Averaging the gradients over the replicas, what ``hidden_s`` does not hide of it; and the bytes sent."""
-        if mesh.ranks("dp_shard") == mesh.ranks("dp_replicate") == 1 or not holding.trainable:
+        if not holding.trainable:
             return Work(0.0), 0.0
         scale = 1.0 if self.system.reduce_bytes is None else self.system.reduce_bytes / self.stages.item_bytes
-        if mesh.ranks("dp_shard") > 1:
-            parts = [scale * size for size in holding.units.values() if size]
-            seconds = [mesh.collective_s("dp_shard", "reduce_scatter", size) for size in parts]
-            sent = sum(mesh.bytes("dp_shard", "reduce_scatter", size) for size in parts)
-            shards = [size / mesh.ranks("dp_shard") for size in parts]
+        if mesh.ranks("dp_shard") > 1 and not self.system.buckets_shards:
+            parts = [(name, scale * size) for name, size in sharded_units(holding) if size]
         else:
-            count = max(1, round(scale * holding.trainable / self.system.bucket_bytes))
-            parts = shards = [scale * holding.trainable / count] * count
-            seconds, sent = [0.0] * count, 0.0
-        copied = [mesh.collective_s("dp_replicate", "all_reduce", shard) for shard in shards]
-        seconds = [s + more for s, more in zip(seconds, copied, strict=True)]
-        sent += sum(mesh.bytes("dp_replicate", "all_reduce", shard) for shard in shards)
-        copies = sum(device.seconds("copy", 0.0, COPY_PASSES * size) for size in parts)
+            experts, whole, size = sum(holding.experts.values()), holding.trainable, self.system.bucket_bytes
+            parts = [*bucketed("dp_", scale * (whole - experts), size), *bucketed("expert_", scale * experts, size)]
+        parts = [(n, size) for n, size in parts if mesh.ranks(f"{n}shard") * mesh.ranks(f"{n}replicate") > 1]
+        seconds, sent = [], 0.0
+        for name, size in parts:
+            shard = size / mesh.ranks(f"{name}shard")
+            scattered = mesh.collective_s(f"{name}shard", "reduce_scatter", size)
+            seconds.append(scattered + mesh.collective_s(f"{name}replicate", "all_reduce", shard))
+            sent += mesh.bytes(f"{name}shard", "reduce_scatter", size)
+            sent += mesh.bytes(f"{name}replicate", "all_reduce", shard)
+        copies = sum(device.seconds("copy", 0.0, COPY_PASSES * size) for _, size in parts)
         return Work(copies, exposed(seconds, hidden_s) if hidden_s else sum(seconds)), sent
+
+
+def sharded_units(holding: Holding) -> list[tuple[str, float]]:
+    """Bytes that are gathered at once, by the beginning of the names of the dimensions that shard and copy them."""
+    return [*(("dp_", size) for size in holding.units.values()), *(("expert_", s) for s in holding.experts.values())]
+
+
+def bucketed(name: str, size: float, bucket_bytes: float) -> list[tuple[str, float]]:
+    """So many bytes in equal parts of about ``bucket_bytes``; none of nothing."""
+    count = max(1, round(size / bucket_bytes))
+    return [(name, size / count)] * count if size > 0 else []
 
 
 def exposed(parts: Sequence[float], hidden_s: float) -> float:

@@ -29,7 +29,6 @@ from typing import NamedTuple
 from weft.cluster.topology import Device
 from weft.planner.compute import CallCost
 from weft.planner.holdings import Holding
-from weft.planner.space import Degrees
 from weft.planner.system import WEFT, System
 from weft.schedule import ORDERS, Kind
 
@@ -83,7 +82,8 @@ def stage_memory(
     holding: Holding,
     *,
     alive: Sequence[Alive],
-    degrees: Degrees,
+    sharded: bool,
+    copied: bool,
     device: Device,
     optimizer_state: float,
     boundary_bytes: float,
@@ -98,7 +98,8 @@ def stage_memory(
         chunks: costs of the device's calls, in order, by chunk.
         holding: its parameters.
         alive: how many microbatches each chunk keeps.
-        degrees: of the plan.
+        sharded: parameters' state is divided over ranks.
+        copied: there are several replicas of it.
         device: whose memory it is.
         optimizer_state: bytes per byte of trainable parameter.
         boundary_bytes: tensors on their way to and from other stages, and the batch.
@@ -107,13 +108,12 @@ def stage_memory(
         system: whose conventions.
         item_bytes: of an element of a trainable parameter.
     """
-    sharded = degrees.dp_shard > 1
     several = any(chunk.later for chunk in alive)
     saved = [sum(c.saved_bytes for c in calls) + k for calls, k in zip(chunks, kept_output_bytes, strict=True)]
     kept = 1.0 if system.gradient_bytes is None else system.gradient_bytes / item_bytes
     whole = kept * holding.trainable
     # The reducer's buckets are there from the start, and gradients are views of them.
-    standing = degrees.dp_replicate > 1 and not sharded
+    standing = copied and not sharded
     if system.standing_gradients is not None:
         standing = system.standing_gradients
     shards = sharded and (zero >= 2 or not (several or standing))
@@ -136,7 +136,7 @@ def stage_memory(
     moments.append((0.0, kept * holding.trainable_shard if sharded and not standing else everything, step))
     activations, gradients, workspace = max(moments, key=sum)
 
-    buffers, largest = boundary_bytes, max(holding.units.values(), default=0.0)
+    buffers, largest = boundary_bytes, max((*holding.units.values(), *holding.experts.values()), default=0.0)
     gathered = 1.0 if system.gather_bytes is None else system.gather_bytes / item_bytes
     parameters = holding.trainable_shard + holding.frozen_shard
     if sharded and zero == 3:

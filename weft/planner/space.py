@@ -21,6 +21,7 @@ from typing import NamedTuple, TypedDict
 from weft.capture.profile import Profile
 from weft.errors import PlanError
 from weft.plan import PRECISIONS, RECOMPUTE, SCHEDULES
+from weft.planner.experts import Experts
 
 
 class Keywords(TypedDict, total=False):
@@ -102,18 +103,26 @@ DEGREES = ("pp", "dp_replicate", "dp_shard", "tp")
 
 
 class Degrees(NamedTuple):
-    """Degrees of the searched dimensions."""
+    """Degrees of the searched dimensions, and of those that are only planned: ``cp``; ``ep``, which are among the
+    replicas and the ranks of ``tp`` and ``cp`` and divide experts, each of them over ``etp`` ranks (0: as ``tp``)."""
 
     pp: int = 1
     dp_replicate: int = 1
     dp_shard: int = 1
     tp: int = 1
     cp: int = 1
+    ep: int = 1
+    etp: int = 0
 
     @property
     def devices(self) -> int:
-        """Their product."""
-        return math.prod(self)
+        """How many they take."""
+        return math.prod(self[:5])
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts experts are divided."""
+        return self.ep * (self.etp or self.tp)
 
     @property
     def replicas(self) -> int:
@@ -229,11 +238,21 @@ def refuse(profile: Profile, degrees: Degrees, microbatches: int | None) -> str 
         return f"{degrees.pp} stages for {holders} calls of units that hold parameters"
     if degrees.tp > 1 and (reason := refuse_tensor(profile, degrees.tp)):
         return reason
+    if degrees.ep > 1 and (reason := refuse_experts(profile, degrees)):
+        return reason
     needed = degrees.replicas * (microbatches or 1)
     if profile.batch_size < needed:
         parts = f"{degrees.replicas} replicas" + (f" x {microbatches} microbatches" if microbatches else "")
         return f"a batch of {profile.batch_size} samples cannot be divided over {parts}; raise batch_size to {needed}"
     return None
+
+
+def refuse_experts(profile: Profile, degrees: Degrees) -> str | None:
+    """Why the experts cannot be divided by ``ep``; None if they can."""
+    ranks = degrees.devices // degrees.pp
+    if ranks % degrees.parts:
+        return f"{degrees.parts} parts of experts for {ranks} devices of a stage"
+    return Experts.of(profile).refuse(degrees.ep)
 
 
 def refuse_tensor(profile: Profile, tp: int) -> str | None:

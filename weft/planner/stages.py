@@ -144,7 +144,7 @@ class Stages:
     def division(self, candidate: Candidate, samples: int) -> Division:
         """What part of every call a rank computes."""
         degrees = candidate.degrees
-        return Division(samples, degrees.tp, candidate.sequence and degrees.tp > 1, degrees.cp)
+        return Division(samples, degrees.tp, candidate.sequence and degrees.tp > 1, *degrees[4:])
 
     # -- sites --------------------------------------------------------------------------------------------------------
 
@@ -246,14 +246,18 @@ class Stages:
 
     def _mesh(self, degrees: Degrees) -> Mesh:
         """The links that the degrees span."""
-        return Mesh(self.cluster, **degrees._asdict())
+        return Mesh(self.cluster, degrees, self.shards(degrees))
+
+    def shards(self, degrees: Degrees) -> int:
+        """Ranks that a parameter's state is divided over."""
+        alone = degrees.dp_replicate == 1 and self.system.context_shards
+        return degrees.dp_shard * degrees.cp if degrees.dp_shard > 1 or alone else 1
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
     def holding(self, degrees: Degrees, stretches: Sequence[Stretch]) -> Holding:
         """The parameters of a device."""
-        shards = degrees.dp_shard * degrees.cp if degrees.dp_shard > 1 else 1
-        return self.holdings.joined(stretches, degrees.tp, shards)
+        return self.holdings.joined(stretches, degrees, self.shards(degrees))
 
     def memory(self, candidate: Candidate, device: int, stretches: Sequence[Stretch]) -> Held:
         """Memory of a device with these stretches as its chunks; of several sites, of the fullest."""
@@ -288,7 +292,8 @@ class Stages:
             [self.calls(candidate, *stretch, site) for stretch in stretches],
             self.holding(candidate.degrees, stretches),
             alive=kept,
-            degrees=candidate.degrees,
+            sharded=self.shards(candidate.degrees) > 1,
+            copied=candidate.degrees.dp_replicate > 1,
             device=self.kinds[site.kind],
             optimizer_state=self.profile.optimizer_state_bytes,
             boundary_bytes=2 * (arriving + sum(leaving)),
@@ -333,4 +338,5 @@ def exchange_s(call: CallCost, mesh: Mesh) -> tuple[float, float]:
         for sizes in (call.forward_reduced, call.backward_reduced)
     )
     ring = mesh.collective_s("cp", "all_gather", call.exchanged_bytes * mesh.ranks("cp"))
-    return forward + ring, backward + 2 * ring
+    there, back = (mesh.collective_s("ep", "all_to_all", size) for size in (call.forward_routed, call.backward_routed))
+    return forward + ring + there, backward + 2 * ring + back

@@ -22,6 +22,7 @@ class System:
         step_bytes: that an optimizer step reads and writes; None: as it was seen to.
         accumulate_bytes: that adding a microbatch's gradients to those kept reads and writes; None: two reads, a write.
         standing_gradients: gradients have buffers that live from step to step; None: where whole copies meet.
+        context_shards: ranks of ``cp`` shard parameters where no replicas do; they are copies where replicas are.
         shards_beside: sharded parameters that are gathered for a whole step stand beside their shards.
         hides_reduce, hides_gather: averaging gradients, and gathering parameters, hide behind computation.
         hides_tensor: share of the exchange inside layers that hides behind computation.
@@ -31,7 +32,8 @@ class System:
             not divided otherwise (of a norm's input and output the latter).
         parallel_loss: under tensor parallelism the loss is computed on shares of the logits.
         fused: neighbouring operations on elements are one kernel, which reads what enters and writes what leaves.
-        bucket_bytes: gradients that are reduced at once.
+        bucket_bytes: gradients that are reduced at once, where whole copies meet.
+        buckets_shards: so are those that are sharded; else they are by unit.
         dispatch_s: seconds in which the process that drives an accelerator dispatches one operation.
         step_s: seconds of a step that nothing else accounts for.
     """
@@ -43,6 +45,7 @@ class System:
     step_bytes: float | None = None
     accumulate_bytes: float | None = None
     standing_gradients: bool | None = None
+    context_shards: bool = True
     shards_beside: bool = True
     hides_reduce: bool = True
     hides_gather: bool = True
@@ -53,6 +56,7 @@ class System:
     parallel_loss: bool = False
     fused: bool = False
     bucket_bytes: float = 25 * 2**20
+    buckets_shards: bool = False
     dispatch_s: float = 1e-5
     step_s: float = 0.0
 
