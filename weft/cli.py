@@ -24,7 +24,7 @@ from weft.jobs import compare as comparing
 from weft.jobs import train as training
 from weft.jobs import verify as verifying
 from weft.plan import Plan
-from weft.planner import Constraints, Keywords, changes, search
+from weft.planner import Constraints, Keywords, changes, choose, search
 from weft.quantity import each_of, parse_sizes
 from weft.report import page, tables
 from weft.report.output import output
@@ -65,6 +65,8 @@ def plan(
     what_if: Annotated[
         bool | None, typer.Option(help="search again with more memory, faster links, other batches; default: if quick")
     ] = None,
+    objective: Annotated[str | None, typer.Option(help="time, memory or cost; default: time")] = None,
+    price: Annotated[float | None, typer.Option(help="of one device for an hour, in any currency")] = None,
     as_json: Json = False,
     *,
     fixed: dict[str, Any],
@@ -73,11 +75,11 @@ def plan(
     with output(as_json) as show:
         workload = target_of(target, arguments).load()
         profile, on = capture(workload, precision_of(fixed)), cluster_of(cluster, devices, memory)
-        choice = search(profile, on, **fixed)
+        choice = choose(profile, on, objective=objective, price=price, **fixed)
         if save is not None:
             choice.plan.save(save)
         found = []
-        if what_if or (what_if is None and choice.search_s < QUICK_S):
+        if what_if or (what_if is None and choice.search_s < QUICK_S and objective in (None, "time")):
             found = changes(profile, on, choice, **fixed)
         if html is not None:
             page.write(html, choice, profile, on, found)

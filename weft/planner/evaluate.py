@@ -94,7 +94,7 @@ class Evaluator:
         assert math.isclose(step, end_s, rel_tol=1e-9), "the terms do not add up to the timeline"
         stretches = [self.stages.chunks(candidate, ends, d) for d in range(pp)]
         memory = [self.stages.memory(candidate, d, own) for d, own in enumerate(stretches)]
-        idle = [[end_s - device.compute_s - device.step_s for device in of] for of, _ in every]
+        idle = [[max(0.0, end_s - device.compute_s - device.step_s) for device in of] for of, _ in every]
         weights = [len(run.line.replicas) / degrees.replicas for run in runs]
         stage_time = tuple(self._stage_time(candidate, runs, every, weights, d) for d in range(pp))
         idle_s = sum(weight * sum(of) for weight, of in zip(weights, idle, strict=True))

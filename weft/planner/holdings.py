@@ -88,6 +88,8 @@ class Holdings:
                 readers.setdefault(name, []).append(index)
         self._own = [[n for n, r in readers.items() if r == [index]] for index in range(len(profile.calls))]
         self._shared = {name: found for name, found in readers.items() if len(found) > 1}
+        self._contents = [self.own(index) for index in range(len(profile.calls))]
+        self._first = {content: index for index, content in reversed(list(enumerate(self._contents)))}
 
     def of(self, start: int, end: int, tp: int, dp_shard: int) -> Holding:
         """Parameters that calls ``start`` to ``end`` (exclusive) read, on the fullest of ``tp * dp_shard`` ranks."""
@@ -104,7 +106,10 @@ class Holdings:
         unit = self._profile.calls[index].unit
         parameters = [(name, self._profile.parameters[name]) for name in self._own[index]]
         return tuple(
-            (p.shape, p.bytes, p.trainable, p.tensor_dim, self._sizes(p), belongs(p, unit), name in self._buffers)
+            (
+                *(p.shape, p.bytes, p.trainable, p.tensor_dim),
+                *(self._sizes(p), belongs(p, unit), name in self._buffers, name in self._experts),
+            )
             for name, p in parameters
         )
 
@@ -155,7 +160,8 @@ class Holdings:
 
     def _holding(self, start: int, end: int, ways: Ways) -> Holding:
         if ways not in self._divided:
-            self._divided[ways] = [self._sum(i, own, ways) for i, own in enumerate(self._own)]
+            sums = {content: self._sum(index, self._own[index], ways) for content, index in self._first.items()}
+            self._divided[ways] = [sums[content] for content in self._contents]
         parts = self._divided[ways][start:end]
         # The backward goes from the last call to the first: the first reader's completes a parameter's gradient.
         for name, readers in self._shared.items():

@@ -68,13 +68,14 @@ def choose(
         if price is None:
             raise PlanError("objective cost needs a price of one device for an hour; add --price 2.5, or price=2.5")
         return _cheapest(profile, cluster, price, keywords)
-    if objective == "memory":
-        cluster = _least_memory(profile, cluster, Constraints.parse(keywords))
-    choice = search(profile, cluster, **keywords)
-    if price is None:
-        return choice
-    cost = _cost(profile, choice, cluster.devices, price)
-    return _telling(choice, cost, [f"It costs {cost.describe()} at {price:g} for a device and hour."])
+    tight = _least_memory(profile, cluster, Constraints.parse(keywords)) if objective == "memory" else cluster
+    choice, lines, cost = search(profile, tight, **keywords), [], None
+    if tight is not cluster:
+        lines.append("That is the least memory any plan needs; nothing faster was looked for that needs more.")
+    if price is not None:
+        cost = _cost(profile, choice, cluster.devices, price)
+        lines.append(f"It costs {cost.describe()} at {price:g} for a device and hour.")
+    return _telling(choice, cost, lines) if lines else choice
 
 
 def _cheapest(profile: Profile, cluster: Cluster, price: float, keywords: Keywords) -> Choice:
@@ -130,7 +131,7 @@ def _cost(profile: Profile, choice: Choice, devices: int, price: float) -> Cost:
     )
 
 
-def _telling(choice: Choice, cost: Cost, lines: list[str]) -> Choice:
+def _telling(choice: Choice, cost: Cost | None, lines: list[str]) -> Choice:
     """The choice with its cost, told at the end of its reasons."""
     reasons = "\n".join([choice.plan.explain(), "", *lines])
     return replace(choice, plan=replace(choice.plan, reasons=reasons), cost=cost)
