@@ -6,8 +6,8 @@ measured.
     python benchmarks/gpu.py --only 1b    one size; its rows replace those that are kept
     python benchmarks/gpu.py --small      a tiny model in float32 on the CPU; kept nowhere
 
-`bf16` rows have parameters, gradients and optimizer state in bfloat16; `autocast` rows are weft's own bf16,
-where only operations are. Every row is a process of its own. Step time is the median of some steps, the first left out.
+`bf16` rows have parameters, gradients and optimizer state in bfloat16; `autocast` rows are weft's own precision bf16,
+where only operations are. Every row is a process of its own. Step time is the median of a few steps.
 Memory is what tensors take at their fullest moment, as the caching allocator counts it: the prediction's allowances for
 its fragments and for the driver are taken off before the two are compared, and stand in the kept results. A row that is
 predicted not to fit is tried all the same on an accelerator, for one step: it should run out of memory.

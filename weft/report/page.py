@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -56,23 +56,6 @@ class Mark(NamedTuple):
     title: str
 
 
-class Term(NamedTuple):
-    """A part of a total: its key, its share of what a whole bar stands for, the number and the number for people."""
-
-    key: str
-    share: float
-    value: float
-    text: str
-
-
-class Row(NamedTuple):
-    """Terms that add up to a total."""
-
-    name: str
-    terms: list[Term]
-    total: Term
-
-
 def write(path: Path, choice: Choice, profile: Profile, cluster: Cluster, changes: Sequence[Change] = ()) -> None:
     """Write the page of a choice.
 
@@ -106,15 +89,14 @@ def render(choice: Choice, profile: Profile, cluster: Cluster, changes: Sequence
         cluster=cluster,
         estimate=estimate,
         rate=format_count(profile.batch_size / step, "samples/s"),
-        step=format_seconds(step),
         peak=max(choice.stages, key=lambda row: row.memory_bytes / row.limit_bytes),
         summary=plan.explain().split("\n\n")[1].splitlines()[1:] if plan.reasons else [],
         stages=[picture(choice, number) for number in range(plan.pp)],
         time_names=used(TIME_TERMS, TIME_NAMES, [terms for _, terms in times]),
-        times=[row(name, terms, step, format_seconds) for name, terms in times],
+        times=[(name, terms, step) for name, terms in times],
         memory_names=used(MEMORY_TERMS, MEMORY_NAMES, estimate.memory),
         memories=[
-            row(f"stage {number}", terms, max(sum(terms.values()), stage.limit_bytes), format_bytes)
+            (f"stage {number}", terms, max(sum(terms.values()), stage.limit_bytes))
             for number, (terms, stage) in enumerate(zip(estimate.memory, choice.stages, strict=True))
         ],
         timeline=timeline(spans(profile, cluster, plan), plan.pp),
@@ -124,19 +106,13 @@ def render(choice: Choice, profile: Profile, cluster: Cluster, changes: Sequence
         refused=choice.refused,
         seconds=f"captured in {format_seconds(choice.capture_s)}, searched in {format_seconds(choice.search_s)}",
         bytes=format_bytes,
+        time=format_seconds,
     )
 
 
 def used(order: Sequence[str], names: Mapping[str, str], rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
     """The terms that are anything in any row, with their names."""
     return {term: names[term] for term in order if any(terms.get(term) for terms in rows)}
-
-
-def row(name: str, terms: Mapping[str, float], whole: float, form: Callable[[float], str]) -> Row:
-    """Terms with their shares of ``whole`` in percent."""
-    total = sum(terms.values())
-    found = [Term(term, 100 * value / whole, value, form(value)) for term, value in terms.items()]
-    return Row(name, found, Term("total", 100 * total / whole, total, form(total)))
 
 
 def picture(choice: Choice, number: int) -> dict[str, Any]:
