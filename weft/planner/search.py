@@ -33,6 +33,9 @@ ALTERNATIVES = 5
 WORTH_WAITING = 0.99
 """Share of the choice's time below which a plan that weft cannot run yet is told of."""
 
+DIVIDED_ELSEWISE = 2
+"""Of so many of the best plans also variants with context and expert parallelism are looked at."""
+
 FAMILIES = 64
 """Choices of degrees up to which each that does not fit is refused by itself; beyond, the kinds of which none fits."""
 
@@ -251,8 +254,11 @@ def _without_room(frontier: Frontier, possible: list[Degrees], known: set[frozen
 def _later(evaluator: Evaluator, best: list[Costed]) -> list[Later]:
     """Variants of the best plans that would be faster than the choice."""
     found, limit = [], WORTH_WAITING * best[0].estimate.step_time_s
-    for costed in best:
-        for candidate, lacks in space.later(evaluator.profile, costed.candidate):
+    for number, costed in enumerate(best):
+        variants = list(space.later(evaluator.profile, costed.candidate))
+        if number < DIVIDED_ELSEWISE:
+            variants += space.elsewise(evaluator.profile, costed.candidate)
+        for candidate, lacks in variants:
             ends = evaluator.stages.fastest(candidate)
             if not evaluator.stages.fullest(candidate, ends).fits or evaluator.bound(candidate, ends) >= limit:
                 continue

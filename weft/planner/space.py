@@ -310,6 +310,30 @@ def later(profile: Profile, candidate: Candidate) -> Iterator[tuple[Candidate, s
                 yield interleaved, " and ".join([*lacks, "interleaved stages"])
 
 
+def elsewise(profile: Profile, candidate: Candidate) -> Iterator[tuple[Candidate, str]]:
+    """Variants of a candidate on as many devices that divide sequences or experts, and what weft lacks for each: ``cp``
+    instead of another dimension, with as many microbatches or smaller ones; ``ep`` beside the others. Each recomputing
+    as the candidate does, or nothing."""
+    degrees = candidate.degrees
+    others: list[tuple[Degrees, int, str]] = []
+    for cp in (2, 4, 8):
+        for name in ("dp_shard", "dp_replicate", "tp"):
+            own = getattr(degrees, name)
+            if own % cp == 0 and profile.sample_tokens and profile.sample_tokens % cp == 0:
+                divided = degrees._replace(**{name: own // cp}, cp=cp)
+                others += [(divided, candidate.microbatches * times, "context parallelism") for times in (1, cp)]
+    others += [
+        (divided, candidate.microbatches, "expert parallelism")
+        for ep in divisors(max(Experts.of(profile).counts.values(), default=1))[1:]
+        if refuse_experts(profile, divided := degrees._replace(ep=ep)) is None
+    ]
+    for divided, count, lacks in others:
+        if refuse(profile, divided, count) is None:
+            for again in [candidate.recompute, *([{}] if candidate.recompute else [])]:
+                shares = () if divided.replicas != degrees.replicas else candidate.shares
+                yield candidate._replace(degrees=divided, microbatches=count, recompute=again, shares=shares), lacks
+
+
 def everywhere(profile: Profile, mode: str | None) -> dict[str, str]:
     """The recomputation of every unit in one mode; of none for ``"none"`` and None."""
     if mode in (None, "none"):

@@ -31,7 +31,7 @@ MODES_KEPT = 4096
 NEARLY = 1.1
 """How much more than its memory every stage of a cut needs where none can be changed to fit."""
 
-EVEN = 200
+EVEN = 64
 """Calls times stages up to which a cut that memory asks for is as even as it can be beside its slowest stage."""
 
 
