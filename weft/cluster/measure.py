@@ -17,6 +17,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import cycle
 from statistics import fmean, median, quantiles
 from typing import TypeVar
 
@@ -51,8 +53,11 @@ MESSAGE_BYTES = (64, 2**22)
 
 COLLECTIVE_BYTES = (2**12, 2**18, 2**22)
 
-LATE_BYTES, LATE_IN_A_ROW, LATE_REPEATS = 2**18, 6, 5
-"""The all-reduce, how many in a row and how often, that shows what ranks lose who come to it from computing."""
+BETWEEN_IN_A_ROW, BETWEEN_REPEATS, BETWEEN_AT_MOST_S = 6, 7, 0.03
+"""How many collectives with a computation before each, and how often; of those that take longer computing is no part."""
+
+CACHED_BYTES, COLD_BYTES = 2**16, 2**26
+"""Tensors above the first size take turns that are the second in all, more than caches keep: so does training."""
 
 T = TypeVar("T")
 
@@ -186,11 +191,9 @@ def _collectives(device: torch.device, ranks: int, size: int, stride: int) -> li
         group = dist.new_group(members)  # every rank takes part in making every group
         if rank in members:
             mine = group
-    found, late_s = [], _late_s(_collective("all_reduce", LATE_BYTES, size, mine, device), device)
+    found, seconds_of = [], _typical if device.type != "cpu" else _between_s
     for kind in COLLECTIVES:
-        seconds = [
-            late_s + _typical(_collective(kind, total, size, mine, device), device) for total in COLLECTIVE_BYTES
-        ]
+        seconds = [seconds_of(_collective(kind, total, size, mine, device), device) for total in COLLECTIVE_BYTES]
         rates = tuple(total / spent for total, spent in zip(COLLECTIVE_BYTES, seconds, strict=True))
         curve = Curve(tuple(map(float, COLLECTIVE_BYTES)), rates)
         found.append(Collective(kind=kind, ranks=size, stride=stride, rates=curve))
@@ -201,35 +204,49 @@ def _collectives(device: torch.device, ranks: int, size: int, stride: int) -> li
 
 def _collective(
     kind: str, total: int, ranks: int, group: dist.ProcessGroup | None, device: torch.device
-) -> Callable[[], object] | None:
-    """One collective on a tensor of ``total`` bytes, of which each rank holds a part where the kind divides it."""
+) -> Callable[..., torch.Tensor] | None:
+    """One collective on a tensor of ``total`` bytes, of which each rank holds a part where the kind divides it. Called
+    with False, it does nothing but give the tensor the result would be in."""
     if group is None:
         return None
-    whole = torch.zeros(total // 4 // ranks * ranks, device=device)
-    part = torch.zeros(total // 4 // ranks, device=device)
-    if kind == "all_reduce":
-        return lambda: dist.all_reduce(whole, group=group)
-    if kind == "all_gather":
-        return lambda: ALL_GATHER(whole, part, group=group)
-    return lambda: REDUCE_SCATTER(part, whole, group=group)
+    share = total // 4 // ranks
+    turns = cycle(
+        [torch.zeros(share * ranks, device=device), torch.zeros(share, device=device)]
+        for _ in range(COLD_BYTES // total if device.type == "cpu" and total > CACHED_BYTES else 1)
+    )
+
+    def run(communicates: bool = True) -> torch.Tensor:
+        whole, part = next(turns)
+        result = part if kind == "reduce_scatter" else whole
+        if communicates and kind == "all_reduce":
+            dist.all_reduce(whole, group=group)
+        elif communicates and kind == "all_gather":
+            ALL_GATHER(whole, part, group=group)
+        elif communicates:
+            REDUCE_SCATTER(part, whole, group=group)
+        return result
+
+    return run
 
 
-def _late_s(run: Callable[[], object] | None, device: torch.device) -> float:
-    """Seconds by which a collective between computations takes longer than one after another: ranks on processors do
-    not come to it at the same time, and who waits has to be woken. Accelerators' queues hide this."""
-    if device.type != "cpu":
-        return 0.0
+def _between_s(run: Callable[..., torch.Tensor] | None, device: torch.device) -> float:
+    """Seconds by which a collective makes computations longer that it comes between, on processors: ranks do not come
+    to it at the same time, who waits has to be woken, and what others sent is far from one's caches. Accelerators'
+    queues hide this."""
+    alone_s = _typical(run, device)
+    if alone_s > BETWEEN_AT_MOST_S:
+        return alone_s
     x, w = torch.randn(512, 256), torch.randn(256, 1024)
 
-    def between() -> None:
+    def compute(communicates: bool) -> None:
         x @ w
         if run is not None:
-            run()
+            run(communicates).sum()
 
-    ways = [between, lambda: x @ w, run]
-    times = [[_seconds(way, LATE_IN_A_ROW, device) for way in ways] for _ in range(LATE_REPEATS)]
-    both, computing, communicating = (median(_over_ranks(max, list(column))) for column in zip(*times, strict=True))
-    return max(0.0, both - computing - communicating)
+    ways = (partial(compute, True), partial(compute, False))
+    times = [[_seconds(way, BETWEEN_IN_A_ROW, device) for way in ways] for _ in range(BETWEEN_REPEATS)]
+    longer, computing = (median(_over_ranks(max, list(column))) for column in zip(*times, strict=True))
+    return max(alone_s, longer - computing)
 
 
 def _typical(run: Callable[[], object] | None, device: torch.device) -> float:

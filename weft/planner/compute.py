@@ -31,6 +31,9 @@ DTENSOR_OVERHEADS = 20
 """Overheads of an operation that one operation on DTensors takes: PyTorch dispatches it in Python, 55 us where the
 overhead is 2.7 us. Felt where the device is the process itself; an accelerator's process runs ahead of it."""
 
+STEP_OVERHEADS = 4
+"""The same for one of an optimizer's: in place, with no communication to think of, which PyTorch dispatches sooner."""
+
 DIVIDED_OPERATIONS = 1
 """What the conversions around a divided module take in Python in one forward or backward, in operations on DTensors."""
 
@@ -221,7 +224,8 @@ def optimizer_s(device: Device, trainable_bytes: float, tensors: int, passes: fl
     # What a step moves has left the caches since the last step: the whole of it sets the rate.
     operations = max(1.0, passes / OPERATION_PASSES)
     moved = device.seconds("pointwise", 0.0, (passes + CLIP_PASSES) * trainable_bytes)
-    return moved + tensors * operations * device.overhead_s + dtensor_s(device, dtensors * operations)
+    dispatching = 0.0 if device.accelerator else dtensors * STEP_OVERHEADS
+    return moved + (tensors + dispatching) * operations * device.overhead_s
 
 
 def accumulate_s(device: Device, trainable_bytes: float, tensors: int, passes: float = ACCUMULATE_PASSES) -> float:

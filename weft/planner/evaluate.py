@@ -231,12 +231,12 @@ class Evaluator:
         """A device's seconds by term of TIME_TERMS."""
         tensor = candidate.microbatches * sum(load.tensor_s for load in loads)
         gather = candidate.microbatches * sum(load.gather_s for load in loads)
-        tied = sum(load.tied_s for load in loads)
+        tied, whole = sum(load.tied_s for load in loads), sum(load.whole_s for load in loads)
         return {
             "compute": spent.compute_s,
             "tensor_parallel": tensor,
             "pipeline": spent.transfer_s + tied,
-            "data_parallel": gather + spent.reduce_s - tied,
+            "data_parallel": gather + spent.reduce_s - tied + whole,
             "bubble": spent.bubble_s,
-            "optimizer": spent.step_s,
+            "optimizer": spent.step_s - whole,
         }

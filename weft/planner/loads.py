@@ -22,7 +22,7 @@ from weft.planner.stages import Ends, Stages, Stretch, exchange_s
 from weft.planner.work import Stage, Work
 
 COPY_PASSES = 2.0
-"""Bytes moved per byte copied: a read and a write."""
+"""Bytes moved per byte copied: a read and a write. What is gathered or scattered is copied as a whole and as a shard."""
 
 STATISTICS_BYTES = 1024.0
 """What replicas exchange where a normalisation takes statistics over the batch: a few numbers for every channel, so few
@@ -39,6 +39,7 @@ class Load(NamedTuple):
     tensor_s: float  # of forward + backward, in exchanges inside layers
     gather_s: float
     tied_s: float  # of reduce
+    whole_s: float  # of step, in gathering parameters
     bytes_sent: float
 
     @property
@@ -161,7 +162,7 @@ class Loads:
             backward += later * each.compute_s
         weight = sum(call.weight_s for call in calls) if candidate.schedule == "zero_bubble" else 0.0
 
-        reduce, step, tied_s = Work(0.0), Work(0.0), 0.0
+        reduce, step, tied_s, whole_s = Work(0.0), Work(0.0), 0.0, 0.0
         if ending:
             whole, link = self.stages.holding(degrees, ending), mesh.link("pp")
             reduce, size = self._reduce(whole, mesh, device, len(ending) * backward if hides_reduce else 0.0)
@@ -172,9 +173,9 @@ class Loads:
             sent += size + tied
             if sharded and candidate.zero < 3:
                 gathers, copies, gathered = self._gathers(whole, mesh, device)
-                seconds += copies + (exposed(gathers, len(ending) * forward) if hides_gather else sum(gathers))
+                whole_s = copies + (exposed(gathers, len(ending) * forward) if hides_gather else sum(gathers))
                 sent += gathered
-            step = Work(seconds, mesh.collective_s("everyone", "all_reduce", CONTROL_BYTES))
+            step = Work(seconds + whole_s, mesh.collective_s("everyone", "all_reduce", CONTROL_BYTES))
         work = Stage(
             forward=Work(forward, forward_tp + gather_forward, forward_s),
             backward=Work(backward - weight, backward_tp + gather_backward + each_s, backward_s),
@@ -185,13 +186,14 @@ class Loads:
             core_share=place.core_share,
         )
         gather_s = gather_forward + gather_backward + each_s
-        return Load(work, forward_tp + backward_tp, gather_s, tied_s, sent)
+        return Load(work, forward_tp + backward_tp, gather_s, tied_s, whole_s, sent)
 
     def _gathers(self, holding: Holding, mesh: Mesh, device: Device) -> tuple[list[float], float, float]:
         """Gathering every unit's parameters: seconds of each, seconds of copying, bytes sent."""
         scale = 1.0 if self.system.gather_bytes is None else self.system.gather_bytes / self.stages.item_bytes
         units = [(name, scale * size) for name, size in sharded_units(holding)]
-        copies = sum(device.seconds("copy", 0.0, COPY_PASSES * size) for _, size in units)
+        copied = [(1 + 1 / mesh.ranks(f"{name}shard")) * size for name, size in units]
+        copies = sum(device.seconds("copy", 0.0, COPY_PASSES * size) for size in copied)
         copies += dtensor_s(device, len(units) * SHARDED_OPERATIONS)
         seconds = [mesh.collective_s(f"{name}shard", "all_gather", size) for name, size in units]
         return seconds, copies, sum(mesh.bytes(f"{name}shard", "all_gather", size) for name, size in units)
