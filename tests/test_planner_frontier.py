@@ -13,8 +13,9 @@ from weft.planner import search
 from weft.planner.balance import ends, packed
 from weft.planner.evaluate import Evaluator
 from weft.planner.frontier import Frontier
+from weft.planner.program import compiled, follow
 from weft.planner.space import Constraints, candidates, later, products
-from weft.planner.timeline import repeated, simulate
+from weft.planner.timeline import repeated
 from weft.planner.work import Stage, Work
 from weft.schedule import Edge, actions
 
@@ -60,11 +61,11 @@ def test_a_long_schedule_is_what_two_short_ones_tell(devices, microbatches, sche
     edges = [Edge(s, s + 1) for s in range(count - 1)]
     times = {pair: transfer for e in edges for pair in ((e.source, e.target), (e.target, e.source))}
 
-    def lists(number):
-        return actions(schedule, devices, number, edges, chunks)
+    def program(number):
+        return compiled(actions(schedule, devices, number, edges, chunks))
 
-    whole = max(spent.end_s for spent in simulate(lists(microbatches), stages, times))
-    short = max(spent.end_s for spent in repeated(lists, microbatches, stages, times, devices))
+    whole = max(spent.end_s for spent in follow(program(microbatches), stages, times))
+    short = max(spent.end_s for spent in repeated(program, microbatches, stages, times, devices))
     assert short == pytest.approx(whole, rel=5e-3)
 
 

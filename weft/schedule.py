@@ -40,6 +40,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Kind(StrEnum):
@@ -60,8 +61,7 @@ COMPUTE = (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT)
 TRANSFERS = (Kind.SEND_ACTIVATION, Kind.RECEIVE_ACTIVATION, Kind.SEND_GRADIENT, Kind.RECEIVE_GRADIENT)
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
+class Action(NamedTuple):
     """One action of one device.
 
     ``microbatch`` is -1 for REDUCE and STEP; ``peer`` is the other stage of a transfer, else -1; ``chunk`` tells which
@@ -168,28 +168,30 @@ def actions(
 def lower(order: Sequence[Action], device: int, edges: Sequence[Edge], devices: int) -> list[Action]:
     """Add transfers to a device's computations: receives one computation ahead, sends right after."""
     stages = {action.chunk: device + action.chunk * devices for action in order}
-    comes = {chunk: [e for e in edges if e.target == stage] for chunk, stage in stages.items()}
-    goes = {chunk: [e for e in edges if e.source == stage] for chunk, stage in stages.items()}
-    before: list[list[Action]] = []
-    after: list[list[Action]] = []
+    # Peers of each chunk: what comes from which, and back to it; what goes to which, and comes back from it.
+    comes = {chunk: [e.source for e in edges if e.target == stage] for chunk, stage in stages.items()}
+    returns = {chunk: [e.source for e in edges if e.target == stage and e.gradient] for chunk, stage in stages.items()}
+    goes = {chunk: [e.target for e in edges if e.source == stage] for chunk, stage in stages.items()}
+    back = {chunk: [e.target for e in edges if e.source == stage and e.gradient] for chunk, stage in stages.items()}
+    lowered: list[Action] = []
+    sends: list[Action] = []
+    previous: Action | None = None
     for action in order:
-        m, chunk = action.microbatch, action.chunk
-        if action.kind is Kind.FORWARD:
-            before.append([Action(Kind.RECEIVE_ACTIVATION, m, e.source, chunk) for e in comes[chunk]])
-            after.append([Action(Kind.SEND_ACTIVATION, m, e.target, chunk) for e in goes[chunk]])
-        elif action.kind is Kind.BACKWARD:
-            before.append([Action(Kind.RECEIVE_GRADIENT, m, e.target, chunk) for e in goes[chunk] if e.gradient])
-            after.append([Action(Kind.SEND_GRADIENT, m, e.source, chunk) for e in comes[chunk] if e.gradient])
-        else:
-            before.append([])
-            after.append([])
-    lowered = list(before[0]) if before else []
-    for i, action in enumerate(order):
-        if i + 1 < len(order):
-            lowered += before[i + 1]
-        lowered.append(action)
-        lowered += after[i]
-    return lowered
+        kind, m, _, chunk = action
+        receives: list[Action] = []
+        after: list[Action] = []
+        if kind is Kind.FORWARD:
+            receives = [Action(Kind.RECEIVE_ACTIVATION, m, peer, chunk) for peer in comes[chunk]]
+            after = [Action(Kind.SEND_ACTIVATION, m, peer, chunk) for peer in goes[chunk]]
+        elif kind is Kind.BACKWARD:
+            receives = [Action(Kind.RECEIVE_GRADIENT, m, peer, chunk) for peer in back[chunk]]
+            after = [Action(Kind.SEND_GRADIENT, m, peer, chunk) for peer in returns[chunk]]
+        lowered += receives
+        if previous is not None:
+            lowered.append(previous)
+            lowered += sends
+        previous, sends = action, after
+    return lowered if previous is None else [*lowered, previous, *sends]
 
 
 def in_flight(schedule: str, stage: int, stages: int, microbatches: int) -> int:

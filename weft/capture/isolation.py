@@ -60,7 +60,7 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def seldom_collecting() -> Iterator[None]:
     """Let Python look for garbage in cycles less often: it walks the objects of torch and of the user's libraries, too,
-    a million at times, and a recording makes so many that it would do so all the while."""
+    a million at times, and a recording or a search makes so many that it would do so all the while."""
     before = gc.get_threshold()
     gc.set_threshold(max(before[0], COLLECTED) if before[0] else 0, *before[1:])
     try:

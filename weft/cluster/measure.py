@@ -54,7 +54,7 @@ MESSAGE_BYTES = (64, 2**22)
 COLLECTIVE_BYTES = (2**12, 2**18, 2**22)
 
 BETWEEN_IN_A_ROW, BETWEEN_REPEATS, BETWEEN_AT_MOST_S = 6, 7, 0.03
-"""How many collectives with a computation before each, and how often; of those that take longer computing is no part."""
+"""How many collectives with a computation before each, and how often; longer ones are measured without."""
 
 CACHED_BYTES, COLD_BYTES = 2**16, 2**26
 """Tensors above the first size take turns that are the second in all, more than caches keep: so does training."""

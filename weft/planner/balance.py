@@ -16,7 +16,7 @@ Where devices are of unequal speed every part has costs of its own: ``c`` is the
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
@@ -41,13 +41,13 @@ def ends(rows: Sequence[Sequence[float]], parts: int, allowed: Allowed | None = 
     if allowed is not None or len(rows) > 1:
         slowest = None
         for limit in (pace, 1.5 * pace, 3 * pace, math.inf):
-            slowest = _solve(sums, parts, allowed, max, limit * (1 + ROUNDING))
+            slowest = _solve(sums, parts, allowed, limit * (1 + ROUNDING), even=False)
             if slowest is not None:
                 break
         if slowest is None:
             return None
         pace = slowest[0]
-    even = _solve(sums, parts, allowed, lambda best, part: best + part * part, pace * (1 + ROUNDING))
+    even = _solve(sums, parts, allowed, pace * (1 + ROUNDING), even=True)
     assert even is not None
     return even[1]
 
@@ -123,27 +123,31 @@ def _pace(every: Sequence[Sequence[float]], parts: int) -> float:
 
 
 def _solve(
-    every: Sequence[Sequence[float]],
-    parts: int,
-    allowed: Allowed | None,
-    join: Callable[[float, float], float],
-    limit: float,
+    every: Sequence[Sequence[float]], parts: int, allowed: Allowed | None, limit: float, *, even: bool
 ) -> tuple[float, list[int]] | None:
-    """The cut that minimises a joined cost of parts whose sums are at most ``limit``: its cost and its ends."""
+    """The cut into parts whose sums are at most ``limit`` with the least largest sum, or if it is to be ``even`` with
+    the least sum of their squares: that cost and its ends."""
     n = len(every[0]) - 1
+    alike = all(sums is every[0] for sums in every)
     best: list[list[float]] = [[0.0] + [math.inf] * n]
     origin: list[list[int]] = []
     for part, sums in enumerate(every):
-        row, source = [math.inf] * (n + 1), [0] * (n + 1)
+        row, source, before = [math.inf] * (n + 1), [0] * (n + 1), best[part]
         # Part ``part`` ends at least at part + 1, and leaves an item for each part after it.
-        for end in range(part + 1, n - parts + part + 2):
+        low, high = part + 1, n - parts + part + 1
+        if alike and not math.isinf(limit):  # so many parts hold no more, and the others have to hold the rest
+            low = max(low, bisect_left(sums, sums[n] - (parts - part - 1) * limit))
+            high = min(high, bisect_right(sums, (part + 1) * limit) - 1)
+        for end in range(low, high + 1):
+            total, least = sums[end], math.inf
             for start in range(end - 1, part - 1, -1):
-                cost = sums[end] - sums[start]
+                cost = total - sums[start]
                 if cost > limit:
                     break
-                joined = join(best[part][start], cost)
-                if joined < row[end] and (allowed is None or allowed(part, start, end)):
-                    row[end], source[end] = joined, start
+                joined = before[start] + cost * cost if even else max(before[start], cost)
+                if joined < least and (allowed is None or allowed(part, start, end)):
+                    least, source[end] = joined, start
+            row[end] = least
         best.append(row)
         origin.append(source)
     if math.isinf(best[parts][n]):

@@ -28,13 +28,14 @@ from weft.estimate import TIME_TERMS, Estimate
 from weft.planner import timeline
 from weft.planner.communication import transfer_s
 from weft.planner.loads import Flow, Flows, Load, Loads
+from weft.planner.program import Program, follow, of_schedule
 from weft.planner.sharing import Sharing
 from weft.planner.sites import Line, at
 from weft.planner.space import Candidate
 from weft.planner.stages import Ends, Stages
 from weft.planner.system import WEFT, System
 from weft.planner.work import Event, Spent
-from weft.schedule import Action, Edge, actions
+from weft.schedule import Edge, actions
 
 
 @dataclass(frozen=True)
@@ -158,24 +159,22 @@ class Evaluator:
     ) -> list[tuple[list[Spent], list[Event]]]:
         """What the devices of every line spend, and if it is ``watched`` what each does when."""
         degrees, flows, cores = candidate.degrees, runs[0].flows, self.cluster.cores
-        edges = [Edge(s, t, f.gradient > 0) for (s, t), f in flows.items()]
+        edges = frozenset(Edge(s, t, f.gradient > 0) for (s, t), f in flows.items())
         pipelines = [([load.work for load in run.loads], run.transfers) for run in runs]
 
-        def lists(microbatches: int) -> list[list[Action]]:
-            return actions(candidate.schedule, degrees.pp, microbatches, edges, candidate.chunks)
+        def scheduled(microbatches: int) -> Program:
+            return of_schedule(candidate.schedule, degrees.pp, microbatches, edges, candidate.chunks)
 
         count = candidate.microbatches
         if cores is not None:
             of_nodes = {place.node: place.cores for run in runs for place in run.line.places}
-            together = Sharing(lists(count), pipelines, of_nodes)
+            lists = actions(candidate.schedule, degrees.pp, count, edges, candidate.chunks)
+            together = Sharing(lists, pipelines, of_nodes)
             return list(zip(together.run(), together.events, strict=True))
         if not watched:
-            return [(timeline.repeated(lists, count, *each, degrees.pp), []) for each in pipelines]
+            return [(timeline.repeated(scheduled, count, *each, degrees.pp), []) for each in pipelines]
         events: list[list[Event]] = [[] for _ in runs]
-        return [
-            (timeline.simulate(lists(count), *each, None, seen), seen)
-            for each, seen in zip(pipelines, events, strict=True)
-        ]
+        return [(follow(scheduled(count), *each, seen), seen) for each, seen in zip(pipelines, events, strict=True)]
 
     def flows(self, candidate: Candidate, ends: Ends, line: Line) -> Flows:
         """Bytes of one microbatch from stage to stage: each tensor goes once to every later stage that reads it."""

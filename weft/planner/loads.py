@@ -22,7 +22,7 @@ from weft.planner.stages import Ends, Stages, Stretch, exchange_s
 from weft.planner.work import Stage, Work
 
 COPY_PASSES = 2.0
-"""Bytes moved per byte copied: a read and a write. What is gathered or scattered is copied as a whole and as a shard."""
+"""Bytes moved per byte copied: a read and a write. What is gathered is copied as a shard and as a whole."""
 
 STATISTICS_BYTES = 1024.0
 """What replicas exchange where a normalisation takes statistics over the batch: a few numbers for every channel, so few

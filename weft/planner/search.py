@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Unpack
 
+from weft.capture.isolation import seldom_collecting
 from weft.capture.profile import Profile
 from weft.cluster.topology import Cluster
 from weft.errors import MemoryLimitError, PlanError
@@ -32,6 +33,9 @@ ALTERNATIVES = 5
 
 WORTH_WAITING = 0.99
 """Share of the choice's time below which a plan that weft cannot run yet is told of."""
+
+TOLD_LATER = 2
+"""How many of those are told of."""
 
 DIVIDED_ELSEWISE = 2
 """Of so many of the best plans also variants with context and expert parallelism are looked at."""
@@ -94,6 +98,7 @@ class Choice:
         }
 
 
+@seldom_collecting()
 def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> Choice:
     """The fastest plan that fits, of those that keep what the keywords fix.
 
@@ -253,20 +258,28 @@ def _without_room(frontier: Frontier, possible: list[Degrees], known: set[frozen
 
 def _later(evaluator: Evaluator, best: list[Costed]) -> list[Later]:
     """Variants of the best plans that would be faster than the choice."""
-    found, limit = [], WORTH_WAITING * best[0].estimate.step_time_s
+    limit = WORTH_WAITING * best[0].estimate.step_time_s
+    possible: list[tuple[float, Candidate, Ends, str]] = []
     for number, costed in enumerate(best):
         variants = list(space.later(evaluator.profile, costed.candidate))
         if number < DIVIDED_ELSEWISE:
             variants += space.elsewise(evaluator.profile, costed.candidate)
         for candidate, lacks in variants:
             ends = evaluator.stages.fastest(candidate)
-            if not evaluator.stages.fullest(candidate, ends).fits or evaluator.bound(candidate, ends) >= limit:
-                continue
-            variant = Costed(candidate, ends, evaluator.estimate(candidate, ends))
-            if variant.estimate.step_time_s < limit:
-                found.append(Later(variant.title, variant.estimate, lacks))
-    found.sort(key=lambda x: x.estimate.step_time_s)
-    return found[:2]
+            if evaluator.stages.fullest(candidate, ends).fits:
+                possible.append((evaluator.bound(candidate, ends), candidate, ends, lacks))
+    found: list[Later] = []
+    for bound, candidate, ends, lacks in sorted(possible, key=lambda x: x[0]):
+        if bound >= limit:
+            break
+        variant = Costed(candidate, ends, evaluator.estimate(candidate, ends))
+        if variant.estimate.step_time_s < limit:
+            found.append(Later(variant.title, variant.estimate, lacks))
+            found.sort(key=lambda x: x.estimate.step_time_s)
+            del found[TOLD_LATER:]
+            if len(found) == TOLD_LATER:
+                limit = found[-1].estimate.step_time_s
+    return found
 
 
 def _one_device(evaluator: Evaluator, constraints: Constraints) -> list[Refused]:

@@ -31,6 +31,9 @@ MODES_KEPT = 4096
 NEARLY = 1.1
 """How much more than its memory every stage of a cut needs where none can be changed to fit."""
 
+FEWER_LATER = ("gpipe", "1f1b")
+"""Schedules under which no stage keeps more microbatches than the one before."""
+
 EVEN = 64
 """Calls times stages up to which a cut that memory asks for is as even as it can be beside its slowest stage."""
 
@@ -92,7 +95,10 @@ class Stages:
         self._tables: dict[tuple[int, Division, str | None], list[CallCost]] = {}
         self._shares: dict[tuple[Degrees, int], tuple[int, ...]] = {}
         self._seconds: dict[tuple[int, Division], float] = {}
-        self._memories: dict[tuple[object, ...], dict[str, float]] = {}
+        self._memories: dict[tuple[object, ...], Held] = {}
+        self._asked: tuple[Candidate | None, list[list[tuple[Site, object]]]] = None, []
+        self._numbers: dict[tuple[int, ...], int] = {}
+        self._stretches: dict[Stretch, int] = {}
         self._cuts: dict[tuple[object, ...], Ends] = {}
         self.mesh = lru_cache(maxsize=None)(self._mesh)
 
@@ -109,9 +115,12 @@ class Stages:
             found.append(numbers.setdefault(content, len(numbers)))
         return found
 
-    def content(self, stretch: Stretch, recompute: object = None) -> tuple[object, ...]:
-        """What a stretch is made of."""
-        return (*self._content[slice(*stretch)], recompute)
+    def content(self, stretch: Stretch, modes: tuple[str | None, ...] | None = None) -> object:
+        """What a stretch is made of, and how its calls are recomputed."""
+        if stretch not in self._stretches:
+            numbers = tuple(self._content[slice(*stretch)])
+            self._stretches[stretch] = self._numbers.setdefault(numbers, len(self._numbers))
+        return (self._stretches[stretch], modes) if modes else self._stretches[stretch]
 
     def modes(self, candidate: Candidate, stretch: Stretch) -> tuple[str | None, ...] | None:
         """How the candidate recomputes each call of a stretch; None where it recomputes nothing at all."""
@@ -196,8 +205,8 @@ class Stages:
         fastest = self.fastest(candidate)
         if candidate.stages == 1 or candidate.chunks > 1:
             return fastest
-        every = self.every(candidate, fastest)
-        if all(held.fits for held in every) or all(held.bytes > NEARLY * held.limit for held in every):
+        telling = self.telling(candidate, fastest)
+        if all(held.fits for held in telling) or all(held.bytes > NEARLY * held.limit for held in telling):
             return fastest
         rows = self._rows(candidate)
 
@@ -261,23 +270,37 @@ class Stages:
 
     def memory(self, candidate: Candidate, device: int, stretches: Sequence[Stretch]) -> Held:
         """Memory of a device with these stretches as its chunks; of several sites, of the fullest."""
-        sites = at(self.layout(candidate).sites, device)
+        sites = at(self._sites(candidate), device)
         if len(sites) == 1:
-            return self._held(candidate, device, stretches, sites[0])
-        return max((self._held(candidate, device, stretches, site) for site in sites), key=lambda held: held.order)
+            return self._held(candidate, device, stretches, *sites[0])
+        return max((self._held(candidate, device, stretches, *each) for each in sites), key=lambda held: held.order)
 
-    def _held(self, candidate: Candidate, device: int, stretches: Sequence[Stretch], site: Site) -> Held:
-        degrees, division = candidate.degrees, self.division(candidate, site.samples)
-        kept = alive(candidate.schedule, device, degrees.pp, candidate.microbatches, candidate.chunks)
-        content = tuple(self.content(stretch, self.modes(candidate, stretch)) for stretch in stretches)
-        key = (content, kept, site.kind, division, degrees.dp_shard, degrees.dp_replicate > 1, candidate.zero)
+    def _sites(self, candidate: Candidate) -> list[list[tuple[Site, object]]]:
+        """The sites of every stage, each with what its memory depends on beside the stage; of the last candidate that
+        was asked for, who is asked for again and again, as it is."""
+        if self._asked[0] is not candidate:
+            degrees = candidate.degrees
+            common = candidate.zero, degrees.dp_shard, degrees.dp_replicate > 1
+            every: list[list[tuple[Site, object]]] = [
+                [(site, (site.kind, site.batch, self.division(candidate, site.samples), common)) for site in sites]
+                for sites in self.layout(candidate).sites
+            ]
+            self._asked = candidate, every
+        return self._asked[1]
+
+    def _held(
+        self, candidate: Candidate, device: int, stretches: Sequence[Stretch], site: Site, depends: object
+    ) -> Held:
+        kept = alive(candidate.schedule, device, candidate.degrees.pp, candidate.microbatches, candidate.chunks)
+        modes = candidate.recompute
+        content = [self.content(stretch, self.modes(candidate, stretch) if modes else None) for stretch in stretches]
+        key = (*content, kept, depends)
         if key not in self._memories:
-            self._memories[key] = self._memory(candidate, stretches, kept, site)
-        known, kind = self._memories[key], self.kinds[site.kind]
-        batch = self.profile.sample_bytes * site.batch
-        slack = kind.allocator_share * batch
-        terms = {**known, "buffers": known["buffers"] + batch, "slack": known["slack"] + slack}
-        return Held(sum(terms.values()), kind.memory_bytes, terms)
+            terms, kind = self._memory(candidate, stretches, kept, site), self.kinds[site.kind]
+            batch = self.profile.sample_bytes * site.batch
+            terms |= {"buffers": terms["buffers"] + batch, "slack": terms["slack"] + kind.allocator_share * batch}
+            self._memories[key] = Held(sum(terms.values()), kind.memory_bytes, terms)
+        return self._memories[key]
 
     def _memory(
         self, candidate: Candidate, stretches: Sequence[Stretch], kept: Sequence[Alive], site: Site
@@ -314,12 +337,24 @@ class Stages:
 
     def fullest(self, candidate: Candidate, ends: Ends) -> Held:
         """What the fullest device of a pipeline holds."""
-        return max(self.every(candidate, ends), key=lambda held: held.order)
+        return max(self.telling(candidate, ends), key=lambda held: held.order)
 
-    def every(self, candidate: Candidate, ends: Ends) -> list[Held]:
-        """What each device of a pipeline holds."""
+    def telling(self, candidate: Candidate, ends: Ends) -> list[Held]:
+        """What devices of a pipeline hold, the fullest and the emptiest among them: of equal stages, each of which
+        keeps no more microbatches than the one before, only the first and the last."""
         stretches, pp = self.stretches(ends), candidate.degrees.pp
-        return [self.memory(candidate, device, stretches[device::pp]) for device in range(pp)]
+        own = [stretches[device::pp] for device in range(pp)]
+        devices = list(range(pp))
+        if candidate.schedule in FEWER_LATER:
+            sites = self._sites(candidate)
+            alike = [
+                (id(at(sites, device)), self.content(stretch, self.modes(candidate, stretch)))
+                for device, (stretch,) in enumerate(own)
+            ]
+            last = {key: device for device, key in enumerate(alike)}
+            first = {key: device for device, key in reversed(list(enumerate(alike)))}
+            devices = sorted({*first.values(), *last.values()})
+        return [self.memory(candidate, device, own[device]) for device in devices]
 
 
 def call_s(call: CallCost, mesh: Mesh) -> float:

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from weft.planner.program import Program, compiled, follow
 from weft.planner.sharing import Sharing
-from weft.planner.work import Event, Key, Spent, Stage, arriving, needs, transfer_of
+from weft.planner.work import Event, Spent, Stage
 from weft.schedule import Action
 
-FILLED = 4
-"""Rounds of a pipeline's devices after which it does the same in every round."""
+FILLED, LONG, LONG_FILLED = 4, 16, 2
+"""Rounds of a pipeline's devices after which it does the same in every round; of one of more than LONG devices."""
 
 
 def simulate(
@@ -47,16 +48,16 @@ def simulate(
         Per device what its time went to.
     """
     if cores is None:
-        return _independent(actions, stages, transfer_s, events)
-    run = Sharing(actions, [(stages, transfer_s)], dict.fromkeys((stage.node for stage in stages), cores))
-    (spent,) = run.run()
+        return follow(compiled(actions), stages, transfer_s, events)
+    together = Sharing(actions, [(stages, transfer_s)], dict.fromkeys((stage.node for stage in stages), cores))
+    (spent,) = together.run()
     if events is not None:
-        events += run.events[0]
+        events += together.events[0]
     return spent
 
 
 def repeated(
-    lists: Callable[[int], Sequence[Sequence[Action]]],
+    programs: Callable[[int], Program],
     microbatches: int,
     stages: Sequence[Stage],
     transfer_s: Mapping[tuple[int, int], float],
@@ -66,75 +67,18 @@ def repeated(
     for every ``devices`` microbatches, so two short runs tell what each of the other rounds adds.
 
     Args:
-        lists: the actions for any number of microbatches.
+        programs: the schedule with any number of microbatches.
         microbatches: how many there are.
         stages, transfer_s: as for ``simulate``.
         devices: of the pipeline.
     """
-    short = FILLED * devices + microbatches % devices
+    short = (FILLED if devices <= LONG else LONG_FILLED) * devices + microbatches % devices
     if microbatches <= short + devices:
-        return simulate(lists(microbatches), stages, transfer_s)
-    runs = [simulate(lists(count), stages, transfer_s) for count in (short, short + devices)]
+        return follow(programs(microbatches), stages, transfer_s)
+    runs = [follow(programs(count), stages, transfer_s) for count in (short, short + devices)]
     rounds = (microbatches - short) / devices
 
     def longer(one: Spent, two: Spent) -> Spent:
         return Spent(*(a + rounds * (b - a) for a, b in zip(vars(one).values(), vars(two).values(), strict=True)))
 
     return [longer(one, two) for one, two in zip(*runs, strict=True)]
-
-
-def _independent(
-    actions: Sequence[Sequence[Action]],
-    stages: Sequence[Stage],
-    transfer_s: Mapping[tuple[int, int], float],
-    events: list[Event] | None,
-) -> list[Spent]:
-    """The same where no device slows another: each is followed on its own as far as what it waits for is known, so the
-    work grows with the actions alone.
-
-    Transfers of a pair follow each other in one order, which is that of both ends' lists.
-    """
-    devices = len(actions)
-    waits = [needs(own, device, devices) for device, own in enumerate(actions)]
-    posted: dict[Key, float] = {}
-    travels: dict[Key, tuple[float, float]] = {}
-    free: dict[tuple[int, int], float] = {}
-    now, place = [0.0] * devices, [0] * devices
-    spent = [Spent() for _ in actions]
-    moved = True
-    while moved:
-        moved = False
-        for device, own in enumerate(actions):
-            while place[device] < len(own):
-                action = own[place[device]]
-                if action.peer >= 0:
-                    key = transfer_of(action, device, devices)
-                    if key in posted:
-                        pair = (key.source % devices, key.target % devices)
-                        begin = max(now[device], posted[key], free.get(pair, 0.0))
-                        free[pair] = begin + transfer_s[key.source, key.target]
-                        travels[key] = begin, free[pair]
-                    else:
-                        posted[key] = now[device]
-                else:
-                    needed = waits[device].get((action.kind, action.microbatch, action.chunk), [])
-                    if any(key not in travels for key in needed):
-                        break
-                    if needed:
-                        before = spent[device].transfer_s
-                        now[device] = spent[device].wait(now[device], [travels[key] for key in needed])
-                        travelled = spent[device].transfer_s - before
-                        if events is not None and travelled > 0:
-                            events.append(Event(device, arriving(action), now[device] - travelled, now[device]))
-                    work = stages[device + action.chunk * devices].work(action.kind)
-                    spent[device].work(action.kind, *work)
-                    end = now[device] + work.compute_s + work.collective_s + work.sending_s
-                    if events is not None:
-                        events.append(Event(device, action, now[device], end))
-                    now[device] = end
-                place[device] += 1
-                moved = True
-    assert all(p == len(own) for p, own in zip(place, actions, strict=True)), "the schedule is stuck"
-    for device, end in enumerate(now):
-        spent[device].end_s = end
-    return spent

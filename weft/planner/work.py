@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from weft.schedule import Action, Kind
@@ -19,6 +19,9 @@ class Work(NamedTuple):
 
 
 IDLE = Work(0.0)
+
+TOGETHER, LATER = 1 - 1e-9, 1 + 1e-12
+"""Tensors that arrive at the same time, and one that arrives after another moment, rounding aside."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,8 @@ class Spent:
     def wait(self, since: float, travels: Sequence[tuple[float, float]]) -> float:
         """Wait for tensors that begin to travel and arrive at these times; when the wait is over. While the last of
         them travels the link is waited for, before that the schedule."""
-        arrival = max(arrival for _, arrival in travels)
-        # Of those that arrive together, but for rounding, the one that travelled longest.
-        begin = min(begin for begin, end in travels if end >= arrival * (1 - 1e-9))
-        if arrival <= since * (1 + 1e-12):
+        begin, arrival = last_of(travels)
+        if arrival <= since * LATER:
             return since
         travelling = arrival - max(begin, since)
         self.transfer_s += travelling
@@ -125,7 +126,15 @@ def transfer_of(action: Action, device: int, devices: int) -> Key:
 def arriving(action: Action) -> Action:
     """The receive that a computation waits for."""
     forward = action.kind is Kind.FORWARD
-    return replace(action, kind=Kind.RECEIVE_ACTIVATION if forward else Kind.RECEIVE_GRADIENT)
+    return action._replace(kind=Kind.RECEIVE_ACTIVATION if forward else Kind.RECEIVE_GRADIENT)
+
+
+def last_of(travels: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """When the last of some tensors begins to travel, and arrives: of those that arrive together the one that travels
+    longest."""
+    travels = list(travels)
+    arrival = max(end for _, end in travels)
+    return min(begin for begin, end in travels if end >= arrival * TOGETHER), arrival
 
 
 def needs(actions: Sequence[Action], device: int, devices: int) -> dict[tuple[Kind, int, int], list[Key]]:

@@ -1,0 +1,168 @@
+"""A schedule made ready to be simulated: all devices' actions in one order in which whatever an action waits for comes
+before it. The order does not depend on how long actions take, so a program serves every plan with the same schedule.
+
+Transfers of a pair of devices follow each other in one order, which is that of both ends' lists.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+from weft.planner.work import LATER, Event, Spent, Stage, arriving, last_of
+from weft.schedule import Action, Edge, Kind, actions
+
+WORKS = (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT, Kind.REDUCE, Kind.STEP)
+
+PROGRAMS_KEPT = 32
+
+
+class Step(NamedTuple):
+    """A step of a program; ``what`` is a transfer that a device posts its end of, or the number of a work it does once
+    the transfers in ``after`` have arrived.
+
+    ``way`` and ``pair`` are those of a transfer whose other end is posted already, ``way`` is -1 of others.
+    """
+
+    device: int
+    what: int
+    way: int = -1
+    pair: int = -1
+    after: tuple[int, ...] | None = None
+    action: Action | None = None
+
+
+@dataclass
+class Program:
+    """What devices do, in order.
+
+    Attributes:
+        devices: how many.
+        steps: of all devices.
+        ways: source and target stage of every direction in which tensors travel.
+        transfers, pairs: how many.
+        works: how often each device does each work; a work's number is its stage's times the number of WORKS, and its
+            place among them.
+    """
+
+    devices: int
+    steps: list[Step] = field(default_factory=list)
+    ways: list[tuple[int, int]] = field(default_factory=list)
+    transfers: int = 0
+    pairs: int = 0
+    works: list[Counter[int]] = field(default_factory=list)
+
+
+def compiled(lists: Sequence[Sequence[Action]]) -> Program:
+    """The program of some lists of actions, one per device."""
+    devices = len(lists)
+    program = Program(devices, works=[Counter() for _ in lists])
+    numbers: dict[tuple[int, int, int], int] = {}
+    ways: dict[tuple[int, int], int] = {}
+    pairs: dict[tuple[int, int], int] = {}
+    queues = [_ready(own, device, devices, numbers) for device, own in enumerate(lists)]
+    posted, travels, place = [False] * len(numbers), [False] * len(numbers), [0] * devices
+    moved = True
+    while moved:
+        moved = False
+        for device, queue in enumerate(queues):
+            begin = place[device]
+            for step, source, target in queue[begin:]:
+                what = step.what
+                if step.after is not None:
+                    if not all(travels[number] for number in step.after):
+                        break
+                    program.works[device][what] += 1
+                elif not posted[what]:
+                    posted[what] = True
+                else:
+                    travels[what] = True
+                    way = ways.setdefault((source, target), len(ways))
+                    pair = pairs.setdefault((source % devices, target % devices), len(pairs))
+                    step = Step(device, what, way, pair)
+                program.steps.append(step)
+                place[device] += 1
+            moved = moved or place[device] > begin
+    assert all(p == len(queue) for p, queue in zip(place, queues, strict=True)), "the schedule is stuck"
+    program.ways, program.transfers, program.pairs = list(ways), len(numbers), len(pairs)
+    return program
+
+
+def _ready(
+    actions: Sequence[Action], device: int, devices: int, numbers: dict[tuple[int, int, int], int]
+) -> list[tuple[Step, int, int]]:
+    """A device's actions as steps, each transfer with its source and target. ``numbers`` gives a number to every
+    transfer, by source, target and microbatch."""
+    found = []
+    awaited: dict[tuple[bool, int, int], list[int]] = {}
+    for action in actions:
+        kind, microbatch, peer, chunk = action
+        stage = device + chunk * devices
+        if peer < 0:
+            after: tuple[int, ...] = ()
+            if kind is Kind.FORWARD or kind is Kind.BACKWARD:
+                after = tuple(awaited.pop((kind is Kind.FORWARD, microbatch, chunk), ()))
+            work = stage * len(WORKS) + WORKS.index(kind)
+            found.append((Step(device, work, after=after, action=action), -1, -1))
+            continue
+        sends = kind is Kind.SEND_ACTIVATION or kind is Kind.SEND_GRADIENT
+        source, target = (stage, peer) if sends else (peer, stage)
+        number = numbers.setdefault((source, target, microbatch), len(numbers))
+        if not sends:
+            awaited.setdefault((kind is Kind.RECEIVE_ACTIVATION, microbatch, chunk), []).append(number)
+        found.append((Step(device, number), source, target))
+    return found
+
+
+@lru_cache(maxsize=PROGRAMS_KEPT)
+def of_schedule(schedule: str, devices: int, microbatches: int, edges: frozenset[Edge], chunks: int = 1) -> Program:
+    """The program of a schedule; arguments as of ``schedule.actions``."""
+    return compiled(actions(schedule, devices, microbatches, edges, chunks))
+
+
+def follow(
+    program: Program,
+    stages: Sequence[Stage],
+    transfer_s: Mapping[tuple[int, int], float],
+    events: list[Event] | None = None,
+) -> list[Spent]:
+    """What each device's time goes to, where none slows another. Arguments as of ``timeline.simulate``."""
+    works = [stage.work(kind) for stage in stages for kind in WORKS]
+    takes, travel_s = [sum(work) for work in works], [transfer_s[way] for way in program.ways]
+    begins, ends = [0.0] * program.transfers, [0.0] * program.transfers
+    now, free = [0.0] * program.devices, [0.0] * program.pairs
+    travelling, waiting = [0.0] * program.devices, [0.0] * program.devices
+    for device, what, way, pair, after, action in program.steps:
+        since = now[device]
+        if after is None:
+            if way < 0:
+                begins[what] = since
+                continue
+            begin = max(since, begins[what], free[pair])
+            begins[what] = begin
+            ends[what] = free[pair] = begin + travel_s[way]
+            continue
+        if after:
+            begin, arrival = begins[after[0]], ends[after[0]]
+            if len(after) > 1:
+                begin, arrival = last_of((begins[i], ends[i]) for i in after)
+            if arrival > since * LATER:
+                travelled = arrival - max(begin, since)
+                travelling[device] += travelled
+                waiting[device] += arrival - since - travelled
+                if events is not None and travelled > 0 and action is not None:
+                    events.append(Event(device, arriving(action), arrival - travelled, arrival))
+                since = arrival
+        now[device] = since + takes[what]
+        if events is not None and action is not None:
+            events.append(Event(device, action, since, now[device]))
+    found = []
+    for device, counts in enumerate(program.works):
+        spent = Spent(transfer_s=travelling[device], bubble_s=waiting[device], end_s=now[device])
+        for what, count in counts.items():
+            spent.work(WORKS[what % len(WORKS)], *(count * seconds for seconds in works[what]))
+        found.append(spent)
+    return found
