@@ -66,7 +66,7 @@ def test_no_cut_fits_where_no_stage_of_the_fastest_does(pp):
     for share in (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1):
         stages = Stages(profile, processes(pp, memory_bytes=int(share * full), cores=8.0))
         fastest = stages.fastest(candidate)
-        if not all(held.bytes > NEARLY * held.limit for held in stages.every(candidate, fastest)):
+        if not all(held.bytes > NEARLY * held.limit for held in stages.telling(candidate, fastest)):
             continue
         tried += 1
 

@@ -177,6 +177,7 @@ class Mesh:
         spans |= {"ep": (degrees.ep, degrees.etp or tp)}
         spans |= {"expert_shard": (alike, parts), "expert_replicate": (copies, parts * alike)}
         self._paths = {name: Path.of(cluster, *span) for name, span in spans.items() if span[0] > 1}
+        self._seconds: dict[tuple[str, str, float], float] = {}
 
     def ranks(self, dimension: str) -> int:
         """How many ranks a dimension spans, as its collectives do."""
@@ -184,7 +185,12 @@ class Mesh:
 
     def collective_s(self, dimension: str, kind: str, size: float) -> float:
         """Seconds of a collective along a dimension; 0 where its degree is 1."""
-        return collective_s(kind, size, self._paths[dimension]) if dimension in self._paths else 0.0
+        if dimension not in self._paths:
+            return 0.0
+        key = (dimension, kind, size)
+        if key not in self._seconds:
+            self._seconds[key] = collective_s(kind, size, self._paths[dimension])
+        return self._seconds[key]
 
     def bytes(self, dimension: str, kind: str, size: float) -> float:
         """Bytes a rank sends in a collective along a dimension."""

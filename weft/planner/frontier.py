@@ -72,11 +72,13 @@ def title(candidate: Candidate) -> str:
 
 
 class Cut(NamedTuple):
-    """A candidate with its stages cut, not yet costed, and what its fullest device holds."""
+    """A candidate with its stages cut, not yet costed, and what its fullest device holds; with its bound, where it is
+    known."""
 
     candidate: Candidate
     ends: Ends
     full: Held
+    bound_s: float | None = None
 
     @property
     def needs(self) -> str:
@@ -136,7 +138,7 @@ class Frontier:
                 cut = self.cut(what) if self._may_fit(what) else None
                 if cut and cut.full.fits:
                     self.fits.add(degrees)
-                    push(max(bound, self.evaluator.bound(cut.candidate, cut.ends)), cut, cut.full.bytes)
+                    push(max(bound, self._bound(cut).bound_s or 0.0), cut, cut.full.bytes)
             elif isinstance(what, Cut):
                 self.costed += 1
                 found = Costed(what.candidate, what.ends, self.evaluator.estimate(what.candidate, what.ends))
@@ -238,8 +240,12 @@ class Frontier:
         # The bound tells little where devices share cores; clusters of such are small.
         evaluator = self.evaluator
         if evaluator.cluster.cores is None:
-            return min(fitting, key=lambda o: evaluator.bound(o.candidate, o.ends))
+            return min(map(self._bound, fitting), key=lambda o: o.bound_s or 0.0)
         return min(fitting, key=lambda o: evaluator.estimate(o.candidate, o.ends).step_time_s)
+
+    def _bound(self, cut: Cut) -> Cut:
+        """The same with its bound."""
+        return cut if cut.bound_s is not None else cut._replace(bound_s=self.evaluator.bound(cut.candidate, cut.ends))
 
     def standing(self, degrees: Degrees, zero: int) -> float:
         """Share of their memory that devices fill at least, in the optimizer's step: what the stages hold together, of

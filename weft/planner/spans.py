@@ -58,8 +58,13 @@ def spans(profile: Profile, cluster: Cluster, plan: Plan) -> list[Span]:
     def parts(event: Event) -> Iterator[tuple[str, float]]:
         """What an event consists of, with its seconds."""
         kind, seconds = event.action.kind, event.end_s - event.begin_s
-        if kind not in PART or kind is Kind.STEP:
-            yield PART.get(kind, "communication"), seconds
+        if kind is Kind.STEP:
+            gathering = min(runs[last].loads[event.device].whole_s, seconds)
+            yield PART[kind], seconds - gathering
+            yield "communication", gathering
+            return
+        if kind not in PART:
+            yield "communication", seconds
             return
         stage = event.device + event.action.chunk * plan.pp
         work = works[stage].work(kind)

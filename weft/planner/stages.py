@@ -25,9 +25,6 @@ from weft.planner.system import WEFT, System
 Ends = tuple[int, ...]
 Stretch = tuple[int, int]
 
-MODES_KEPT = 4096
-"""Ways of recomputing that are remembered call by call."""
-
 NEARLY = 1.1
 """How much more than its memory every stage of a cut needs where none can be changed to fit."""
 
@@ -91,7 +88,8 @@ class Stages:
         elements = sum(p.elements for p in trainable)
         self.item_bytes = sum(p.bytes for p in trainable) / elements if elements else 4.0
         self._content = self._contents()
-        self._modes: dict[int, tuple[Mapping[str, str], tuple[str | None, ...]]] = {}
+        self._units = [call.unit for call in profile.calls]
+        self._modes: tuple[Mapping[str, str] | None, tuple[str | None, ...] | None] = None, None  # asked for last
         self._tables: dict[tuple[int, Division, str | None], list[CallCost]] = {}
         self._shares: dict[tuple[Degrees, int], tuple[int, ...]] = {}
         self._seconds: dict[tuple[int, Division], float] = {}
@@ -126,14 +124,14 @@ class Stages:
         """How the candidate recomputes each call of a stretch; None where it recomputes nothing at all."""
         if not candidate.recompute:
             return None
-        known = self._modes.get(id(candidate.recompute))
+        mapping, known = candidate.recompute, self._modes[1]
+        if self._modes[0] is not mapping:  # most are asked for one stretch only
+            self._modes = mapping, None
+            return tuple(map(mapping.get, self._units[slice(*stretch)]))
         if known is None:
-            if len(self._modes) > MODES_KEPT:
-                self._modes.clear()
-            modes = tuple(candidate.recompute.get(call.unit) for call in self.profile.calls)
-            # With the mapping itself, so that no other one gets its identity.
-            self._modes[id(candidate.recompute)] = known = candidate.recompute, modes
-        return known[1][slice(*stretch)]
+            known = tuple(map(mapping.get, self._units))
+            self._modes = mapping, known
+        return known[slice(*stretch)]
 
     def calls(self, candidate: Candidate, start: int, end: int, site: Site) -> list[CallCost]:
         """Costs of calls ``start`` to ``end`` (exclusive) on a site, as the candidate recomputes them."""
@@ -276,10 +274,12 @@ class Stages:
         return max((self._held(candidate, device, stretches, *each) for each in sites), key=lambda held: held.order)
 
     def _sites(self, candidate: Candidate) -> list[list[tuple[Site, object]]]:
-        """The sites of every stage, each with what its memory depends on beside the stage; of the last candidate that
-        was asked for, who is asked for again and again, as it is."""
-        if self._asked[0] is not candidate:
-            degrees = candidate.degrees
+        """The sites of every stage, each with what its memory depends on beside the stage; those that were asked for
+        last are asked for again and again, with other recomputation."""
+        last, degrees = self._asked[0], candidate.degrees
+        if last is not candidate and (
+            last is None or last.degrees is not degrees or last._replace(recompute=candidate.recompute) != candidate
+        ):
             common = candidate.zero, degrees.dp_shard, degrees.dp_replicate > 1
             every: list[list[tuple[Site, object]]] = [
                 [(site, (site.kind, site.batch, self.division(candidate, site.samples), common)) for site in sites]
