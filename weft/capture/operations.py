@@ -23,9 +23,9 @@ _NAMES = {
     "convolution": "convolution _convolution convolution_overrideable convolution_backward cudnn_convolution "
     "mkldnn_convolution convolution_backward_overrideable",
     "normalization": "native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward "
-    "native_batch_norm native_batch_norm_backward _native_batch_norm_legit _native_batch_norm_legit_no_training "
-    "cudnn_batch_norm cudnn_batch_norm_backward batch_norm_backward _batch_norm_with_update _fused_rms_norm "
-    "_fused_rms_norm_backward",
+    "_fused_rms_norm _fused_rms_norm_backward",
+    "batch_norm": "native_batch_norm native_batch_norm_backward _native_batch_norm_legit batch_norm_backward "
+    "_native_batch_norm_legit_no_training cudnn_batch_norm cudnn_batch_norm_backward _batch_norm_with_update",
     "softmax": "_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data logsumexp _safe_softmax",
     "gather": "embedding embedding_dense_backward _embedding_bag index index_select index_put index_put_ index_add "
     "index_add_ index_copy index_copy_ _index_put_impl_ gather scatter scatter_ scatter_add scatter_add_ "

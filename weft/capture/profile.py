@@ -36,8 +36,8 @@ class Operation(NamedTuple):
     Attributes:
         name: for example ``"aten.addmm"``.
         kind: ``"matmul"``, ``"attention"``, ``"convolution"``, ``"pointwise"`` (memory bound), ``"transcendental"``
-            (exp, tanh, erf per element), ``"reduction"``, ``"normalization"``, ``"softmax"``, ``"gather"``,
-            ``"random"`` or ``"copy"``.
+            (exp, tanh, erf per element), ``"reduction"``, ``"normalization"``, ``"batch_norm"``, ``"softmax"``,
+            ``"gather"``, ``"random"`` or ``"copy"``.
         flops: floating-point operations (a multiply-add counts two); 0 for what is not a matrix product.
         bytes: bytes read and written.
         group: index into ``Profile.tensor_groups`` of the group that divides this operation under tensor parallelism,

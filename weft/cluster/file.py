@@ -25,7 +25,7 @@
     sizes = [...]
     rates = [...]
 
-    [nodes.device.rates.pointwise]   # bytes/s over bytes
+    [nodes.device.rates.pointwise]   # bytes/s over bytes; a convolution's: flop/s over flops for each byte
     ...
 
     [[links]]                        # innermost first

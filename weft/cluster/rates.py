@@ -25,8 +25,15 @@ MATMULS = ((128, 64, 64), (512, 128, 128), (512, 256, 256), (512, 256, 1024), (1
 
 ACCELERATOR_MATMULS = ((2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192))
 
-CONVOLUTIONS = ((8, 16, 32, 16), (8, 32, 32, 16), (32, 32, 32, 16), (32, 64, 64, 16))
-"""(samples, channels in, channels out, side) of convolutions with kernels of 3 x 3."""
+CONVOLUTIONS = (
+    (32, 32, 64, 32, 1, 2),
+    (32, 3, 32, 32, 3, 1),
+    (32, 32, 64, 32, 3, 2),
+    (16, 32, 32, 32, 3, 1),
+    (32, 64, 64, 16, 3, 1),
+    (32, 128, 128, 8, 3, 1),
+)
+"""(samples, channels in, channels out, side, kernel, stride): from few operations for every byte to many."""
 
 TENSORS = (2**14, 2**18, 2**22)
 """Elements of the tensors of memory-bound operations: in a core's cache, at its edge, out of it."""
@@ -42,7 +49,8 @@ ATTENTION_BACKWARD = 2.5
 
 @dataclass(frozen=True)
 class Probe:
-    """One timed thing: ``run`` does ``amount`` flops or bytes in so many operations; ``size`` is the size of one."""
+    """One timed thing: ``run`` does ``amount`` flops or bytes in so many operations; ``size`` is the size of one, of a
+    convolution its flops for each byte."""
 
     kind: str
     size: float
@@ -66,11 +74,13 @@ def probes(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[Pr
         q, k, v = (torch.randn(samples, 8, 128, 32, device=device, requires_grad=True) for _ in range(3))
         flops = 4.0 * q.numel() * 128
         yield Probe("attention", flops, (1 + ATTENTION_BACKWARD) * flops, _both(_attention, q, k, v), 2)
-    for samples, inner, outer, side in CONVOLUTIONS:
+    for samples, inner, outer, side, kernel, stride in CONVOLUTIONS:
         x = torch.randn(samples, inner, side, side, device=device, requires_grad=True)
-        w = torch.randn(outer, inner, 3, 3, device=device, requires_grad=True)
-        flops = 2.0 * samples * side * side * w.numel()
-        yield Probe("convolution", flops, 3 * flops, _both(lambda x, w: F.conv2d(x, w, padding=1), x, w), 2)
+        w = torch.randn(outer, inner, kernel, kernel, device=device, requires_grad=True)
+        out = samples * (side // stride) ** 2
+        flops = 2.0 * out * w.numel()
+        intensity = flops / (4 * (x.numel() + w.numel() + out * outer))
+        yield Probe("convolution", intensity, 3 * flops, _both(_convolution(kernel // 2, stride), x, w), 2)
     for elements in TENSORS + (ACCELERATOR_TENSORS if accelerator else ()):
         yield from _memory_bound(elements, device)
 
@@ -104,6 +114,7 @@ def _memory_bound(elements: int, device: torch.device) -> Iterator[Probe]:
             aten.native_layer_norm_backward(y, x, (256,), mean, scale, None, None, (True, False, False)),
         ),
     )
+    yield probe("batch_norm", 5, 2, _batch_norm(y))
     yield probe("pointwise", 3, 1, lambda x: x + y)
     yield probe("reduction", 1, 1, lambda x: x.sum(0))
     yield probe("copy", 2, 1, lambda x: x.t().contiguous())
@@ -172,6 +183,21 @@ def curves(work: list[Probe], seconds: list[float], overhead: float) -> dict[str
     return {kind: Curve(*zip(*sorted(found), strict=True)) for kind, found in points.items()}
 
 
+def _batch_norm(like: Tensor) -> Callable[[Tensor], object]:
+    """Forward and backward of a normalisation over the batch, of 32 channels of 16 x 16."""
+    gradient = like.view(-1, 32, 16, 16)
+    weight, bias = like.new_ones(32), like.new_zeros(32)
+
+    def run(x: Tensor) -> object:
+        x = x.view(gradient.shape)
+        y, mean, scale = aten.native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-5)
+        return y, aten.native_batch_norm_backward(
+            gradient, x, weight, None, None, mean, scale, True, 1e-5, (True, True, True)
+        )
+
+    return run
+
+
 def _repeat(run: Callable[[], object], count: int) -> Callable[[], None]:
     def repeated() -> None:
         for _ in range(count):
@@ -189,6 +215,10 @@ def _both(function: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], obje
 def _linear(x: Tensor, w: Tensor, g: Tensor) -> Callable[[], object]:
     """The three products of a linear layer: forward, gradient of its input, gradient of its weight."""
     return lambda: (F.linear(x, w), g @ w, g.t() @ x)
+
+
+def _convolution(padding: int, stride: int) -> Callable[..., Tensor]:
+    return lambda x, w: F.conv2d(x, w, stride=stride, padding=padding)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -28,10 +28,15 @@ FITTED = "preset fitted on "
 """Beginning of a calibration that goes on with its source."""
 
 FLOP_KINDS = ("matmul", "attention", "convolution")
-"""Kinds of operation whose rate is in flop/s over flops; the other kinds' is in bytes/s over bytes."""
+"""Kinds of operation whose rate is in flop/s over flops, a convolution's over its flops for each byte, were it float32;
+the other kinds' is in bytes/s over bytes."""
 BYTE_KINDS = (
-    "pointwise", "transcendental", "reduction", "normalization", "softmax", "gather", "random", "copy",
+    "pointwise", "transcendental", "reduction", "normalization", "batch_norm", "softmax", "gather", "random", "copy",
 )  # fmt: skip
+LIKE = {"batch_norm": "normalization"}
+"""The kind whose rate is taken for one that has none; for all others it is ``matmul``'s or ``pointwise``'s."""
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
 LIMITED_SHARE = 0.02
 """What the allocator of a CPU process keeps besides what is asked of it where its memory is limited: it is then told to
 give freed memory back (runtime/memory.py)."""
@@ -48,7 +53,7 @@ class Device:
         memory_bytes: what a plan may use of it.
         matmul: flop/s over flops, by dtype.
         rates: by kind of operation: flop/s over flops for FLOP_KINDS, bytes/s over bytes for BYTE_KINDS. A kind that is
-            not listed runs at the rate of ``matmul`` or ``pointwise``.
+            not listed runs at the rate of one that is LIKE it, or of ``matmul`` or ``pointwise``.
         overhead_s: seconds every operation takes at least, whatever its size.
         accelerator: the process that drives it runs ahead of it; False where the device is the process itself.
         reserved_bytes: taken besides tensors: libraries' scratch memory, and the process's own objects.
@@ -97,10 +102,14 @@ class Device:
             matmul = self.matmul.get(dtype, single)
             rate = matmul.at(flops)
             if kind in self.rates:  # stated for float32: another dtype is as much faster as it is for products
-                rate *= self.rates[kind].at(flops) / single.at(flops)
+                size = flops
+                if kind == "convolution":  # how far it is from being bound by memory says more than its size
+                    size /= max(bytes * ITEM_BYTES["float32"] / ITEM_BYTES.get(dtype, 4), 1.0)
+                rate *= self.rates[kind].at(size) / single.at(flops)
             arithmetic = flops / rate
             return max(arithmetic, bytes / self.rates["pointwise"].at(bytes)) + self.overhead_s
-        return bytes / self.rates.get(kind, self.rates["pointwise"]).at(bytes) + self.overhead_s
+        curve = self.rates.get(kind) or self.rates.get(LIKE.get(kind, "pointwise"), self.rates["pointwise"])
+        return bytes / curve.at(bytes) + self.overhead_s
 
 
 @dataclass(frozen=True, kw_only=True)
