@@ -125,7 +125,7 @@ def _links(device: torch.device, ranks: int, per_node: int) -> tuple[Link, ...]:
     links = []
     for name, below, devices in levels:
         small, large = MESSAGE_BYTES
-        latency = _transfer_s(device, small, ranks, below) / 2
+        latency, late = (_transfer_s(device, small, ranks, below, busy=busy) / 2 for busy in (False, True))
         rates = [
             large / max(seconds - 2 * latency, 0.1 * seconds)
             for alone in (False, True)[: 1 + (below > 1)]
@@ -135,7 +135,7 @@ def _links(device: torch.device, ranks: int, per_node: int) -> tuple[Link, ...]:
             Link(
                 name=name,
                 devices=devices,
-                latency_s=latency,
+                latency_s=max(latency, late),
                 bytes_per_s=rates[0],
                 collectives=tuple(
                     c for size, stride in groups_of(below, devices) for c in _collectives(device, ranks, size, stride)
@@ -158,24 +158,28 @@ def groups_of(below: int, devices: int) -> list[tuple[int, int]]:
     ]
 
 
-def _transfer_s(device: torch.device, size: int, ranks: int, stride: int, *, alone: bool = False) -> float:
+def _transfer_s(
+    device: torch.device, size: int, ranks: int, stride: int, *, alone: bool = False, busy: bool = False
+) -> float:
     """Seconds of a message from a rank to the one ``stride`` above it and of a word back. All pairs at once, or one
-    ``alone``."""
+    ``alone``; between computations if they are ``busy``, which on an accelerator makes no difference."""
     rank = dist.get_rank()
     upper = rank // stride % 2 == 1
     peer = rank - stride if upper else rank + stride
     message, word = torch.zeros(size, dtype=torch.uint8, device=device), torch.zeros(1, device=device)
 
-    def there_and_back() -> None:
-        if upper:
+    def there_and_back(communicates: bool = True) -> torch.Tensor:
+        if communicates and upper:
             dist.recv(message, peer)
             dist.send(word, peer)
-        else:
+        elif communicates:
             dist.send(message, peer)
             dist.recv(word, peer)
+        return word
 
     takes_part = peer < ranks and not (alone and min(rank, peer))
-    return _typical(there_and_back if takes_part else None, device)
+    seconds_of = _between_s if busy and device.type == "cpu" else _typical
+    return seconds_of(there_and_back if takes_part else None, device)
 
 
 def _collectives(device: torch.device, ranks: int, size: int, stride: int) -> list[Collective]:
@@ -230,9 +234,9 @@ def _collective(
 
 
 def _between_s(run: Callable[..., torch.Tensor] | None, device: torch.device) -> float:
-    """Seconds by which a collective makes computations longer that it comes between, on processors: ranks do not come
-    to it at the same time, who waits has to be woken, and what others sent is far from one's caches. Accelerators'
-    queues hide this."""
+    """Seconds by which a communication makes computations longer that it comes between, on processors: ranks do not
+    come to it at the same time, who waits has to be woken, and what others sent is far from one's caches.
+    Accelerators' queues hide this."""
     alone_s = _typical(run, device)
     if alone_s > BETWEEN_AT_MOST_S:
         return alone_s

@@ -30,10 +30,11 @@ from weft.estimate import Estimate
 from weft.plan import listed
 from weft.planner import space
 from weft.planner.evaluate import Evaluator
+from weft.planner.memory import Held
 from weft.planner.recompute import recomputing
 from weft.planner.sites import Line, Site, at
 from weft.planner.space import Candidate, Constraints, Degrees, everywhere
-from weft.planner.stages import Ends, Held
+from weft.planner.stages import Ends
 from weft.quantity import format_bytes
 
 

@@ -15,10 +15,11 @@ from typing import NamedTuple
 from weft.cluster.topology import Device
 from weft.planner.communication import Mesh, transfer_s
 from weft.planner.compute import ACCUMULATE_PASSES, SHARDED_OPERATIONS, accumulate_s, dtensor_s, optimizer_s
+from weft.planner.exchange import exchange_s
 from weft.planner.holdings import Holding
 from weft.planner.sites import Line, Place, Site, at
 from weft.planner.space import Candidate
-from weft.planner.stages import Ends, Stages, Stretch, exchange_s
+from weft.planner.stages import Ends, Stages, Stretch
 from weft.planner.work import Stage, Work
 
 COPY_PASSES = 2.0

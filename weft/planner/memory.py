@@ -22,7 +22,7 @@ Rajbhandari et al. 2020) by their stage:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -40,6 +40,30 @@ REDUCE_COPIES = 2.0
 
 STEP_COPIES = 2.0
 """Temporaries of a single-tensor optimizer step, in sizes of its largest parameter."""
+
+
+class Held(NamedTuple):
+    """What the fullest devices of a stage hold, beside what they have.
+
+    Attributes:
+        bytes: at the fullest moment.
+        limit: their memory.
+        terms: bytes by term of MEMORY_TERMS.
+    """
+
+    bytes: float
+    limit: int
+    terms: Mapping[str, float]
+
+    @property
+    def fits(self) -> bool:
+        """Whether their memory is enough."""
+        return self.bytes <= self.limit
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """By which one is fuller than another."""
+        return self.bytes / self.limit, self.bytes
 
 
 class Alive(NamedTuple):

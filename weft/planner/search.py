@@ -21,6 +21,7 @@ from weft.planner import space
 from weft.planner.evaluate import Evaluator, StageRow
 from weft.planner.explain import explain, remarks, unequal
 from weft.planner.frontier import Costed, Cut, Frontier, title
+from weft.planner.later import Later, later_of
 from weft.planner.prices import Cost
 from weft.planner.recompute import pruned
 from weft.planner.space import Candidate, Constraints, Degrees, Keywords, Refused, everywhere
@@ -31,15 +32,6 @@ from weft.quantity import format_bytes
 ALTERNATIVES = 5
 """Plans of other kinds that stand next to the choice."""
 
-WORTH_WAITING = 0.99
-"""Share of the choice's time below which a plan that weft cannot run yet is told of."""
-
-TOLD_LATER = 2
-"""How many of those are told of."""
-
-DIVIDED_ELSEWISE = 2
-"""Of so many of the best plans also variants with context and expert parallelism are looked at."""
-
 FAMILIES = 64
 """Choices of degrees up to which each that does not fit is refused by itself; beyond, the kinds of which none fits."""
 
@@ -49,14 +41,6 @@ class Alternative(NamedTuple):
 
     plan: Plan
     estimate: Estimate
-
-
-class Later(NamedTuple):
-    """A plan that would be faster, in a line; its estimate; what weft lacks to run it."""
-
-    what: str
-    estimate: Estimate
-    lacks: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +122,7 @@ def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> 
     refused += [Refused(what, cut.needs) for what, cut in tight.items()]
     best.sort(key=lambda c: c.order)
     chosen, others = best[0], best[1:]
-    later = _later(evaluator, best)
+    later = later_of(evaluator, best)
     estimate, stages = evaluator.evaluate(chosen.candidate, chosen.ends)
     plain = chosen.candidate._replace(recompute={}) if free and chosen.candidate.recompute else None
     reasons = explain(
@@ -253,32 +237,6 @@ def _without_room(frontier: Frontier, possible: list[Degrees], known: set[frozen
         if not least.full.fits:
             names = " x ".join(name for name in space.DEGREES if name in kind)
             found[f"{names}, at best {least.candidate.degrees.describe()}"] = least
-    return found
-
-
-def _later(evaluator: Evaluator, best: list[Costed]) -> list[Later]:
-    """Variants of the best plans that would be faster than the choice."""
-    limit = WORTH_WAITING * best[0].estimate.step_time_s
-    possible: list[tuple[float, Candidate, Ends, str]] = []
-    for number, costed in enumerate(best):
-        variants = list(space.later(evaluator.profile, costed.candidate))
-        if number < DIVIDED_ELSEWISE:
-            variants += space.elsewise(evaluator.profile, costed.candidate)
-        for candidate, lacks in variants:
-            ends = evaluator.stages.fastest(candidate)
-            if evaluator.stages.fullest(candidate, ends).fits:
-                possible.append((evaluator.bound(candidate, ends), candidate, ends, lacks))
-    found: list[Later] = []
-    for bound, candidate, ends, lacks in sorted(possible, key=lambda x: x[0]):
-        if bound >= limit:
-            break
-        variant = Costed(candidate, ends, evaluator.estimate(candidate, ends))
-        if variant.estimate.step_time_s < limit:
-            found.append(Later(variant.title, variant.estimate, lacks))
-            found.sort(key=lambda x: x.estimate.step_time_s)
-            del found[TOLD_LATER:]
-            if len(found) == TOLD_LATER:
-                limit = found[-1].estimate.step_time_s
     return found
 
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
 
 from weft.capture.profile import Profile
 from weft.cluster.topology import Cluster
 from weft.planner import balance
 from weft.planner.communication import Mesh
 from weft.planner.compute import CallCost, CallCosts, Division
+from weft.planner.exchange import call_s
 from weft.planner.holdings import Holding, Holdings
-from weft.planner.memory import Alive, alive, stage_memory
+from weft.planner.memory import Alive, Held, alive, stage_memory
 from weft.planner.sites import Layout, Layouts, Site, at
 from weft.planner.space import Candidate, Degrees
 from weft.planner.system import WEFT, System
@@ -33,30 +33,6 @@ FEWER_LATER = ("gpipe", "1f1b")
 
 EVEN = 64
 """Calls times stages up to which a cut that memory asks for is as even as it can be beside its slowest stage."""
-
-
-class Held(NamedTuple):
-    """What the fullest devices of a stage hold, beside what they have.
-
-    Attributes:
-        bytes: at the fullest moment.
-        limit: their memory.
-        terms: bytes by term of MEMORY_TERMS.
-    """
-
-    bytes: float
-    limit: int
-    terms: Mapping[str, float]
-
-    @property
-    def fits(self) -> bool:
-        """Whether their memory is enough."""
-        return self.bytes <= self.limit
-
-    @property
-    def order(self) -> tuple[float, float]:
-        """By which one is fuller than another."""
-        return self.bytes / self.limit, self.bytes
 
 
 class Stages:
@@ -355,23 +331,3 @@ class Stages:
             first = {key: device for device, key in reversed(list(enumerate(alike)))}
             devices = sorted({*first.values(), *last.values()})
         return [self.memory(candidate, device, own[device]) for device in devices]
-
-
-def call_s(call: CallCost, mesh: Mesh) -> float:
-    """Seconds of a call, forward and backward, with what the ranks that divide it exchange."""
-    return call.forward_s + call.backward_s + sum(exchange_s(call, mesh))
-
-
-def exchange_s(call: CallCost, mesh: Mesh) -> tuple[float, float]:
-    """Seconds that the ranks of ``tp`` and ``cp`` exchange in a call, in its forward and in its backward.
-
-    Keys and values go around the ring of ``cp`` once in the forward; in the backward they and their gradients do (Liu
-    et al. 2023, ring attention).
-    """
-    forward, backward = (
-        sum(mesh.collective_s("tp", "all_reduce", size) for size in sizes)
-        for sizes in (call.forward_reduced, call.backward_reduced)
-    )
-    ring = mesh.collective_s("cp", "all_gather", call.exchanged_bytes * mesh.ranks("cp"))
-    there, back = (mesh.collective_s("ep", "all_to_all", size) for size in (call.forward_routed, call.backward_routed))
-    return forward + ring + there, backward + 2 * ring + back
