@@ -109,6 +109,20 @@ def test_a_limit_is_nearly_all_for_tensors() -> None:
         assert "ask_for_too_much" in caught.value.traceback
 
 
+def load_and_fill(loaded_mib: float, size_mib: float) -> int:
+    with memory.uncounted():
+        kept = tensor(loaded_mib)
+    return tensor(size_mib).nbytes + 0 * kept.nbytes
+
+
+def test_what_is_loaded_does_not_count_against_the_limit() -> None:
+    with Pool(1, device="cpu", memory="64MiB") as limited:
+        assert limited.run(load_and_fill, 120, 50) == [50 * memory.MIB]
+        assert limited.run(load_and_fill, 0, 50) == [50 * memory.MIB]
+        with pytest.raises(WorkerError, match="out of memory: the process reached its limit of 64 MiB"):
+            limited.run(load_and_fill, 120, 80)
+
+
 def ask_for_too_much() -> None:
     from weft.runtime.worker import describe_stage
 

@@ -240,7 +240,8 @@ def measure_here(memory_bytes: Sequence[int], dtypes: tuple[str, ...]) -> Cluste
 def train_plan(target: Target, plan: Plan, steps: int) -> tuple[Measurement, list[float]]:
     """Train under a plan inside a job."""
     device = join()
-    workload = target.load()  # what it imports is no memory of the plan
+    with memory.uncounted():  # what it imports is no memory of the plan
+        workload = target.load()
     used = memory.of(device)
     engine = parallelize(workload, plan)
     meter = Meter(device, used, batch_size=plan.batch_size, stopwatch=engine.stopwatch)
@@ -251,7 +252,8 @@ def train_plan(target: Target, plan: Plan, steps: int) -> tuple[Measurement, lis
 def train_alone(target: Target, plan: Plan, steps: int) -> tuple[Measurement, list[float]]:
     """Train on one device in plain PyTorch inside a job of one."""
     device = join()
-    workload = target.load()
+    with memory.uncounted():
+        workload = target.load()
     used = memory.of(device)
     single = SingleDevice(workload, device, plan=plan)
     meter = Meter(device, used, batch_size=plan.batch_size, stopwatch=Stopwatch(device))

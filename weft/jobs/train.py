@@ -141,7 +141,8 @@ def run(target: Target, order: Order, watcher: Watcher, *, devices: int) -> Trai
 def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
     """Train inside a launched job; every rank calls it and gets the result."""
     device = join()
-    workload = target.load()
+    with memory.uncounted():  # the libraries and the data it brings are no memory of the plan
+        workload = target.load()
     first = dist.get_rank() == 0
     plan, predicted = make_plan(target, order, watcher if first else None)
     used = memory.of(device)  # after measuring and planning, which are no part of training

@@ -30,6 +30,7 @@ import resource
 import sys
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -81,6 +82,21 @@ def of(device: torch.device) -> Memory:
     gc.collect()
     _give_back()
     return ProcessMemory() if Path("/proc/self/status").exists() else SampledMemory()
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """What a process takes inside the block, for libraries and data, does not count against its limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA) if Path("/proc/self/status").exists() else (0, 0)
+    if soft == hard:
+        yield
+        return
+    room = soft - _status("VmData")
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + room, hard))
 
 
 class ProcessMemory(Memory):
