@@ -9,6 +9,7 @@ from planner_profiles import gpt
 
 from weft.capture.profile import Profile
 from weft.cluster import Cluster, Link
+from weft.cluster.curve import Curve
 from weft.cluster.presets import processes
 from weft.planner import balance, estimate, make_plan
 from weft.planner.communication import Path, ring_s
@@ -87,3 +88,35 @@ def test_sequences_are_divided_where_their_length_is():
     assert all(c.degrees.devices == 8 for c in found)
     assert {bool(c.recompute) for c in found} == {True, False}
     assert not list(elsewise(replace(profile, sample_tokens=127), candidate))
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zero_bubble"])
+@pytest.mark.parametrize("again", [{}, {f"blocks.{i}": "full" for i in range(4, 9)}], ids=["plain", "recomputing"])
+def test_the_stages_that_tell_hold_the_most_and_the_least(schedule, again):
+    profile, pp = gpt(layers=12), 6
+    stages = Stages(profile, processes(pp, memory_bytes=2**36, cores=8.0))
+    candidate = Candidate(Degrees(pp=pp), 8, schedule, recompute=again)
+    ends = stages.fastest(candidate)
+    every = [stages.memory(candidate, device, [s]).bytes for device, s in enumerate(stages.stretches(ends))]
+    telling = [held.bytes for held in stages.telling(candidate, ends)]
+    assert (max(telling), min(telling)) == (max(every), min(every))
+    assert len(set(every)) > 2
+
+
+def test_gathering_at_the_end_of_a_step_is_communication():
+    profile, cluster = gpt(hidden=512), processors(4)
+    sharded, copied = (
+        estimate(profile, cluster, make_plan(profile, cluster, **fixed)).time
+        for fixed in ({"dp_shard": 4, "zero": 1}, {"dp_replicate": 4})
+    )
+    assert sharded["optimizer"] < copied["optimizer"]  # each steps a part of the parameters
+    assert sharded["data_parallel"] > copied["data_parallel"]
+
+
+def test_a_convolution_is_as_fast_as_its_operations_for_each_byte_allow():
+    curve = Curve((10.0, 100.0), (1e9, 1e10))
+    device = replace(processors(1).device, overhead_s=0.0)
+    device = replace(device, rates={**device.rates, "convolution": curve}, matmul={"float32": Curve((1.0,), (1e10,))})
+    few, many = (device.seconds("convolution", 1e9, 1e9 / intensity) for intensity in (10, 100))
+    assert (few, many) == (pytest.approx(1.0), pytest.approx(0.1))
+    assert device.seconds("batch_norm", 0.0, 1e6) == device.seconds("normalization", 0.0, 1e6)

@@ -5,7 +5,7 @@
     links         inside a node and between nodes: pairs of neighbours exchange messages, all pairs at once; between
                   nodes also one pair by itself, since a node's devices may share one network card
     collectives   at either level, over groups of every size and stride that a mesh can have there, all groups at once;
-                  where devices are processes with what they take longer when ranks come to them from computing
+                  where devices are processes these and the latency of messages are what they make computations longer
 
 so that more processes than cores are predicted as they run. A few seconds in all: where a message takes long it is
 sent less often.
@@ -125,7 +125,9 @@ def _links(device: torch.device, ranks: int, per_node: int) -> tuple[Link, ...]:
     links = []
     for name, below, devices in levels:
         small, large = MESSAGE_BYTES
-        latency, late = (_transfer_s(device, small, ranks, below, busy=busy) / 2 for busy in (False, True))
+        latency = late = _transfer_s(device, small, ranks, below) / 2
+        if device.type == "cpu":
+            late = _transfer_s(device, small, ranks, below, busy=True) / 2
         rates = [
             large / max(seconds - 2 * latency, 0.1 * seconds)
             for alone in (False, True)[: 1 + (below > 1)]
@@ -135,7 +137,7 @@ def _links(device: torch.device, ranks: int, per_node: int) -> tuple[Link, ...]:
             Link(
                 name=name,
                 devices=devices,
-                latency_s=max(latency, late),
+                latency_s=late,
                 bytes_per_s=rates[0],
                 collectives=tuple(
                     c for size, stride in groups_of(below, devices) for c in _collectives(device, ranks, size, stride)
@@ -162,7 +164,7 @@ def _transfer_s(
     device: torch.device, size: int, ranks: int, stride: int, *, alone: bool = False, busy: bool = False
 ) -> float:
     """Seconds of a message from a rank to the one ``stride`` above it and of a word back. All pairs at once, or one
-    ``alone``; between computations if they are ``busy``, which on an accelerator makes no difference."""
+    ``alone``; between computations, on processors, if they are ``busy``."""
     rank = dist.get_rank()
     upper = rank // stride % 2 == 1
     peer = rank - stride if upper else rank + stride
@@ -178,7 +180,7 @@ def _transfer_s(
         return word
 
     takes_part = peer < ranks and not (alone and min(rank, peer))
-    seconds_of = _between_s if busy and device.type == "cpu" else _typical
+    seconds_of = _between_s if busy else _typical
     return seconds_of(there_and_back if takes_part else None, device)
 
 
