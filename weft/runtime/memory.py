@@ -119,6 +119,7 @@ class ProcessMemory(Memory):
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
     def reset(self) -> None:
+        _give_back()  # or what was freed inside the heap would be in the new peak
         Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: the mark becomes what is resident now
 
     def peak(self) -> int:
