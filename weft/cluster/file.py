@@ -33,6 +33,7 @@
     devices = 4
     among = [0, 8]                   # left out where the level is about all devices
     latency_s = 5e-05
+    busy_s = 2e-05                   # left out where messages cost their ends nothing
     bytes_per_s = 2e9
     alone_bytes_per_s = 4e9          # left out where devices share nothing that carries messages
 
@@ -215,7 +216,7 @@ def _read_curves(table: Table) -> dict[str, Curve]:
 
 
 def _read_link(table: Table) -> Link:
-    table.close("name", "devices", "among", "latency_s", "bytes_per_s", "alone_bytes_per_s", "collectives")
+    table.close("name", "devices", "among", "latency_s", "busy_s", "bytes_per_s", "alone_bytes_per_s", "collectives")
     among = table.numbers("among") if "among" in table.data else None
     if among is not None and (len(among) != 2 or not all(number.is_integer() for number in among)):
         raise ClusterError(f"{table.where}: among must be two device numbers, first and end, got {list(among)}")
@@ -224,6 +225,7 @@ def _read_link(table: Table) -> Link:
         devices=table.whole("devices"),
         among=None if among is None else (int(among[0]), int(among[1])),
         latency_s=table.number("latency_s"),
+        busy_s=table.number("busy_s") if "busy_s" in table.data else 0.0,
         bytes_per_s=table.number("bytes_per_s"),
         alone_bytes_per_s=table.number("alone_bytes_per_s") if "alone_bytes_per_s" in table.data else None,
         collectives=tuple(map(_read_collective, table.tables("collectives", optional=True))),
@@ -269,6 +271,7 @@ def write_cluster(cluster: Cluster) -> dict[str, Any]:
                 "devices": link.devices,
                 **({} if link.among is None else {"among": list(link.among)}),
                 "latency_s": link.latency_s,
+                **({"busy_s": link.busy_s} if link.busy_s else {}),
                 "bytes_per_s": link.bytes_per_s,
                 **({} if link.alone_bytes_per_s is None else {"alone_bytes_per_s": link.alone_bytes_per_s}),
                 "collectives": [

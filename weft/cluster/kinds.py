@@ -24,7 +24,7 @@ from statistics import fmean, median
 import torch
 import torch.distributed as dist
 
-from weft.cluster.local import core_share
+from weft.cluster.local import core_share, usable_cores
 from weft.cluster.nodes import Nodes
 from weft.cluster.parts import Node, entries
 from weft.cluster.rates import Clock, Probe, curves, overhead_s, time_probes
@@ -51,6 +51,7 @@ class Rank:
         core_share: of a core that it may use.
         work: per window in which all ranks compute, what it does per second, in what it does alone per processor
             second. Empty where devices are not processes on shared cores.
+        cores: of its machine that it may use.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Rank:
     overhead_s: float
     core_share: float = 1.0
     work: tuple[float, ...] = ()
+    cores: float = math.inf
 
 
 def look(clock: Clock, probes: Sequence[Probe], *, name: str, memory_bytes: int, per_node: int) -> Rank:
@@ -85,6 +87,7 @@ def look(clock: Clock, probes: Sequence[Probe], *, name: str, memory_bytes: int,
         overhead_s=overhead,
         core_share=core_share(),
         work=tuple(got * products / median(alone) for got, products in together),
+        cores=usable_cores(),
     )
 
 
@@ -165,11 +168,11 @@ def _speeds(ranks: Sequence[Rank]) -> list[float]:
 def _cores(nodes: Sequence[Sequence[Rank]]) -> float | None:
     """How many cores' work nodes of the same kinds do, on average; None: as much as their ranks can take.
 
-    Other programs come and go: the best of the windows is what a node gives.
+    Other programs come and go: the best of the windows is what a node gives, up to the cores it has.
     """
     if len(nodes[0]) == 1 or not nodes[0][0].work:
         return None
-    cores = fmean(max(map(sum, zip(*(rank.work for rank in node), strict=True))) for node in nodes)
+    cores = fmean(min(node[0].cores, max(map(sum, zip(*(rank.work for rank in node), strict=True)))) for node in nodes)
     wanted = fmean(sum(rank.core_share for rank in node) for node in nodes)
     return None if cores > 0.95 * wanted else round(cores, 2)
 

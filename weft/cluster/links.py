@@ -37,7 +37,9 @@ class Link:
 
     Attributes:
         devices: how many consecutive devices the level connects.
-        latency_s: of one message.
+        latency_s: of one message, besides what it costs its ends.
+        busy_s: that each end of a message spends on it and does not compute; 0 for accelerators, whose messages cost
+            them nothing.
         bytes_per_s: per device and direction, while all devices send.
         collectives: as measured at this level; where there are none they are computed by the ring algorithm.
         alone_bytes_per_s: of a device whose neighbours send nothing, where they share what carries the messages (a
@@ -52,13 +54,14 @@ class Link:
     bytes_per_s: float
     collectives: tuple[Collective, ...] = ()
     alone_bytes_per_s: float | None = None
+    busy_s: float = 0.0
     among: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.devices < 2 or not self.latency_s >= 0 or not self.bytes_per_s > 0:
+        if self.devices < 2 or not min(self.latency_s, self.busy_s) >= 0 or not self.bytes_per_s > 0:
             raise ClusterError(
-                f"link {self.name}: needs devices >= 2, latency_s >= 0 and bytes_per_s > 0, "
-                f"got {self.devices}, {self.latency_s} and {self.bytes_per_s}"
+                f"link {self.name}: needs devices >= 2, latency_s >= 0, busy_s >= 0 and bytes_per_s > 0, "
+                f"got {self.devices}, {self.latency_s}, {self.busy_s} and {self.bytes_per_s}"
             )
         if self.alone_bytes_per_s is not None and not self.alone_bytes_per_s > 0:
             raise ClusterError(f"link {self.name}: alone_bytes_per_s must be positive, got {self.alone_bytes_per_s}")

@@ -5,7 +5,8 @@
     links         inside a node and between nodes: pairs of neighbours exchange messages, all pairs at once; between
                   nodes also one pair by itself, since a node's devices may share one network card
     collectives   at either level, over groups of every size and stride that a mesh can have there, all groups at once;
-                  where devices are processes these and the latency of messages are what they make computations longer
+                  where devices are processes these and the latency of messages are what they make computations longer,
+                and what each end of a message costs a core is told apart
 
 so that more processes than cores are predicted as they run. A few seconds in all: where a message takes long it is
 sent less often.
@@ -125,9 +126,10 @@ def _links(device: torch.device, ranks: int, per_node: int) -> tuple[Link, ...]:
     links = []
     for name, below, devices in levels:
         small, large = MESSAGE_BYTES
-        latency = late = _transfer_s(device, small, ranks, below) / 2
+        latency, busy = _transfer_s(device, small, ranks, below) / 2, 0.0
+        late = latency
         if device.type == "cpu":
-            late = _transfer_s(device, small, ranks, below, busy=True) / 2
+            late, busy = (seconds / 2 for seconds in _between(_messages(device, small, ranks, below), device))
         rates = [
             large / max(seconds - 2 * latency, 0.1 * seconds)
             for alone in (False, True)[: 1 + (below > 1)]
@@ -137,7 +139,8 @@ def _links(device: torch.device, ranks: int, per_node: int) -> tuple[Link, ...]:
             Link(
                 name=name,
                 devices=devices,
-                latency_s=late,
+                latency_s=max(latency, late - busy),
+                busy_s=busy,
                 bytes_per_s=rates[0],
                 collectives=tuple(
                     c for size, stride in groups_of(below, devices) for c in _collectives(device, ranks, size, stride)
@@ -160,11 +163,16 @@ def groups_of(below: int, devices: int) -> list[tuple[int, int]]:
     ]
 
 
-def _transfer_s(
-    device: torch.device, size: int, ranks: int, stride: int, *, alone: bool = False, busy: bool = False
-) -> float:
+def _transfer_s(device: torch.device, size: int, ranks: int, stride: int, *, alone: bool = False) -> float:
     """Seconds of a message from a rank to the one ``stride`` above it and of a word back. All pairs at once, or one
-    ``alone``; between computations, on processors, if they are ``busy``."""
+    ``alone``."""
+    return _typical(_messages(device, size, ranks, stride, alone=alone), device)
+
+
+def _messages(
+    device: torch.device, size: int, ranks: int, stride: int, *, alone: bool = False
+) -> Callable[..., torch.Tensor] | None:
+    """A message and a word back, as in ``_transfer_s``. Called with False, it does nothing."""
     rank = dist.get_rank()
     upper = rank // stride % 2 == 1
     peer = rank - stride if upper else rank + stride
@@ -179,9 +187,7 @@ def _transfer_s(
             dist.recv(word, peer)
         return word
 
-    takes_part = peer < ranks and not (alone and min(rank, peer))
-    seconds_of = _between_s if busy else _typical
-    return seconds_of(there_and_back if takes_part else None, device)
+    return there_and_back if peer < ranks and not (alone and min(rank, peer)) else None
 
 
 def _collectives(device: torch.device, ranks: int, size: int, stride: int) -> list[Collective]:
@@ -235,13 +241,13 @@ def _collective(
     return run
 
 
-def _between_s(run: Callable[..., torch.Tensor] | None, device: torch.device) -> float:
+def _between(run: Callable[..., torch.Tensor] | None, device: torch.device) -> tuple[float, float]:
     """Seconds by which a communication makes computations longer that it comes between, on processors: ranks do not
-    come to it at the same time, who waits has to be woken, and what others sent is far from one's caches.
-    Accelerators' queues hide this."""
+    come to it at the same time, who waits has to be woken, and what others sent is far from one's caches. And how many
+    of them a rank spends on a core. Accelerators' queues hide this."""
     alone_s = _typical(run, device)
     if alone_s > BETWEEN_AT_MOST_S:
-        return alone_s
+        return alone_s, 0.0
     x, w = torch.randn(512, 256), torch.randn(256, 1024)
 
     def compute(communicates: bool) -> None:
@@ -249,10 +255,21 @@ def _between_s(run: Callable[..., torch.Tensor] | None, device: torch.device) ->
         if run is not None:
             run(communicates).sum()
 
-    ways = (partial(compute, True), partial(compute, False))
-    times = [[_seconds(way, BETWEEN_IN_A_ROW, device) for way in ways] for _ in range(BETWEEN_REPEATS)]
-    longer, computing = (median(_over_ranks(max, list(column))) for column in zip(*times, strict=True))
-    return max(alone_s, longer - computing)
+    def spent(communicates: bool) -> tuple[float, float]:
+        began = time.process_time()
+        on_wall = _seconds(partial(compute, communicates), BETWEEN_IN_A_ROW, device)
+        return on_wall, (time.process_time() - began) / BETWEEN_IN_A_ROW
+
+    times = [(*spent(True), *spent(False)) for _ in range(BETWEEN_REPEATS)]
+    columns = [list(column) for column in zip(*times, strict=True)]
+    longer, computing = (median(_over_ranks(max, columns[i])) for i in (0, 2))
+    busy, busy_alone = (median(_over_ranks(fmean, columns[i])) for i in (1, 3))
+    return max(alone_s, longer - computing), max(0.0, busy - busy_alone)
+
+
+def _between_s(run: Callable[..., torch.Tensor] | None, device: torch.device) -> float:
+    """Seconds by which a communication makes computations longer, as in ``_between``."""
+    return _between(run, device)[0]
 
 
 def _typical(run: Callable[[], object] | None, device: torch.device) -> float:

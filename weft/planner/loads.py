@@ -86,14 +86,17 @@ class Loads:
                 tied = self.stages.holdings.tied(stretches, set(range(stage, len(stretches), pp)))
             forward_s = sum(sending[s, t] for s, t in flows if s == stage) if sending else 0.0
             backward_s = sum(sending[t, s] for s, t in flows if t == stage) if sending else 0.0
+            messages = sum(stage in pair for pair in flows), sum(stage in p for p, f in flows.items() if f.gradient)
             content = tuple(self.stages.content(each, self.stages.modes(candidate, each)) for each in own)
             place, sites = at(line.places, stage % pp), at(line.sites, stage % pp)
             options = []
             for site in sites:
-                key = (stage // pp, content, common, site, place[1:], tied, forward_s, backward_s)
+                key = (stage // pp, content, common, site, place[1:], tied, forward_s, backward_s, messages)
                 if key not in self._known:
                     ending = own if stage < pp else []
-                    self._known[key] = self._load(candidate, stretch, ending, site, place, tied, forward_s, backward_s)
+                    self._known[key] = self._load(
+                        candidate, stretch, ending, site, place, tied, (forward_s, backward_s), messages
+                    )
                 options.append(self._known[key])
             load = max(options, key=lambda load: load.microbatch_s) if len(options) > 1 else options[0]
             if place.node:
@@ -110,11 +113,12 @@ class Loads:
         site: Site,
         place: Place,
         tied: float,
-        forward_s: float,
-        backward_s: float,
+        sending: tuple[float, float],
+        messages: tuple[int, int],
     ) -> Load:
         """Load of one stage. ``ending`` are all stretches of its device where it is the device's first, with which the
-        end of the step stands; ``tied`` is what the device shares with others, in bytes."""
+        end of the step stands; ``tied`` is what the device shares with others, in bytes; ``sending`` and ``messages``
+        are seconds and number of what a forward and a backward exchange with other stages."""
         degrees, microbatches, system = candidate.degrees, candidate.microbatches, self.system
         mesh, device = self.stages.mesh(degrees), self.stages.kinds[site.kind]
         calls, holding = self.stages.calls(candidate, *stretch, site), self.stages.holding(degrees, [stretch])
@@ -127,6 +131,8 @@ class Loads:
         if system.accumulate_bytes is not None:
             passes = system.accumulate_bytes / self.stages.item_bytes
         backward += later * accumulate_s(device, holding.trainable, holding.tensors, passes)
+        if (between := mesh.link("pp")) is not None:
+            forward, backward = forward + messages[0] * between.busy_s, backward + messages[1] * between.busy_s
         forward_tp = backward_tp = sent = 0.0
         if degrees.tp * degrees.cp * degrees.ep > 1:
             exchanged = [exchange_s(call, mesh) for call in calls]
@@ -178,8 +184,8 @@ class Loads:
                 sent += gathered
             step = Work(seconds + whole_s, mesh.collective_s("everyone", "all_reduce", CONTROL_BYTES))
         work = Stage(
-            forward=Work(forward, forward_tp + gather_forward, forward_s),
-            backward=Work(backward - weight, backward_tp + gather_backward + each_s, backward_s),
+            forward=Work(forward, forward_tp + gather_forward, sending[0]),
+            backward=Work(backward - weight, backward_tp + gather_backward + each_s, sending[1]),
             weight=Work(weight),
             reduce=reduce,
             step=step,

@@ -100,6 +100,7 @@ def cluster(found: Cluster) -> RenderableType:
             f"link {link.name}, {link.devices} devices: {format_seconds(link.latency_s)} and "
             f"{format_count(link.bytes_per_s, 'B/s')} each way"
             + (f", {format_count(link.alone_bytes_per_s, 'B/s')} alone" if link.alone_bytes_per_s else "")
+            + (f", {format_seconds(link.busy_s)} of computing lost at each end" if link.busy_s else "")
             for link in found.links
         ),
     ]

@@ -75,6 +75,9 @@ class Buffers:
         together = plan.replicas > 1 and (watch.batch_statistics or bool(changed))
         self._group = replicas_of(grid) if together else None
         self._statistics = BatchStatistics(self._group) if watch.batch_statistics else None
+        in_glue = any(op.kind == "batch_norm" for call in recording.calls for op in call.glue.forward)
+        elsewhere = plan.pp > 1 and (in_glue or recording.varies)  # fake tensors may be normalised
+        self._own_batch = self._group is None and not elsewhere  # as torch does it
         self._renews = bool(plan.recompute) or (plan.pp > 1 and plan.microbatches > 1)
         self._warned = False
         self._batch: Batch | None = None
@@ -125,7 +128,7 @@ class Buffers:
 
     @contextmanager
     def _meeting(self, counts: bool) -> Iterator[None]:
-        if self._statistics is None:
+        if self._statistics is None or (counts and self._own_batch):
             yield
             return
         with self._statistics.of(counts=counts):

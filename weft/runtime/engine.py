@@ -19,6 +19,7 @@ from weft.precision import in_precision
 from weft.runtime import checkpoint, part, totals
 from weft.runtime.batches import Batch, Sampler, divide
 from weft.runtime.buffers import Buffers
+from weft.runtime.ending import Ending
 from weft.runtime.gather import gather
 from weft.runtime.grid import Grid
 from weft.runtime.optimizer import make_optimizer, make_scheduler, restored
@@ -56,6 +57,7 @@ class Engine:
                 f"{workload.batch_size}; make the plan again, or set the workload's batch_size"
             )
         join()
+        written = workload.loss
         workload = in_precision(workload, plan.precision)
         self.workload, self.plan = workload, plan
         self.grid = Grid.make(plan)
@@ -80,6 +82,9 @@ class Engine:
         here = {call.unit for call, s in zip(self._first.calls, stage_of, strict=True) if s == self.grid.stage}
         names, watch = self.part.buffer_names, self.recordings.watch
         buffers = Buffers(self.model, names, watch, self._first, stage_of, plan, self.grid)
+        ending = Ending(self.model, workload.loss, written) if plan.pp > 1 else None
+        if ending is not None:
+            workload = replace(workload, loss=ending.loss)
         if self.part.whole is not None:
             workload = replace(workload, loss=self.part.whole.of(workload.loss))
         placement = Placement(
@@ -90,6 +95,7 @@ class Engine:
             device=self.grid.device,
             recompute=plan.recompute,
             compiled=here if plan.compile else (),
+            ending=ending,
         )
         self._pipeline = Pipeline(
             workload,

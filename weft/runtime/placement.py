@@ -6,7 +6,7 @@ and an empty fake tensor of the recorded shape where nothing does. Glue code bet
 real, and gives fake tensors where they are not.
 
 Once a stage has made its last call, nothing it computes matters to anybody, and what code would look at is not here. So
-whatever fails on fake tensors after that ends the stage's forward, silently.
+the stage's forward ends there (``ending``), or, where it goes on, with whatever fails on fake tensors, silently.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -34,6 +34,7 @@ from weft.capture.recorder import RecordedCall, Recording, TensorLeaf
 from weft.capture.trees import flatten, unflatten
 from weft.errors import LossError, ModelError, WeftError
 from weft.runtime.compiled import Compiled, Shared
+from weft.runtime.ending import Ending
 from weft.runtime.randomness import Seeds, stream
 from weft.runtime.recompute import Recompute
 from weft.runtime.recordings import decisions_seed
@@ -105,6 +106,7 @@ class Placement:
         device: the device of this rank.
         recompute: as in the plan.
         compiled: units to run through ``torch.compile``.
+        ending: of this stage's forwards.
     """
 
     def __init__(
@@ -117,8 +119,10 @@ class Placement:
         device: torch.device,
         recompute: Mapping[str, str] = MappingProxyType({}),
         compiled: Collection[str] = (),
+        ending: Ending | None = None,
     ) -> None:
         self.model, self.stage, self.mode, self.device = model, stage, mode, device
+        self._ending = ending
         self._run: Run | None = None
         self._empty: dict[TensorLeaf, Tensor] = {}
         self._entered = False
@@ -193,6 +197,8 @@ class Placement:
                 )
             call = run.recording.calls[number]
             run.last = number
+            if run.routes.stage_of[number] > self.stage and self._ending is not None:
+                self._ending.reach()
             if run.routes.stage_of[number] != self.stage:
                 return self._stand_in(run, number, call, tree_leaves((args, kwargs)))
             leaves = tree_leaves((args, kwargs))
@@ -203,26 +209,42 @@ class Placement:
                     "model was captured; the forward depends on something that changes from step to step. Keep it on "
                     "one stage, or use pp=1"
                 )
-            watch = Leavings(leaves if call.effects else ())
-            seed, draws = run.seeds.call(number), number in run.routes.random
-
-            def drawing(*args: Any, **kwargs: Any) -> Any:  # the same numbers whenever it runs
-                with stream(seed, self.device, when=draws), python_stream(seed, when=call.python_draws):
-                    return original(*args, **kwargs)
-
-            with paused(run.draws):
-                if again is None:
-                    output = drawing(*args, **kwargs)
-                else:
-                    output = again(drawing, args, kwargs, run.recording.costs[call.kind])
+            watch = Leavings(leaves) if call.effects else None
+            output = self._compute(run, number, call, again, original, args, kwargs)
             if call.looks and self._sharded:
                 output = touch(output, module)
-            _, left = watch.effects()
-            for i, tensor in enumerate(left, len(call.tensors) - len(left)):
-                run.produce(Source(number, i), tensor)
+            if watch is not None:
+                _, left = watch.effects()
+                for i, tensor in enumerate(left, len(call.tensors) - len(left)):
+                    run.produce(Source(number, i), tensor)
             return output
 
         return forward
+
+    def _compute(
+        self,
+        run: Run,
+        number: int,
+        call: RecordedCall,
+        again: Recompute | None,
+        original: Call,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run a call of this stage on its random streams."""
+        draws = number in run.routes.random
+        seed = run.seeds.call(number) if draws or call.python_draws else 0
+
+        def drawing(*args: Any, **kwargs: Any) -> Any:  # the same numbers whenever it runs
+            if not (draws or call.python_draws):
+                return original(*args, **kwargs)
+            with stream(seed, self.device, when=draws), python_stream(seed, when=call.python_draws):
+                return original(*args, **kwargs)
+
+        with paused(run.draws) if run.draws is not None else nullcontext():
+            if again is None:
+                return drawing(*args, **kwargs)
+            return again(drawing, args, kwargs, run.recording.costs[call.kind])
 
     def _note(self, unit: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -277,11 +299,8 @@ class Placement:
 
 
 @contextmanager
-def paused(draws: Draws | None) -> Iterator[None]:
+def paused(draws: Draws) -> Iterator[None]:
     """Leave a unit's random operations to its own stream."""
-    if draws is None:
-        yield
-        return
     draws.paused = True
     try:
         yield
