@@ -26,7 +26,7 @@ NO_LOSS = Tensor()
 
 
 class Done(BaseException):
-    """No call of this stage is left. Not an Exception: a user's ``except Exception`` is not meant for it."""
+    """No call of this stage is left. Not an Exception, so that a user's handler does not take it for an error."""
 
 
 class Ending:
