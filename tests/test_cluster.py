@@ -83,6 +83,7 @@ def measured() -> Cluster:
                 name="in",
                 devices=4,
                 latency_s=1e-5,
+                busy_s=2e-5,
                 bytes_per_s=1e9,
                 collectives=(Collective(kind="all_reduce", ranks=4, rates=flat),),
             ),

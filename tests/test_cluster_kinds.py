@@ -182,6 +182,16 @@ def test_noise_is_averaged() -> None:
     assert kinds_of([rank(1), rank(1.17), rank(1.3)]) == [0, 0, 0]
 
 
+def test_processes_of_one_node_are_equal_up_to_noise() -> None:
+    slowness = (1, 1.3, 1.02, 1.01)
+    (entry,) = nodes([rank(each) for each in slowness], 4)
+    assert entry.device.matmul["float32"].rates[0] == pytest.approx(1e10 / (sum(slowness) / 4), rel=1e-3)
+    apart = nodes([rank(each) for each in slowness], 1)  # machines may well differ so much
+    assert [(n.count, n.device.name) for n in apart] == [
+        (1, "CPU process"), (1, "CPU process at 78%"), (2, "CPU process"),
+    ]  # fmt: skip
+
+
 def test_a_slow_rank_is_a_kind_of_its_own() -> None:
     ranks = [rank(1), rank(2.1), rank(1.05), rank(1.9)]
     assert kinds_of(ranks) == [0, 1, 0, 1]

@@ -25,6 +25,7 @@ def test_four_processes_agree_on_what_they_are(pool, tmp_path):
     assert cluster.cores is None or 0 < cluster.cores < 4
     (link,) = cluster.links
     assert link.devices == 4
+    assert 0 <= link.busy_s < 0.02
     assert {(c.kind, c.ranks) for c in link.collectives} == {
         (kind, ranks) for kind in ("all_reduce", "all_gather", "reduce_scatter") for ranks in (2, 4)
     }

@@ -58,6 +58,17 @@ def test_what_accelerators_hide_takes_a_processors_time():
     assert seconds[True] < 0.5 * seconds[False]
 
 
+def test_messages_cost_their_ends_computing():
+    profile, free = gpt(layers=12), processors(3)
+    costly = replace(free, links=(replace(free.links[0], busy_s=1e-3),))
+    plan = make_plan(profile, free, pp=3, microbatches=4)
+    before, after = estimate(profile, free, plan), estimate(profile, costly, plan)
+    # a forward and a backward of each microbatch: one message at the ends of the pipeline, two in the middle
+    more = [b["compute"] - a["compute"] for a, b in zip(before.stage_time, after.stage_time, strict=True)]
+    assert more == pytest.approx([8e-3, 16e-3, 8e-3])
+    assert after.step_time_s > before.step_time_s + 8e-3
+
+
 @pytest.mark.parametrize("pp", [2, 4])
 def test_no_cut_fits_where_no_stage_of_the_fastest_does(pp):
     profile, tried = gpt(layers=12), 0

@@ -2,6 +2,7 @@
 
     speed     of a rank: how much faster than the ranks' mean it does the probes (geometric mean over them), times the
               share of a core that it may use (``local.core_share``)
+    noise     processes of one node that differ by less than NOISE are equal: they share its cores
     kinds     ranks in the order of their speed: one that is more than TOLERANCE slower than the next faster one begins
               another kind, as does one of another name
     device    of a rank: means over the ranks of its kind, so that noise is averaged and not taken for a difference,
@@ -33,6 +34,11 @@ from weft.cluster.topology import Device
 TOLERANCE = 0.15
 """How much slower than the next faster one a device of the same kind may be. Four and eight equal processes on two busy
 cores differed by up to 10 % from one to the next."""
+
+NOISE = 0.35
+"""How much slower than the fastest one of the same node a process may be and still be its equal, since what makes it
+slower within a measurement passes. Four equal processes on two busy cores differed by 30 %; processes that are pinned
+to slower cores of the same machine differ by more."""
 
 WINDOWS, WINDOW_S, ALONE_S = 5, 0.2, 0.04
 """How often and how long all ranks compute at once to see what they get of the cores, and how long each by itself, in
@@ -119,6 +125,7 @@ def nodes_of(
         per_node: consecutive ranks on a node.
         accelerator, reserved_bytes, allocator_share: of every device, as in Device.
     """
+    ranks = [rank for start in range(0, len(ranks), per_node) for rank in _levelled(ranks[start : start + per_node])]
     kinds, speeds = kinds_of(ranks), _speeds(ranks)
     fastest: dict[str, float] = {}  # kinds of one name come in the order of their speed
     devices: list[Device] = []
@@ -154,6 +161,15 @@ def nodes_of(
         )
         for start in starts
     )
+
+
+def _levelled(node: Sequence[Rank]) -> Sequence[Rank]:
+    """Processes of one node, each with the mean of their seconds where they differ by no more than noise."""
+    means = [fmean(column) for column in zip(*(rank.seconds for rank in node), strict=True)]
+    speeds = [speed / rank.core_share for speed, rank in zip(_speeds(node), node, strict=True)]
+    if not node[0].work or len({rank.name for rank in node}) > 1 or min(speeds) < (1 - NOISE) * max(speeds):
+        return node
+    return [replace(rank, seconds=tuple(means)) for rank in node]
 
 
 def _speeds(ranks: Sequence[Rank]) -> list[float]:
