@@ -4,15 +4,17 @@
     python benchmarks/planning.py --small          small models on small clusters; seconds
     python benchmarks/planning.py --only gpt-1t
 
-Every row is a process of its own on two cores: it captures the model, which has no memory, and searches. Its memory is
-the process's at its peak, Python and torch included; libraries are imported before the clock starts. A search takes
-longer on twice the cluster, by a factor of `growth`, the medians of a few searches compared. On one node the large
-models fit under no plan, which the search has to find out, too.
+Every measurement is a process of its own on two cores: it captures the model, which has no memory, and searches. Its
+memory is the process's at its peak, Python and torch included; libraries are imported before the clock starts. The
+clusters of a model take turns, round after round, and a row has the medians. A search takes longer on twice the
+cluster, by a factor of `growth`, the median of the rounds' ratios. On one node the large models fit under no plan,
+which the search has to find out, too.
 """
 
 import argparse
 import functools
 import json
+import operator
 import os
 import resource
 import statistics
@@ -147,17 +149,17 @@ SMALL = {
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One process's measurements.
+    """One model on one cluster.
 
     Attributes:
         model, where, cluster: what was planned, and for which of a scenario's clusters.
         devices: of the cluster.
         parameters: of the model.
-        capture_s: seconds of the capture; ``searches_s``: of each search.
-        peak_bytes: the process's at its peak.
+        captures_s, searches_s: seconds of capture and search in every round's process.
+        peak_bytes: of the largest of these processes at its peak.
         plan: the chosen one, described; or why there is none.
         step_s: its step, as estimated.
-        growth: on twice the cluster, the search's median over that on the cluster.
+        growth: on twice the cluster, the search's time over that on the cluster, the median of the rounds.
         met: whether every aim is, by its name.
     """
 
@@ -166,7 +168,7 @@ class Row:
     cluster: str
     devices: int
     parameters: int
-    capture_s: float
+    captures_s: list[float]
     searches_s: list[float]
     peak_bytes: int
     plan: str
@@ -176,29 +178,35 @@ class Row:
 
     @property
     def together_s(self) -> float:
-        """Capture and first search."""
-        return self.capture_s + self.searches_s[0]
+        """Capture and search."""
+        return statistics.median(map(sum, zip(self.captures_s, self.searches_s, strict=True)))
+
+    def and_again(self, other: "Row") -> "Row":
+        """With another round's measurements."""
+        return replace(
+            self,
+            captures_s=self.captures_s + other.captures_s,
+            searches_s=self.searches_s + other.searches_s,
+            peak_bytes=max(self.peak_bytes, other.peak_bytes),
+        )
 
 
-def measure(name: str, scenario: Scenario, where: str, rounds: int) -> Row:
+def measure(name: str, scenario: Scenario, where: str) -> Row:
     """In a process of its own: capture and search."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     task, cluster = scenario.make(), Cluster.parse(scenario.cluster(where))
-    start = time.perf_counter()
+    began = time.perf_counter()
     profile = capture(task, "bf16")
-    captured = time.perf_counter() - start
-    searches = []
+    captured = time.perf_counter()
     plan, step_s = "", None
-    for _ in range(rounds):
-        start = time.perf_counter()
-        try:
-            choice = search(profile, cluster, precision="bf16")
-            plan, step_s = choice.plan.describe(), choice.estimate.step_time_s
-            plan += f" microbatches={choice.plan.microbatches} {choice.plan.schedule}"
-        except MemoryLimitError as error:
-            plan = str(error).splitlines()[0]
-        searches.append(time.perf_counter() - start)
+    try:
+        choice = search(profile, cluster, precision="bf16")
+        plan, step_s = choice.plan.describe(), choice.estimate.step_time_s
+        plan += f" microbatches={choice.plan.microbatches} {choice.plan.schedule}"
+    except MemoryLimitError as error:
+        plan = str(error).splitlines()[0]
+    searched = time.perf_counter()
     unit = 1 if sys.platform == "darwin" else 1024
     return Row(
         model=name,
@@ -206,8 +214,8 @@ def measure(name: str, scenario: Scenario, where: str, rounds: int) -> Row:
         cluster=scenario.cluster(where),
         devices=cluster.devices,
         parameters=sum(p.bytes for p in profile.parameters.values() if p.trainable) // 4,
-        capture_s=captured,
-        searches_s=searches,
+        captures_s=[captured - began],
+        searches_s=[searched - captured],
         peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         plan=plan,
         step_s=step_s,
@@ -221,7 +229,7 @@ def apart(name: str, where: str, arguments: argparse.Namespace) -> Row:
     Raises:
         SystemExit: it failed; its own words are on stderr.
     """
-    command = [sys.executable, __file__, "--process", name, where, "--rounds", str(arguments.rounds)]
+    command = [sys.executable, __file__, "--process", name, where]
     done = subprocess.run([*command, *(["--small"] if arguments.small else [])], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{name} on {where}: the process ended with {done.returncode}")
@@ -232,11 +240,11 @@ def judged(row: Row, on_cluster: Row | None) -> Row:
     """The row held against its aims; ``on_cluster``: the same model's on the cluster itself."""
     met = {"memory": row.peak_bytes <= MEMORY_BYTES}
     if row.where == NODE:
-        return replace(row, met={**met, "search": row.searches_s[0] <= NODE_SEARCH_S})
+        return replace(row, met={**met, "search": statistics.median(row.searches_s) <= NODE_SEARCH_S})
     met["together"] = row.together_s <= TOGETHER_S
     if row.where == LARGE or on_cluster is None:
         return replace(row, met=met)
-    growth = statistics.median(row.searches_s) / statistics.median(on_cluster.searches_s)
+    growth = statistics.median(map(operator.truediv, row.searches_s, on_cluster.searches_s))
     if row.model not in SMALL:  # whose searches are too short to tell
         met["growth"] = growth <= DOUBLED
     return replace(row, growth=growth, met=met)
@@ -244,7 +252,7 @@ def judged(row: Row, on_cluster: Row | None) -> Row:
 
 def table_of(rows: list[Row]) -> Table:
     """The rows for people; what misses its aim is red."""
-    table = Table(title="capture and search, one process each", title_justify="left")
+    table = Table(title="capture and search, medians of processes", title_justify="left")
     for name in ("model", "cluster"):
         table.add_column(name)
     for name in ("devices", "capture s", "search s", "together s", "peak GB", "growth", "aim", "met"):
@@ -261,8 +269,8 @@ def table_of(rows: list[Row]) -> Table:
             row.model,
             row.cluster,
             f"{row.devices:,}",
-            f"{row.capture_s:.2f}",
-            f"{row.searches_s[0]:.2f}",
+            f"{statistics.median(row.captures_s):.2f}",
+            f"{statistics.median(row.searches_s):.2f}",
             f"{row.together_s:.2f}",
             f"{row.peak_bytes / 1e9:.2f}",
             "" if row.growth is None else f"{row.growth:.2f}",
@@ -276,7 +284,7 @@ def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parse.add_argument("--only", choices=[*SCENARIOS, *SMALL], action="append", help="one model; may be repeated")
     parse.add_argument("--small", action="store_true", help="small models on small clusters")
-    parse.add_argument("--rounds", type=int, default=3, help="searches of each row (default %(default)s)")
+    parse.add_argument("--rounds", type=int, default=3, help="processes of each row (default %(default)s)")
     parse.add_argument("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
     parse.add_argument("--process", nargs=2, metavar=("MODEL", "WHERE"), help=argparse.SUPPRESS)
     return parse
@@ -287,7 +295,7 @@ def main() -> None:
     scenarios = SMALL if arguments.small else SCENARIOS
     if arguments.process:
         name, where = arguments.process
-        print(json.dumps(asdict(measure(name, scenarios[name], where, arguments.rounds))))
+        print(json.dumps(asdict(measure(name, scenarios[name], where))))
         return
     people = Console(stderr=arguments.json)
     people.width = max(people.width, TABLE_WIDTH if not people.is_terminal else 0)
@@ -296,11 +304,13 @@ def main() -> None:
         for name, scenario in scenarios.items():
             if arguments.only and name not in arguments.only:
                 continue
-            on_cluster = None
-            for where in (LARGE, TWICE, NODE) if scenario.nodes > 1 else (NODE,):
-                status.update(f"{name} on {scenario.cluster(where)}")
-                rows.append(judged(apart(name, where, arguments), on_cluster))
-                on_cluster = rows[-1] if where == LARGE else on_cluster
+            found: dict[str, Row] = {}
+            for number in range(arguments.rounds):
+                for where in (LARGE, TWICE, NODE) if scenario.nodes > 1 else (NODE,):
+                    status.update(f"{name} on {scenario.cluster(where)}, round {number + 1}")
+                    row = apart(name, where, arguments)
+                    found[where] = found[where].and_again(row) if where in found else row
+            rows += [judged(row, found.get(LARGE)) for row in found.values()]
     people.print(table_of(rows))
     for row in rows:
         step = "" if row.step_s is None else f": a step of {format_seconds(row.step_s)}"
