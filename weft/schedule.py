@@ -176,16 +176,18 @@ def lower(order: Sequence[Action], device: int, edges: Sequence[Edge], devices: 
     lowered: list[Action] = []
     sends: list[Action] = []
     previous: Action | None = None
+    forward, receive, send = Kind.FORWARD, Kind.RECEIVE_ACTIVATION, Kind.SEND_ACTIVATION
+    backward, receive_back, send_back = Kind.BACKWARD, Kind.RECEIVE_GRADIENT, Kind.SEND_GRADIENT
     for action in order:
         kind, m, _, chunk = action
         receives: list[Action] = []
         after: list[Action] = []
-        if kind is Kind.FORWARD:
-            receives = [Action(Kind.RECEIVE_ACTIVATION, m, peer, chunk) for peer in comes[chunk]]
-            after = [Action(Kind.SEND_ACTIVATION, m, peer, chunk) for peer in goes[chunk]]
-        elif kind is Kind.BACKWARD:
-            receives = [Action(Kind.RECEIVE_GRADIENT, m, peer, chunk) for peer in back[chunk]]
-            after = [Action(Kind.SEND_GRADIENT, m, peer, chunk) for peer in returns[chunk]]
+        if kind is forward:
+            receives = [Action(receive, m, peer, chunk) for peer in comes[chunk]]
+            after = [Action(send, m, peer, chunk) for peer in goes[chunk]]
+        elif kind is backward:
+            receives = [Action(receive_back, m, peer, chunk) for peer in back[chunk]]
+            after = [Action(send_back, m, peer, chunk) for peer in returns[chunk]]
         lowered += receives
         if previous is not None:
             lowered.append(previous)

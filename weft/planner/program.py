@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
 
 from weft.planner.work import LATER, Event, Spent, Stage, arriving, last_of
 from weft.schedule import Action, Edge, Kind, actions
@@ -20,19 +19,22 @@ WORKS = (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT, Kind.REDUCE, Kind.STEP)
 PROGRAMS_KEPT = 32
 
 
-class Step(NamedTuple):
-    """A step of a program; ``what`` is a transfer that a device posts its end of, or the number of a work it does once
-    the transfers in ``after`` have arrived.
+Step = tuple[int, int, int, int, tuple[int, ...] | None, Action | None]
+"""``(device, what, way, pair, after, action)``, of which long pipelines have hundreds of thousands. ``what`` is a
+transfer that a device posts its end of, or the number of a work (``action``) that it does once the transfers in
+``after`` have arrived. ``way`` and ``pair`` are those of a transfer whose other end is posted already, ``way`` is -1 of
+others."""
 
-    ``way`` and ``pair`` are those of a transfer whose other end is posted already, ``way`` is -1 of others.
-    """
+Ready = tuple[int, int, int, tuple[int, ...] | None, Action | None]
+"""``(what, source, target, after, action)`` of a device."""
 
-    device: int
-    what: int
-    way: int = -1
-    pair: int = -1
-    after: tuple[int, ...] | None = None
-    action: Action | None = None
+FORWARD, BACKWARD, SEND_ACTIVATION, SEND_GRADIENT, RECEIVE_ACTIVATION = (
+    Kind.FORWARD,
+    Kind.BACKWARD,
+    Kind.SEND_ACTIVATION,
+    Kind.SEND_GRADIENT,
+    Kind.RECEIVE_ACTIVATION,
+)
 
 
 @dataclass
@@ -63,57 +65,59 @@ def compiled(lists: Sequence[Sequence[Action]]) -> Program:
     numbers: dict[tuple[int, int, int], int] = {}
     ways: dict[tuple[int, int], int] = {}
     pairs: dict[tuple[int, int], int] = {}
-    queues = [_ready(own, device, devices, numbers) for device, own in enumerate(lists)]
-    posted, travels, place = [False] * len(numbers), [False] * len(numbers), [0] * devices
-    moved = True
+    queues = [iter(_ready(own, device, devices, numbers)) for device, own in enumerate(lists)]
+    following = [next(queue, None) for queue in queues]
+    posted, travels = [False] * len(numbers), [False] * len(numbers)
+    add, moved = program.steps.append, True
     while moved:
         moved = False
         for device, queue in enumerate(queues):
-            begin = place[device]
-            for step, source, target in queue[begin:]:
-                what = step.what
-                if step.after is not None:
-                    if not all(travels[number] for number in step.after):
+            ready, works = following[device], program.works[device]
+            first = ready
+            while ready is not None:
+                what, source, target, after, action = ready
+                if after is not None:
+                    if not all([travels[number] for number in after]):
                         break
-                    program.works[device][what] += 1
+                    works[what] += 1
+                    add((device, what, -1, -1, after, action))
                 elif not posted[what]:
                     posted[what] = True
+                    add((device, what, -1, -1, None, None))
                 else:
                     travels[what] = True
                     way = ways.setdefault((source, target), len(ways))
                     pair = pairs.setdefault((source % devices, target % devices), len(pairs))
-                    step = Step(device, what, way, pair)
-                program.steps.append(step)
-                place[device] += 1
-            moved = moved or place[device] > begin
-    assert all(p == len(queue) for p, queue in zip(place, queues, strict=True)), "the schedule is stuck"
+                    add((device, what, way, pair, None, None))
+                ready = next(queue, None)
+            following[device] = ready
+            moved = moved or ready is not first
+    assert following == [None] * devices, "the schedule is stuck"
     program.ways, program.transfers, program.pairs = list(ways), len(numbers), len(pairs)
     return program
 
 
 def _ready(
     actions: Sequence[Action], device: int, devices: int, numbers: dict[tuple[int, int, int], int]
-) -> list[tuple[Step, int, int]]:
-    """A device's actions as steps, each transfer with its source and target. ``numbers`` gives a number to every
-    transfer, by source, target and microbatch."""
-    found = []
+) -> list[Ready]:
+    """A device's actions in order. ``numbers`` gives a number to every transfer, by source, target and microbatch."""
+    found: list[Ready] = []
     awaited: dict[tuple[bool, int, int], list[int]] = {}
     for action in actions:
         kind, microbatch, peer, chunk = action
         stage = device + chunk * devices
         if peer < 0:
             after: tuple[int, ...] = ()
-            if kind is Kind.FORWARD or kind is Kind.BACKWARD:
-                after = tuple(awaited.pop((kind is Kind.FORWARD, microbatch, chunk), ()))
-            work = stage * len(WORKS) + WORKS.index(kind)
-            found.append((Step(device, work, after=after, action=action), -1, -1))
-            continue
-        sends = kind is Kind.SEND_ACTIVATION or kind is Kind.SEND_GRADIENT
-        source, target = (stage, peer) if sends else (peer, stage)
-        number = numbers.setdefault((source, target, microbatch), len(numbers))
-        if not sends:
-            awaited.setdefault((kind is Kind.RECEIVE_ACTIVATION, microbatch, chunk), []).append(number)
-        found.append((Step(device, number), source, target))
+            if kind is FORWARD or kind is BACKWARD:
+                after = tuple(awaited.pop((kind is FORWARD, microbatch, chunk), ()))
+            found.append((stage * len(WORKS) + WORKS.index(kind), -1, -1, after, action))
+        elif kind is SEND_ACTIVATION or kind is SEND_GRADIENT:
+            number = numbers.setdefault((stage, peer, microbatch), len(numbers))
+            found.append((number, stage, peer, None, None))
+        else:
+            number = numbers.setdefault((peer, stage, microbatch), len(numbers))
+            awaited.setdefault((kind is RECEIVE_ACTIVATION, microbatch, chunk), []).append(number)
+            found.append((number, peer, stage, None, None))
     return found
 
 
