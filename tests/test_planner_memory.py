@@ -171,3 +171,26 @@ def test_frozen_parameters_have_no_gradient():
     profile.parameters.update({n: p for n, p in frozen.items() if n.startswith("token")})
     held = Holdings(profile).of(0, 1, 1, 1)
     assert (held.trainable, held.frozen, held.tensors, sum(held.gradients)) == (0.0, 4 * 256 * 64, 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "chunks"), [("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zero_bubble", 1)]
+)
+def test_microbatches_kept_are_those_of_the_schedule(schedule, chunks):
+    """By following every device's actions."""
+    for devices in (1, 2, 3, 5):
+        for microbatches in range(1, 24):
+            if schedule == "interleaved" and microbatches % devices:
+                continue
+            for device in range(devices):
+                order = ORDERS[schedule](device, devices, microbatches, chunks)
+                ends = Kind.WEIGHT if schedule == "zero_bubble" else Kind.BACKWARD
+                now, kept = [0] * chunks, []
+                for action in order:
+                    now[action.chunk] += (action.kind is Kind.FORWARD) - (action.kind is ends)
+                    kept.append((action.kind is ends, list(now)))
+                begin = next(i for i, (ended, _) in enumerate(kept) if ended)
+                first, later = kept[begin - 1][1], max((n for _, n in kept[begin:]), key=sum)
+                found = alive(schedule, device, devices, microbatches, chunks)
+                assert [each.first for each in found] == first
+                assert [each.later for each in found] == later

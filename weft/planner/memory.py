@@ -82,23 +82,36 @@ def alive(schedule: str, device: int, devices: int, microbatches: int, chunks: i
     """
     if schedule == "gpipe":
         return (Alive(microbatches, microbatches - 1),)
-    # More microbatches than a pipeline takes to fill keep no more.
-    rounds = max(2, 2 * chunks)
-    if microbatches > rounds * devices:
-        microbatches = rounds * devices + (microbatches % devices if chunks == 1 else 0)
-    order = ORDERS[schedule](device, devices, microbatches, chunks)
-    ends = Kind.WEIGHT if any(action.kind is Kind.WEIGHT for action in order) else Kind.BACKWARD
-    now, later = [0] * chunks, [0] * chunks
-    first: list[int] = []
-    for action in order:
-        if action.kind is Kind.FORWARD:
-            now[action.chunk] += 1
-        if first and sum(now) > sum(later):
-            later = list(now)
-        if action.kind is ends:
-            first = first or list(now)
-            now[action.chunk] -= 1
+    if schedule == "zero_bubble":
+        return _followed(schedule, device, devices, microbatches)
+    # Forwards that come before the first backward; after it, one of each in turn.
+    ahead = devices - 1 - device if chunks == 1 else 2 * (devices - 1 - device) + (chunks - 1) * devices
+    total = microbatches * chunks
+    done = min(ahead + 1, total)
+    first, later = (_by_chunk(forwards, devices, chunks) for forwards in (done, min(done + 1, total)))
+    later[-1] -= 1
     return tuple(Alive(f, n) for f, n in zip(first, later, strict=True))
+
+
+def _by_chunk(forwards: int, devices: int, chunks: int) -> list[int]:
+    """The first forwards of a device by its chunks, which take turns with as many microbatches as there are devices."""
+    whole, rest = divmod(forwards, devices * chunks)
+    return [whole * devices + min(max(rest - chunk * devices, 0), devices) for chunk in range(chunks)]
+
+
+def _followed(schedule: str, device: int, devices: int, microbatches: int) -> tuple[Alive, ...]:
+    """The same, found by following the device's actions."""
+    # More microbatches than a pipeline takes to fill keep no more.
+    order = ORDERS[schedule](device, devices, min(microbatches, 2 * devices + microbatches % devices))
+    ends = Kind.WEIGHT if any(action.kind is Kind.WEIGHT for action in order) else Kind.BACKWARD
+    now = first = later = 0
+    for action in order:
+        now += action.kind is Kind.FORWARD
+        later = max(later, now) if first else 0
+        if action.kind is ends:
+            first = first or now
+            now -= 1
+    return (Alive(first, later),)
 
 
 def stage_memory(
