@@ -6,7 +6,7 @@
                   nodes also one pair by itself, since a node's devices may share one network card
     collectives   at either level, over groups of every size and stride that a mesh can have there, all groups at once;
                   where devices are processes these and the latency of messages are what they make computations longer,
-                and what each end of a message costs a core is told apart
+                  and what each end of a message costs a core is told apart
 
 so that more processes than cores are predicted as they run. A few seconds in all: where a message takes long it is
 sent less often.

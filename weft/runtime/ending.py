@@ -5,16 +5,17 @@ loss on fake logits alone takes milliseconds of Python, for every microbatch on 
 stand-in after the last call ends the forward with an exception.
 
 Code after it may still do something that a later forward looks at: set an attribute, change a buffer, append to a list.
-So the first forward runs to its end, and what the modules and the loss hold is compared before and after; where
-anything changed, all forwards do. A change that only some later step makes is not seen.
+So the first forward runs to its end, and what the modules, their classes and the loss hold is compared before and
+after, a few objects deep; where anything changed, all forwards do. A change that only some later step makes is not
+seen, nor one inside a container of more than LARGE.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from types import CellType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,12 @@ from weft.workload import Loss
 
 UserLoss = Callable[[nn.Module, Any], Loss]
 NO_LOSS = Tensor()
+
+DEEPEST, LARGE = 4, 1000
+"""How many objects inside each other are looked at, and the largest container."""
+
+OPAQUE = (Tensor, nn.Module, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
+"""What nothing is looked for in: modules have places of their own, and code keeps no state."""
 
 
 class Done(BaseException):
@@ -68,24 +75,44 @@ class Ending:
             raise Done
 
     def _holdings(self) -> list[tuple[Any, Any]]:
-        """What forwards could leave something in, each with what tells whether it was changed in place."""
+        """What forwards could leave something in, each value with what tells whether it was changed in place."""
         function: Any = self._written
-        places: list[dict[str, Any]] = []
+        places: list[Mapping[str, Any]] = []
         while isinstance(function, partial):
             places, function = [*places, function.keywords], function.func
         places += [vars(each) for each in (function, getattr(function, "__self__", None)) if hasattr(each, "__dict__")]
         places.append(getattr(function, "__globals__", {}))
-        for module in self._model.modules():
-            places += [vars(module), module._buffers]
         cells = [cell for cell in getattr(function, "__closure__", None) or () if cell != CellType()]
-        found = [value for place in places for value in place.values()] + [cell.cell_contents for cell in cells]
-        return [(value, _mark(value)) for value in found]
+        places.append({str(i): cell.cell_contents for i, cell in enumerate(cells)})
+        modules = list(self._model.modules())
+        places += [vars(each) for each in dict.fromkeys(map(type, modules))]
+        for module in modules:
+            places += [vars(module), module._buffers]
+        found: list[tuple[Any, Any]] = []
+        for place in places:
+            for value in place.values():
+                _follow(value, found, DEEPEST, set())
+        return found
 
 
-def _mark(value: Any) -> int | None:
-    if isinstance(value, Tensor):
-        return value._version
-    return len(value) if isinstance(value, list | dict | set | deque) else None
+def _follow(value: Any, found: list[tuple[Any, Any]], depth: int, above: set[int]) -> None:
+    """Note a value and what is inside it: in containers that are not large, and in objects of the user's."""
+    length = len(value) if isinstance(value, dict | list | tuple | set | frozenset | deque) else 0
+    found.append((value, value._version if isinstance(value, Tensor) else length))
+    if length > LARGE or depth == 0 or id(value) in above or isinstance(value, OPAQUE):
+        return
+    inside: list[Any] = []
+    if isinstance(value, dict):
+        inside = list(value.values())
+    elif isinstance(value, list | tuple | deque):
+        inside = list(value)
+    elif isinstance(value, set | frozenset):
+        inside = sorted(value, key=id)
+    elif hasattr(value, "__dict__"):
+        inside = list(vars(value).values())
+    found.append((len(inside), None))
+    for each in inside:
+        _follow(each, found, depth - 1, above | {id(value)})
 
 
 def _same(before: list[tuple[Any, Any]], after: list[tuple[Any, Any]]) -> bool:

@@ -1,4 +1,4 @@
-"""Placement: the user's forward runs in full on every rank, with stand-ins for the calls that live elsewhere.
+"""Placement: the user's forward runs on every rank, with stand-ins for the calls that live elsewhere.
 
 A unit's ``forward`` is replaced on the instance. A call of this stage runs the original. Any other call is a stand-in:
 it costs nothing and returns, leaf by leaf, the tensor received from its owner where something on this stage needs it,
