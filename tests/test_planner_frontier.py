@@ -1,6 +1,7 @@
 """The search's bounds are bounds, its short cuts change nothing, and it stays quick on large clusters."""
 
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from weft.planner.balance import ends, packed
 from weft.planner.evaluate import Evaluator
 from weft.planner.frontier import Frontier
 from weft.planner.program import compiled, follow
-from weft.planner.space import Constraints, candidates, later, products
+from weft.planner.space import Constraints, Degrees, candidates, later, products
 from weft.planner.timeline import repeated
 from weft.planner.work import Stage, Work
 from weft.schedule import Edge, actions
@@ -43,6 +44,30 @@ def test_no_candidate_beats_its_bounds(cluster):
             assert evaluator.bound(candidate, cut) <= exact * (1 + 1e-9)
             checked += 1
     assert checked > 100
+
+
+@pytest.mark.parametrize(("cluster", "share"), [("gpus", 0.5), ("gpus", 0.2), ("own cores", 0.3)])
+def test_no_candidate_recomputes_less_than_memory_asks_for(cluster, share):
+    profile = gpt(layers=6, hidden=256, batch_size=32)
+    plain = Evaluator(profile, CLUSTERS[cluster])
+    one = next(iter(candidates(profile, Degrees(dp_replicate=8), Constraints())))
+    full = plain.stages.fullest(one, plain.stages.fastest(one)).bytes
+    nodes, reserved = CLUSTERS[cluster].nodes, plain.stages.kinds[0].reserved_bytes
+    enough = int(reserved + share * (full - reserved))
+    less = tuple(replace(n, device=replace(n.device, memory_bytes=enough)) for n in nodes)
+    evaluator = Evaluator(profile, replace(CLUSTERS[cluster], nodes=less))
+    possible = [d for d in products(8, Constraints()) if d.pp <= 8 and d.tp <= 8]
+    frontier = Frontier(evaluator, Constraints(), possible)
+    told = refused = 0
+    for candidate in (c for degrees in possible for c in candidates(profile, degrees, Constraints())):
+        cut, bound = frontier.cut(candidate), frontier._with_memory(candidate)
+        if not cut.full.fits:
+            refused += bound == float("inf")
+        else:
+            assert bound <= evaluator.estimate(cut.candidate, cut.ends).step_time_s * (1 + 1e-9)
+            told += bound > frontier._floor(candidate) * 1.01 and bool(cut.candidate.recompute)
+    assert told > 10
+    assert refused > 10
 
 
 @given(

@@ -7,8 +7,9 @@ and more closely:
     candidate    S sum over calls of forward + backward, m microbatches, p stages: at best stages are cut so that
                  every one of them ends at the same time, S / (1 - (1 - 1 / m) ** p), and no stage is faster than the
                  slowest call; where devices differ, of every line of replicas           _floor
-    cut          stages are cut and recomputation is chosen; the bound of Evaluator.bound, with what is exchanged,
-                 gathered, reduced, and the optimizer's step
+    tight        stages are cut, and the least recomputation that frees the memory they lack, if any   Deficit.floor
+    cut          recomputation is chosen; the bound of Evaluator.bound, with what is exchanged, gathered, reduced, and
+                 the optimizer's step
     costed       the simulated timeline
 
 What comes out costed is the fastest there is, since everything else has a bound that is no less. So pruning loses
@@ -29,6 +30,7 @@ from typing import NamedTuple
 from weft.estimate import Estimate
 from weft.plan import listed
 from weft.planner import space
+from weft.planner.deficit import Deficit
 from weft.planner.evaluate import Evaluator
 from weft.planner.memory import Held
 from weft.planner.recompute import recomputing
@@ -88,6 +90,12 @@ class Cut(NamedTuple):
         return f"needs {format_bytes(self.full.bytes)} of {format_bytes(self.full.limit)}{again}"
 
 
+class Tight(NamedTuple):
+    """A candidate whose bound counts the memory it lacks."""
+
+    candidate: Candidate
+
+
 @dataclass
 class Frontier:
     """One search.
@@ -108,13 +116,16 @@ class Frontier:
     _floors: dict[object, tuple[float, float, list[float]]] = field(default_factory=dict)
     _roomy: dict[object, bool] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._deficit = Deficit(self.evaluator.stages)
+
     def __iter__(self) -> Iterator[Costed]:
         """The fastest that fits of each kind of plan, fastest first."""
         number = count()
-        heap: list[tuple[float, float, int, Degrees | Candidate | Cut | Costed]] = []
+        heap: list[tuple[float, float, int, Degrees | Candidate | Tight | Cut | Costed]] = []
         settled: set[frozenset[str]] = set()
 
-        def push(bound: float, what: Degrees | Candidate | Cut | Costed, peak: float = 0.0) -> None:
+        def push(bound: float, what: Degrees | Candidate | Tight | Cut | Costed, peak: float = 0.0) -> None:
             heapq.heappush(heap, (bound, peak, next(number), what))
 
         for degrees in self.degrees:
@@ -136,8 +147,11 @@ class Frontier:
                 for candidate in self._of_degrees(what):
                     push(max(bound, self._floor(candidate)), candidate)
             elif isinstance(what, Candidate):
-                cut = self.cut(what) if self._may_fit(what) else None
-                if cut and cut.full.fits:
+                if self._may_fit(what) and (least := self._with_memory(what)) < math.inf:
+                    push(max(bound, least), Tight(what))
+            elif isinstance(what, Tight):
+                cut = self.cut(what.candidate)
+                if cut.full.fits:
                     self.fits.add(degrees)
                     push(max(bound, self._bound(cut).bound_s or 0.0), cut, cut.full.bytes)
             elif isinstance(what, Cut):
@@ -211,6 +225,19 @@ class Frontier:
         share = min(place.core_share for place in line.places)
         devices = len(line.replicas) * degrees.tp * degrees.cp
         return candidate.microbatches * least * share * devices
+
+    def _with_memory(self, candidate: Candidate) -> float:
+        """Seconds that a candidate's step takes at least, however it recomputes to fit."""
+        stages, shown = self.evaluator.stages, 1 - self.evaluator.system.hides_tensor
+        fastest = stages.fastest(candidate)
+        if self.constraints.recompute is not None or candidate.chunks > 1 or stages.fullest(candidate, fastest).fits:
+            return 0.0
+        full = candidate._replace(recompute=everywhere(stages.profile, "full"))
+        asked = (candidate, stages.cut(candidate)), (full, fastest), (full, stages.cut(full))
+        cuts = dict.fromkeys(ends for which, ends in asked if stages.fullest(which, ends).fits)
+        lines = [[stages.slowest(candidate, sites) for sites in line.sites] for line in stages.layout(candidate).lines]
+        every = (max(self._deficit.floor(candidate, ends, line) for line in lines) for ends in cuts)
+        return shown * min(every, default=math.inf)
 
     def cut(self, candidate: Candidate) -> Cut:
         """The candidate as it is, or where that does not fit, cut by memory too, or recomputing as much as it takes."""
