@@ -17,6 +17,16 @@ from weft.errors import BatchError, InputError
 Loss = Tensor | tuple[Tensor, Tensor | int | float]
 
 
+def no_loss(model: nn.Module, batch: Any) -> Loss:
+    """What a workload that was given no loss has for one. Raises InputError."""
+    raise InputError("this Workload has no loss; give it loss=lambda model, batch: ... to train, verify or compare it")
+
+
+def no_optimizer(parameters: Parameters) -> torch.optim.Optimizer:
+    """What a workload that was given no optimizer has for one. Raises InputError."""
+    raise InputError("this Workload has no optimizer; give it optimizer=lambda params: torch.optim.AdamW(params)")
+
+
 class Parameters(Sequence[nn.Parameter]):
     """The parameters of the model, in its order, with the names a single device gives them.
 
@@ -68,6 +78,8 @@ class Workload:
         shuffle: draw the samples of every epoch in a new order.
         collate: makes a batch of a list of samples; every tensor in it has the samples in dimension 0.
         max_grad_norm: clip gradients to this global L2 norm; None leaves them.
+        predict: ``predict(model, batch)``: what inference gives for a batch, tensors in any nesting with the samples in
+            dimension 0. A workload that is never trained needs neither ``loss`` nor ``optimizer``.
         scheduler: factory of the learning-rate scheduler from the optimizer; it steps after every optimizer step.
 
     Raises:
@@ -75,10 +87,11 @@ class Workload:
     """
 
     model: Callable[[], nn.Module]
-    loss: Callable[[nn.Module, Any], Loss]
     data: Any
-    optimizer: Callable[[Parameters], torch.optim.Optimizer]
     batch_size: int
+    loss: Callable[[nn.Module, Any], Loss] = no_loss
+    optimizer: Callable[[Parameters], torch.optim.Optimizer] = no_optimizer
+    predict: Callable[[nn.Module, Any], Any] | None = None
     units: Sequence[str] | None = None
     seed: int = 0
     shuffle: bool = True
@@ -92,6 +105,8 @@ class Workload:
                 f"Workload.scheduler must be callable, got {type(self.scheduler).__name__} (pass a factory: "
                 "scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps))"
             )
+        if self.predict is not None and not callable(self.predict):
+            raise InputError(f"Workload.predict must be callable, got {type(self.predict).__name__}")
         for name in ("model", "loss", "optimizer", "collate"):
             if not callable(getattr(self, name)):
                 hint = " (pass a factory: model=lambda: MyModel())" if name == "model" else ""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from weft.capture.draws import derived
+from weft.capture.forward import evaluated
 from weft.capture.initial import FakeModel, build_fake
 from weft.capture.recorder import Recording, record
 from weft.capture.units import find_units
@@ -29,13 +30,16 @@ MOST = 64
 class Recordings:
     """Makes recordings of one workload and keeps them.
 
+    Args:
+        workload: whose loss is recorded; ``inferring``: as a model that is not trained computes it.
+
     Attributes:
         watch: what was seen of the loss while it was recorded.
         units: names of the model's units; fewer, where a recording had to place some together.
     """
 
-    def __init__(self, workload: Workload) -> None:
-        self.watch = Watch()
+    def __init__(self, workload: Workload, *, inferring: bool = False) -> None:
+        self.watch, self._inferring = Watch(), inferring
         self._workload, self._loss = workload, self.watch.of(workload.loss)
         self._fake: FakeModel | None = None
         self.units: Sequence[str] = find_units(self.fake.model, workload.units)
@@ -49,6 +53,8 @@ class Recordings:
         if self._fake is None:
             self._fake = build_fake(self._workload.model, self._workload.seed)
             plain_synchronised(self._fake.model)
+            if self._inferring:
+                evaluated(self._fake.model)
         return self._fake
 
     def hand_over(self) -> FakeModel:
