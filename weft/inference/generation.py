@@ -255,7 +255,7 @@ class Generator:
         from weft.inference.caches import settle
 
         step = group.step()
-        logits = self._next.run(step, shapes=(step.form(0), step.form(1)))
+        logits = self._next.run(step, like=step.like())
         group.seen += step.tokens.shape[1]
         settle(group.cache, group.seen)
         return logits  # type: ignore[no-any-return]  # the function's
