@@ -47,19 +47,15 @@ class Tokens:
     Attributes:
         prompt: of each prompt.
         new_tokens: after it.
-
-    Raises:
-        InputError: a number below 1.
     """
 
     prompt: int | None = None
     new_tokens: int | None = None
 
-    def __post_init__(self) -> None:
-        for name in ("prompt", "new_tokens"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise InputError(f"{name} must be a whole number of tokens of at least 1, got {value!r}")
+    @classmethod
+    def asked(cls, prompt: int | None, new_tokens: int | None) -> Tokens | None:
+        """These numbers; None where nobody asked for any."""
+        return None if prompt is None and new_tokens is None else cls(prompt=prompt, new_tokens=new_tokens)
 
     def within(self, config: Any) -> tuple[int, int]:
         """Both numbers, for a model with this configuration.

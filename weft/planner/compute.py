@@ -135,7 +135,7 @@ class CallCosts:
             routed = ROUTES * self.size(self._experts.routed(self._profile, call), NO_GROUP, division)
         return CallCost(
             forward_s=self._seconds(call.forward, division, last) + python,
-            backward_s=backward + python,
+            backward_s=backward + python if call.backward else 0.0,
             # Of the two products that a projection's backward is made of, one is its weight's.
             weight_s=self._seconds(products, division, last) / 2,
             forward_reduced=tuple(
