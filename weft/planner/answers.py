@@ -22,7 +22,7 @@ MEMORY_NAMES = {
     "cache": "keys and values (cache)",
     "activations": "activations of one forward",
     "buffers": "communication buffers",
-    "slack": "room for the cache to grow, and allocator",
+    "slack": "libraries, allocator, and room for the cache to grow",
 }
 COPIES = frozenset({"dp_replicate"})
 
