@@ -28,7 +28,7 @@ from weft.cluster import Cluster
 from weft.errors import InputError, MemoryLimitError, PlanError
 from weft.planner import Constraints, choose_inference, estimate_inference, space
 from weft.planner.forwards import Forwards, Task
-from weft.planner.inference import Search, candidates
+from weft.planner.ranking import Search, candidates
 from weft.planner.rounds import Lap, Pipe, least_s, least_token_s, simulate
 from weft.planner.space import Candidate, Degrees
 from weft.planner.work import Work
@@ -288,7 +288,7 @@ def test_a_model_that_does_not_fit_is_split_and_the_plan_says_so():
     assert choice.plan.dp_shard == 1
     assert "One device cannot hold the model, so it has to be split." in choice.plan.explain()
     assert {"one device", "dp_replicate=4"} <= {refused.what for refused in choice.refused}
-    with pytest.raises(MemoryLimitError, match="the least that would do is .*--batch"):
+    with pytest.raises(MemoryLimitError, match=r"the least that would do is .*--batch"):
         choose_inference(what, cluster.with_memory(2 * 2**30))
 
 
@@ -298,7 +298,7 @@ def test_sharded_copies_are_the_last_resort():
     roomy = cluster.with_memory(70 * 2**30)
     assert choose_inference(what, roomy, pp=1, tp=1).plan.describe() == "dp_replicate=4"
     sharded = choose_inference(what, roomy, pp=1, tp=1, dp_shard=4).estimate
-    assert sharded.time["data_parallel"] > 0.5 * sharded.batch_s  # all weights for every token
+    assert sharded.time["data_parallel"] > 0.3 * sharded.batch_s  # all weights for every token
 
 
 def test_latency_asks_for_tensor_parallelism_where_links_are_fast_and_not_where_they_are_slow():
