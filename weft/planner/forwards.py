@@ -11,7 +11,7 @@ they are the decoder's alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,13 +20,14 @@ from weft.cluster.topology import Cluster
 from weft.estimate import InferenceEstimate
 from weft.planner import balance
 from weft.planner.communication import transfer_s
+from weft.planner.eager import forward_s
 from weft.planner.evaluate import Evaluator, Run
 from weft.planner.holder import Holder
 from weft.planner.rounds import Ended, Lap, Pipe, least_s, least_token_s, simulate
 from weft.planner.sites import Site, at
 from weft.planner.space import Candidate
 from weft.planner.stages import Ends
-from weft.planner.work import Work
+from weft.planner.system import INFERENCE
 
 ID_BYTES = 8.0
 """Of a token's number, as the last stage sends it to the others."""
@@ -60,8 +61,8 @@ class Forwards:
 
     def __init__(self, task: Task, cluster: Cluster) -> None:
         self.task, self.cluster = task, cluster
-        self.first = Evaluator(task.first, cluster)
-        self.then = Evaluator(task.then, cluster) if task.then is not None else None
+        self.first = Evaluator(task.first, cluster, INFERENCE)
+        self.then = Evaluator(task.then, cluster, INFERENCE) if task.then is not None else None
         later = self.then.stages if self.then is not None else None
         self.holder = Holder(self.first.stages, later, task.generation)
         self._pipes: dict[object, list[Pipe]] = {}
@@ -201,8 +202,10 @@ class Forwards:
 
     def _pipe(self, candidate: Candidate, run: Run, then: Run | None) -> Pipe:
         stages, degrees = range(candidate.degrees.pp), candidate.degrees
-        lap, back = lap_of(run), dict[int, float]()
-        later = lap_of(then) if then is not None else None
+        kinds, back = self.first.stages.kinds, dict[int, float]()
+        own_s = [max(forward_s(kinds[site.kind]) for site in at(run.line.sites, stage)) for stage in stages]
+        lap = lap_of(run, own_s)
+        later = lap_of(then, own_s) if then is not None else None
         if later is not None and degrees.pp > 1:
             apart, first = degrees.devices // degrees.pp, run.line.replicas[0] * degrees.tp * degrees.cp
             last = (degrees.pp - 1) * apart + first
@@ -241,8 +244,11 @@ class Forwards:
         return total + (rounds - 1) * steps
 
 
-def lap_of(run: Run) -> Lap:
-    """The forwards of a run; what is gathered, in the forward's part."""
-    works = tuple(Work(*load.work.forward) for load in run.loads)
+def lap_of(run: Run, more: Sequence[float]) -> Lap:
+    """The forwards of a run, each that computes anything with so many seconds more."""
+    works = tuple(
+        load.work.forward._replace(compute_s=load.work.forward.compute_s + own * (load.work.forward.compute_s > 0))
+        for load, own in zip(run.loads, more, strict=True)
+    )
     onward: Mapping[tuple[int, int], float] = {pair: s for pair, s in run.transfers.items() if pair in run.flows}
     return Lap(works, onward)
