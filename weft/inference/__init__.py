@@ -1,0 +1,1 @@
+"""Inference: models that are run, not trained, under a plan."""
