@@ -15,7 +15,7 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,23 @@ class Target:
                 f"{self}: {self.name}() returned {type(workload).__name__}; it must return a weft.Workload"
             )
         return workload
+
+    def taking(self, path: Path) -> Target:
+        """This target with its data from a file, which its function takes as ``input``.
+
+        Raises:
+            TargetError: there is no such file, or the function takes none.
+        """
+        if not path.exists():
+            raise TargetError(f"--input {path}: no such file")
+        if "input" not in inspect.signature(self._function()).parameters:
+            raise TargetError(
+                f"{self}: {self.name}() takes no input; give it a parameter `input: str` and make its data of that "
+                "file, or leave --input out"
+            )
+        if "input" in self.arguments:
+            raise TargetError(f"--input {path} and input={self.arguments['input']} say the same; leave one of them out")
+        return replace(self, arguments={**self.arguments, "input": str(path)})
 
     def __str__(self) -> str:
         return self.file if self.name == DEFAULT_NAME else f"{self.file}:{self.name}"
