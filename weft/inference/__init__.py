@@ -1,1 +1,1 @@
-"""Inference: models that are run, not trained, under a plan."""
+"""Inference under a plan."""
