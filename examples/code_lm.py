@@ -79,6 +79,13 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch["x"]).flatten(0, 1), batch["y"].flatten())
 
 
+def predict(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """How likely every byte was [B, T], and which one was the likeliest."""
+    logits_BTC = model(batch["x"])
+    log_likelihood_BT = -F.cross_entropy(logits_BTC.flatten(0, 1), batch["y"].flatten(), reduction="none")
+    return {"log_likelihood": log_likelihood_BT.view_as(batch["y"]), "guess": logits_BTC.argmax(-1).to(torch.uint8)}
+
+
 def workload(
     layers: int = 8, hidden: int = 256, heads: int = 8, context: int = 128, batch_size: int = 32, lr: float = 1e-3
 ):
@@ -87,6 +94,7 @@ def workload(
     return weft.Workload(
         model=lambda: CodeLM(layers, hidden, heads, context),
         loss=loss,
+        predict=predict,
         data=StandardLibrary(context),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr),
         batch_size=batch_size,

@@ -24,6 +24,7 @@ from weft.engines import parallelize
 from weft.errors import InputError
 from weft.inference import results
 from weft.inference.columns import Kind
+from weft.inference.formats import format_of
 from weft.plan import Plan
 from weft.planner import search
 from weft.runtime import checkpoint, memory
@@ -119,7 +120,7 @@ def run(target: Target, order: Order, watcher: Watcher) -> Prediction:
     """
     output, samples = Path(order.output), samples_of(target.load(), order)
     identity = {**identity_of(target, order), "samples": samples}
-    form = results.format_of(output)
+    form = format_of(output)
     results.check(output, samples, identity, form, resume=order.resume, overwrite=order.overwrite)
     result = launch(predict_here, target, order, watcher, devices=order.plan.devices, memory=order.memory_bytes)[0]
     assert isinstance(result, Prediction)
