@@ -168,10 +168,14 @@ def match(model: Any, entries: Mapping[str, Entry], *, where: object) -> dict[st
         else:
             pieces[name][pattern].append(entries[key])
     found = plain | {name: convert(by_pattern, parts, where=where) for name, parts in pieces.items()}
-    passed_over = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    unexpected = [key for key in unexpected if not any(pattern.search(key) for pattern in passed_over)]
+    unexpected = [key for key in unexpected if not named(key, model._keys_to_ignore_on_load_unexpected)]
     there = {id(held[name]) for name in found}  # tied names are one tensor
-    missing = [name for name, tensor in held.items() if id(tensor) not in there]
+    made = model._keys_to_ignore_on_load_missing  # tables that the constructor computes, among others
+    missing = [
+        name
+        for name, tensor in held.items()
+        if id(tensor) not in there and (tensor.requires_grad or not named(name, made))
+    ]
     if missing or unexpected:
         told = [
             f"{what} {', '.join(names[:TOLD])}{f' and {len(names) - TOLD} more' if len(names) > TOLD else ''}"
@@ -189,6 +193,11 @@ def match(model: Any, entries: Mapping[str, Entry], *, where: object) -> dict[st
                 "config.json; give a directory whose files belong together"
             )
     return found
+
+
+def named(name: str, patterns: Sequence[str] | None) -> bool:
+    """Whether one of some patterns is found in a name."""
+    return any(re.search(pattern, name) for pattern in patterns or ())
 
 
 def convert(by_pattern: Mapping[str, Any], parts: Mapping[str, Sequence[Stored]], *, where: object) -> Stored:
