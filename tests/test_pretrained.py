@@ -19,6 +19,7 @@ from weft.capture import capture
 from weft.errors import InputError, ModelError
 from weft.inference.pretrained import pretrained
 from weft.inference.weights import Entry
+from weft.jobs.reference import SingleDevice, in_dtype
 from weft.planner import search
 from weft.runtime.pool import Pool
 from weft.target import Target
@@ -105,6 +106,14 @@ def test_every_rank_reads_what_it_holds(
     for _, read, held in found:
         assert read == held
         assert held < 0.9 * whole
+
+
+def test_one_device_has_these_weights_too(directory: Callable[[str], Path]) -> None:
+    workload = trainable(directory("gpt2"))
+    plan = search(capture(workload), weft.Cluster.local(devices=1)).plan
+    state = SingleDevice(in_dtype(workload, torch.float64), torch.device("cpu"), plan=plan).state()
+    for name, parameter in tf.GPT2LMHeadModel.from_pretrained(directory("gpt2")).named_parameters():
+        assert torch.equal(state[name], parameter.double())
 
 
 def test_a_directory_is_a_target(directory: Callable[[str], Path]) -> None:

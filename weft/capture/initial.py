@@ -24,7 +24,7 @@ from weft.capture.blame import first_line, place_of
 from weft.capture.replay import replay, value
 from weft.capture.tape import Ref, Tape
 from weft.errors import ModelError
-from weft.workload import Stored, Weights
+from weft.workload import Box, Stored, Weights
 
 Cut = Callable[[Tensor], Tensor]
 """Takes the part of a full tensor that is to be kept."""
@@ -148,13 +148,28 @@ def materialize(
     for name in cuts:
         ref = fake.refs[name]
         if (stored := fake.stored.get(name)) is not None:
-            keep(name, stored.read(tuple(slice(0, length) for length in stored.shape)).to(ref.dtype))
+            keep(name, stored.read(whole(stored)).to(ref.dtype))
         elif isinstance(ref, Tensor):
             keep(name, ref.detach().clone())
         else:
             made[name] = ref
     replay(fake.tape, made, keep, draws=not fake.stored)
     return {name: kept[fake.first(name)] for name in wanted}
+
+
+def whole(stored: Stored) -> Box:
+    """The box that is all of a tensor."""
+    return tuple(slice(0, length) for length in stored.shape)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, weights: Weights | None) -> nn.Module:
+    """A real model with the values that are stored for it, if there are any, in place of its own."""
+    if weights is not None:
+        held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        for name, stored in weights(model).items():
+            held[name].copy_(stored.read(whole(stored)))
+    return model
 
 
 def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
