@@ -19,6 +19,7 @@ from weft.capture import capture
 from weft.errors import InputError, ModelError
 from weft.inference.pretrained import pretrained
 from weft.inference.weights import Entry
+from weft.jobs.predict import plan_for
 from weft.jobs.reference import SingleDevice, in_dtype
 from weft.planner import search
 from weft.runtime.pool import Pool
@@ -106,6 +107,26 @@ def test_every_rank_reads_what_it_holds(
     for _, read, held in found:
         assert read == held
         assert held < 0.9 * whole
+
+
+def generate(directory: str, plan: weft.Plan, prompts: list[list[int]]) -> tuple[list[list[int]], Tensor]:
+    engine = weft.parallelize(pretrained(directory, batch_size=2), plan, purpose="inference")
+    tokens = engine.generate(prompts, max_new_tokens=12).sequences.tolist()
+    return tokens, engine.predict({"input_ids": torch.tensor(prompts)})
+
+
+def test_it_generates_and_predicts_with_them(pool: Pool, directory: Callable[[str], Path]) -> None:
+    path = directory("gpt2")
+    prompts = [[5, 9, 2], [7, 1, 3]]
+    model = tf.AutoModelForCausalLM.from_pretrained(path)
+    plan = plan_for(pretrained(path, batch_size=2), weft.Cluster.local(devices=2), {"pp": 2})
+    tokens, logits = pool.run(generate, str(path), plan, prompts, ranks=2)[0]
+    with torch.no_grad():
+        expected = model.generate(
+            torch.tensor(prompts), max_new_tokens=12, do_sample=False, attention_mask=torch.ones(2, 3), pad_token_id=0
+        )
+        assert tokens == expected.tolist()
+        assert torch.allclose(logits, model(torch.tensor(prompts)).logits, atol=1e-5)
 
 
 def test_one_device_has_these_weights_too(directory: Callable[[str], Path]) -> None:
