@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.capture.blame import first_line
 from weft.errors import InputError, ModelError
-from weft.inference.weights import entries_of, files_of, match
+from weft.inference.weights import entries_of, match
 from weft.workload import Stored, Workload
 
 CONFIG = "config.json"
@@ -46,12 +47,11 @@ def pretrained(
 
     Raises:
         InputError: there is no such directory, or a dtype that is none.
-        ModelError: it is not of a language model that can be made from its config.
+        ModelError: it is not of a language model that can be made from its config, or its files do not fit it.
     """
     directory = Path(directory)
     config = config_of(directory)
     kind = dtype_of(dtype if dtype is not None else config.dtype)
-    files_of(directory)  # one that is missing shows here
 
     def model() -> nn.Module:
         return make(directory, config, kind)
@@ -59,6 +59,9 @@ def pretrained(
     def weights(model: nn.Module) -> Mapping[str, Stored]:
         return match(model, entries_of(directory), where=directory)
 
+    # What is wrong shows here, before there are processes; and what transformers imports late is imported.
+    with torch.device("meta"):
+        weights(model())
     return Workload(
         model=model,
         weights=weights,
@@ -109,7 +112,10 @@ def make(directory: Path, config: Any, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    made: Any = auto.from_config(config, dtype=dtype, trust_remote_code=False)  # type: ignore[no-untyped-call]  # transformers has no type for it
+    try:
+        made: Any = auto.from_config(config, dtype=dtype, trust_remote_code=False)  # type: ignore[no-untyped-call]  # transformers has no type for it
+    except ValueError as error:
+        raise ModelError(f"{directory}: is not of a language model: {first_line(error)}") from error
     if (directory / "generation_config.json").is_file():
         made.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
     model: nn.Module = made.eval()
