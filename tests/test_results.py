@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -247,6 +248,18 @@ def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path) -> None:
     attempt("it is there already; give another name, or --overwrite")
     attempt("it is not of this run", identity={**IDENTITY, "target": "b.py"}, resume=True)
     run(output, overwrite=True)
+
+
+def test_a_run_that_is_refused_at_once_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError), opened(tmp_path / "a.npy", SAMPLES, {}) as results:
+        results.add(predictions(0, 3), 3)
+    assert os.listdir(tmp_path) == []
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(InputError, match=r"need pyarrow.*pip install 'weft\[predict\]', or give --output FILE.npy"):
+        formats.format_of(tmp_path / "a.parquet")
 
 
 def test_what_a_format_cannot_hold_is_refused(tmp_path: Path) -> None:

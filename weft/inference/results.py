@@ -103,10 +103,13 @@ class Results:
             lambda file: self._form.join(file, parts, self.samples, self._identity),
             through=folder_of(self.output) / f"_whole{durable.PARTIAL}",
         )
-        os.unlink(folder_of(self.output) / RUN)  # first: without it, the rest is of no run
-        durable.sync(folder_of(self.output))
-        clear(folder_of(self.output))
+        self._close()
         self.finished = True
+
+    def leave(self) -> None:
+        """Leave nothing of a run that cannot go on and has written nothing."""
+        if not self.finished and not self._parts():
+            self._close()
 
     def resume(self) -> None:
         """Go on behind the parts that are there."""
@@ -121,6 +124,12 @@ class Results:
         self._note(fresh=False)
         clear(folder)
         self._note(fresh=True)
+
+    def _close(self) -> None:
+        folder = folder_of(self.output)
+        os.unlink(folder / RUN)  # first: without it, the rest is of no run
+        durable.sync(folder)
+        clear(folder)
 
     def _note(self, *, fresh: bool) -> None:
         text = json.dumps({"run": self._identity, "fresh": fresh}, indent=2) + "\n"
@@ -178,7 +187,11 @@ def opened(
             results.begin()
         else:
             results.resume()
-        yield results
+        try:
+            yield results
+        except InputError:
+            results.leave()
+            raise
 
 
 def check(
