@@ -94,7 +94,7 @@ class Forwards:
         device = self.grid.device
         microbatch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, microbatch)
         if like is not None and self.plan.pp == 1:  # nothing travels, and nobody draws
-            with torch.no_grad(), running(device):
+            with torch.inference_mode(), running(device):
                 return self._function(self.placement.model, microbatch)
         seeds = Seeds(self._seed, 0, 0, 0)
         known = self._known_of(microbatch, seeds) if like is None else self._known_like(like, seeds)
