@@ -100,7 +100,7 @@ def test_plan_explains_and_saves(weft: WEFT, tmp_path: Path) -> None:
 
 
 def test_help_names_every_verb_and_every_choice(weft: WEFT) -> None:
-    assert all(verb in weft()[1] for verb in ("plan", "train", "compare", "verify", "cluster", "launch"))
+    assert all(verb in weft()[1] for verb in ("plan", "train", "predict", "compare", "verify", "cluster", "launch"))
     code, out, _ = weft("verify", "--help")
     assert code == 0
     assert all(f"--{name}" in out for name in ("pp", "tp", "dp-replicate", "dp-shard", "microbatches", "schedule"))

@@ -4,6 +4,7 @@ from weft.cluster import Cluster
 from weft.engines import parallelize
 from weft.errors import InputError, JobError, WeftError
 from weft.inference.engine import InferenceEngine
+from weft.inference.pretrained import pretrained
 from weft.jobs.verify import Verification, verify
 from weft.plan import Plan
 from weft.planner import plan
@@ -25,6 +26,7 @@ __all__ = [
     "launch",
     "parallelize",
     "plan",
+    "pretrained",
     "verify",
 ]
 __version__ = "0.1.0"

@@ -22,6 +22,7 @@ from weft.cluster.file import write_cluster
 from weft.errors import InputError, PlanError, WeftError, WorkerError
 from weft.fixed import WITHOUT_DEGREES, takes_fixed
 from weft.jobs import compare as comparing
+from weft.jobs import predict as predicting
 from weft.jobs import train as training
 from weft.jobs import verify as verifying
 from weft.options import (
@@ -43,7 +44,7 @@ from weft.planner import Constraints, Keywords, changes, choose, choose_inferenc
 from weft.quantity import each_of, parse_sizes
 from weft.report import page, tables
 from weft.report.output import output
-from weft.report.progress import Bar, TrainingLog, show_cursor
+from weft.report.progress import Bar, PredictionLog, TrainingLog, show_cursor
 from weft.runtime.launch import launch as launch_function
 from weft.runtime.launch import launch_script
 from weft.runtime.worker import run_here
@@ -143,6 +144,45 @@ def train(
         )
         count = devices_of(devices, given, known)
         show("", training.run(work, order, TrainingLog(), devices=count).to_json())
+
+
+@app.command()
+@takes_fixed
+def predict(
+    target: TargetText,
+    arguments: Arguments = None,
+    output_file: Annotated[Path, typer.Option("--output", metavar="FILE", help=".parquet or .npy; needed")] = ...,  # type: ignore[assignment]  # typer's way to say that it is needed
+    input_file: Annotated[Path | None, typer.Option("--input", metavar="FILE", help="of data, for the target")] = None,
+    plan_file: PlanFile = None,
+    cluster: ClusterText = None,
+    devices: Devices = None,
+    memory: Memory = None,
+    checkpoint: Annotated[Path | None, typer.Option(metavar="DIR", help="weights that training saved")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="the first N samples only")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with what an earlier run has written")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="begin anew, whatever is there")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    *,
+    fixed: dict[str, Any],
+) -> None:
+    """Write what the workload predicts for its data; --resume goes on where a run was interrupted."""
+    with output(as_json) as show:
+        work = target_of(target, arguments)
+        work = work if input_file is None else work.taking(input_file)
+        given = None if plan_file is None else plan_of(plan_file, fixed)
+        count = devices_of(devices, given)
+        on = cluster_of(cluster, devices or count, memory)
+        order = predicting.Order(
+            plan=given or predicting.plan_for(work.load(), on, fixed),
+            output=str(output_file),
+            checkpoint=None if checkpoint is None else str(checkpoint),
+            limit=limit,
+            resume=resume,
+            overwrite=overwrite,
+            memory_bytes=parse_sizes(memory),
+        )
+        show("", predicting.run(work, order, PredictionLog()).to_json())
 
 
 @app.command()

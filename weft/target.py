@@ -1,5 +1,5 @@
-"""Target: how the command line names a workload: ``file.py``, ``file.py:name`` or ``package.module:name``, with
-``name=value`` arguments.
+"""Target: how the command line names a workload: ``file.py``, ``file.py:name``, ``package.module:name`` or a directory
+of pretrained weights, with ``name=value`` arguments.
 
 A target is plain text, so it crosses to other processes, each of which loads the workload itself.
 """
@@ -15,11 +15,12 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from weft.errors import TargetError, WeftError
+from weft.inference import pretrained
 from weft.workload import Workload
 
 DEFAULT_NAME = "workload"
@@ -31,7 +32,8 @@ class Target:
     """A workload function and the arguments to call it with, as text.
 
     Attributes:
-        file: path of a Python file, or the name of a module that can be imported.
+        file: path of a Python file, or the name of a module that can be imported, or a directory that holds a
+            transformers model (``config.json`` and safetensors), whose arguments are ``pretrained.target_of``'s.
         name: of the function in it.
         arguments: name to text; ``load`` converts each to the type of the function's parameter.
     """
@@ -71,10 +73,29 @@ class Target:
             )
         return workload
 
+    def taking(self, path: Path) -> Target:
+        """This target with its data from a file, which its function takes as ``input``.
+
+        Raises:
+            TargetError: there is no such file, or the function takes none.
+        """
+        if not path.exists():
+            raise TargetError(f"--input {path}: no such file")
+        if "input" not in inspect.signature(self._function()).parameters:
+            raise TargetError(
+                f"{self}: {self.name}() takes no input; give it a parameter `input: str` and make its data of that "
+                "file, or leave --input out"
+            )
+        if "input" in self.arguments:
+            raise TargetError(f"--input {path} and input={self.arguments['input']} say the same; leave one of them out")
+        return replace(self, arguments={**self.arguments, "input": str(path)})
+
     def __str__(self) -> str:
         return self.file if self.name == DEFAULT_NAME else f"{self.file}:{self.name}"
 
     def _function(self) -> Callable[..., Any]:
+        if (Path(self.file) / pretrained.CONFIG).is_file():
+            return pretrained.target_of(Path(self.file))
         module = self._file_module() if self.file.endswith(".py") else self._module()
         function = vars(module).get(self.name)
         if function is None:
@@ -123,7 +144,8 @@ class Target:
             if error.name is None or not self.file.startswith(error.name):
                 raise self._raised(error, "importing it raised") from error
             raise TargetError(
-                f"{self.file}: no module of this name can be imported; for a file, write its path with .py"
+                f"{self.file}: no module of this name can be imported; for a file, write its path with .py; a "
+                "directory of pretrained weights needs a config.json"
             ) from error
         except Exception as error:  # the user's code: whatever it raises is told in one line
             raise self._raised(error, "importing it raised") from error

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,23 @@ from weft.containers import opened
 from weft.errors import BatchError, InputError
 
 Loss = Tensor | tuple[Tensor, Tensor | int | float]
+Box = tuple[slice, ...]
+"""A box of a tensor: where it starts and stops along every dimension."""
+
+
+class Stored(Protocol):
+    """A tensor that is kept somewhere and can be read in boxes."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+
+    def read(self, box: Box) -> Tensor:
+        """The values in a box of the whole tensor."""
+
+
+Weights = Callable[[nn.Module], Mapping[str, Stored]]
+"""Tells, for a model, where the values of all its parameters and persistent buffers are, by any of a tensor's names."""
 
 
 def no_loss(model: nn.Module, batch: Any) -> Loss:
@@ -78,6 +95,8 @@ class Workload:
         shuffle: draw the samples of every epoch in a new order.
         collate: makes a batch of a list of samples; every tensor in it has the samples in dimension 0.
         max_grad_norm: clip gradients to this global L2 norm; None leaves them.
+        weights: where the model's weights are, if they are not to be drawn: see ``Weights``. Each process reads what it
+            owns of them, and no more.
         predict: ``predict(model, batch)``: what inference gives for a batch, tensors in any nesting with the samples in
             dimension 0. A workload that is never trained needs neither ``loss`` nor ``optimizer``.
         scheduler: factory of the learning-rate scheduler from the optimizer; it steps after every optimizer step.
@@ -92,6 +111,7 @@ class Workload:
     loss: Callable[[nn.Module, Any], Loss] = no_loss
     optimizer: Callable[[Parameters], torch.optim.Optimizer] = no_optimizer
     predict: Callable[[nn.Module, Any], Any] | None = None
+    weights: Weights | None = None
     units: Sequence[str] | None = None
     seed: int = 0
     shuffle: bool = True
@@ -107,6 +127,8 @@ class Workload:
             )
         if self.predict is not None and not callable(self.predict):
             raise InputError(f"Workload.predict must be callable, got {type(self.predict).__name__}")
+        if self.weights is not None and not callable(self.weights):
+            raise InputError(f"Workload.weights must be callable, got {type(self.weights).__name__}")
         for name in ("model", "loss", "optimizer", "collate"):
             if not callable(getattr(self, name)):
                 hint = " (pass a factory: model=lambda: MyModel())" if name == "model" else ""

@@ -51,7 +51,7 @@ def capture(workload: Workload, precision: str = "float32") -> Profile:
         BatchError: the batch does not have its samples in dimension 0.
     """
     start = time.perf_counter()
-    fake = build_fake(workload.model, workload.seed)
+    fake = build_fake(workload.model, workload.seed, workload.weights)
     plain_synchronised(fake.model)
     units = find_units(fake.model, workload.units)
     batches = [sample_batch(workload, samples) for samples in SAMPLES]

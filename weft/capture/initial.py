@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -24,6 +24,7 @@ from weft.capture.blame import first_line, place_of
 from weft.capture.replay import replay, value
 from weft.capture.tape import Ref, Tape
 from weft.errors import ModelError
+from weft.workload import Box, Stored, Weights
 
 Cut = Callable[[Tensor], Tensor]
 """Takes the part of a full tensor that is to be kept."""
@@ -41,6 +42,7 @@ class FakeModel:
             it is.
         tape: the operations of the factory.
         seed: the seed the weights are drawn from.
+        stored: of tensors that are not drawn, by first name, where their values are.
     """
 
     model: nn.Module
@@ -49,14 +51,20 @@ class FakeModel:
     refs: dict[str, Ref | Tensor]
     tape: Tape
     seed: int
+    stored: Mapping[str, Stored] = field(default_factory=dict)
 
     def first(self, name: str) -> str:
         """The first name of the tensor that has this one. Raises KeyError for a name the model does not have."""
         return name if name in self.names else next((f for f, all_ in self.names.items() if name in all_), name)
 
 
-def build_fake(factory: Callable[[], nn.Module], seed: int) -> FakeModel:
+def build_fake(factory: Callable[[], nn.Module], seed: int, weights: Weights | None = None) -> FakeModel:
     """Run a model factory on fake tensors. The caller's random generator is left as it was.
+
+    Args:
+        factory: of the model.
+        seed: to draw its weights from.
+        weights: where they are, if they are not to be drawn.
 
     Raises:
         ModelError: the factory raised, made no module, or looked at values it had drawn.
@@ -88,7 +96,10 @@ def build_fake(factory: Callable[[], nn.Module], seed: int) -> FakeModel:
         return tensor
 
     map_tensors(model, note)
-    return FakeModel(model, mode, {all_[0]: tuple(all_) for all_ in names.values()}, refs, tape, seed)
+    fake = FakeModel(model, mode, {all_[0]: tuple(all_) for all_ in names.values()}, refs, tape, seed)
+    if weights is None:
+        return fake
+    return replace(fake, stored={fake.first(name): stored for name, stored in weights(model).items()})
 
 
 @contextmanager
@@ -110,7 +121,7 @@ def seeded(seed: int) -> Iterator[None]:
 def materialize(
     fake: FakeModel, wanted: Mapping[str, Cut | None], *, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """The values of tensors of a model, bit for bit those of ``torch.manual_seed(seed); factory()``.
+    """The values of tensors of a model, bit for bit those of ``torch.manual_seed(seed); factory()``, or as stored.
 
     They are computed on the CPU, about one at a time, each cut and moved as soon as it is final.
 
@@ -133,12 +144,32 @@ def materialize(
             part = part.clone()  # a view would keep all of the full tensor
         kept[name] = part.to(device)
 
+    made: dict[str, Ref] = {}
     for name in cuts:
         ref = fake.refs[name]
-        if isinstance(ref, Tensor):
+        if (stored := fake.stored.get(name)) is not None:
+            keep(name, stored.read(whole(stored)).to(ref.dtype))
+        elif isinstance(ref, Tensor):
             keep(name, ref.detach().clone())
-    replay(fake.tape, {n: ref for n in cuts if isinstance(ref := fake.refs[n], Ref)}, keep)
+        else:
+            made[name] = ref
+    replay(fake.tape, made, keep, draws=not fake.stored)
     return {name: kept[fake.first(name)] for name in wanted}
+
+
+def whole(stored: Stored) -> Box:
+    """The box that is all of a tensor."""
+    return tuple(slice(0, length) for length in stored.shape)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, weights: Weights | None) -> nn.Module:
+    """A real model with the values that are stored for it, if there are any, in place of its own."""
+    if weights is not None:
+        held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        for name, stored in weights(model).items():
+            held[name].copy_(stored.read(whole(stored)))
+    return model
 
 
 def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

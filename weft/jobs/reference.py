@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from weft.adapters import adapt, making, running
-from weft.capture.initial import seeded
+from weft.capture.initial import fill, seeded
 from weft.capture.recorder import Recording
 from weft.capture.watch import plain_synchronised
 from weft.jobs.lockstep import run_together
@@ -80,7 +80,7 @@ class SingleDevice:
         self.workload, self.device, self.plan = workload, device, plan
         self.loss_scale = LossScale() if plan.precision == "fp16" else None
         with seeded(workload.seed), making():
-            self.model = adapt(workload.model()).to(device)
+            self.model = fill(adapt(workload.model()).to(device), workload.weights)
         plain_synchronised(self.model)
         self.optimizer = make_optimizer(workload, self.model.named_parameters())
         self.scheduler = make_scheduler(workload, self.optimizer)

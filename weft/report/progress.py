@@ -97,6 +97,48 @@ class TrainingLog:
             self._progress = None
 
 
+class PredictionLog:
+    """Tells what happens while predicting. Sent to the process of rank 0, as a TrainingLog is."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._told = 0
+
+    def planned(self, plan: Plan) -> None:
+        """The plan that will run."""
+        print(f"plan: {plan.describe()}", flush=True)
+
+    def resumed(self, done: int, samples: int) -> None:
+        """What an earlier run has done."""
+        print(f"going on behind {done} of {samples} samples", file=sys.stderr, flush=True)
+
+    def progress(self, done: int, samples: int) -> None:
+        """Move the bar, or print a line for each tenth of the way."""
+        if not sys.stderr.isatty():
+            if (tenth := 10 * done // samples) > self._told:
+                self._told = tenth
+                print(f"{done}/{samples} samples", file=sys.stderr, flush=True)
+            return
+        if self._progress is None:
+            self._progress = new_progress()
+            self._task = self._progress.add_task("predicting", completed=done, total=samples)
+            self._progress.start()
+        assert self._task is not None
+        self._progress.update(self._task, completed=done, total=samples)
+
+    def publishing(self, output: str) -> None:
+        """The file is being made."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=f"writing {output}")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
 def log_line(line: Line) -> str:
     """An interval of training in one line."""
     step = f"{line.step:>{len(str(line.steps))}}/{line.steps}"

@@ -21,9 +21,11 @@ from weft.plan import Plan
 from weft.runtime.data import Alone, DataParallel, Replicated, Sharded, shard
 from weft.runtime.division import Division
 from weft.runtime.grid import Grid
+from weft.runtime.pieces import boxes
 from weft.runtime.tensor import Divided, divide
 from weft.runtime.totals import Held, holds_first
 from weft.runtime.whole import Whole
+from weft.workload import Stored
 
 
 @dataclass(frozen=True)
@@ -141,21 +143,42 @@ def gathered_units(model: nn.Module, units: list[str], mine: frozenset[str], out
 def draw(
     fake: FakeModel, model: nn.Module, mine: frozenset[str], divisions: Mapping[str, Division], grid: Grid
 ) -> dict[str, Tensor]:
-    """Draw the initial values of what this rank holds, each cut to this rank's piece as soon as it is known."""
-    targets = dict(model.named_parameters())
-    cuts = {name: cut_of(targets.get(name), divisions.get(name)) for name in mine}
+    """Draw the initial values of what this rank holds, each cut to this rank's piece as soon as it is known, or read
+    that piece where they are stored."""
+    targets: dict[str, Tensor] = dict(model.named_parameters())
+    cuts = {name: cut_of(targets.get(name), divisions.get(name)) for name in mine - fake.stored.keys()}
     values = materialize(fake, cuts, device=grid.device)
-    for name, target in targets.items():
-        if name in mine and isinstance(target, DTensor):
-            values[name] = DTensor.from_local(
-                values[name],
-                target.device_mesh,
-                target.placements,
-                run_check=False,
-                shape=target.shape,
-                stride=target.stride(),
-            )
+    for name in values.keys() & targets.keys():
+        values[name] = as_held(values[name], targets[name])
+    targets |= dict(model.named_buffers())
+    for name in mine & fake.stored.keys():
+        values[name] = read(fake.stored[name], targets[name], divisions.get(name), grid.device)
     return values
+
+
+def as_held(values: Tensor, target: Tensor) -> Tensor:
+    """This rank's values of a parameter, as fully_shard holds them if it shards the parameter."""
+    if not isinstance(target, DTensor):
+        return values
+    mesh, placements, shape = target.device_mesh, target.placements, target.shape
+    return DTensor.from_local(values, mesh, placements, run_check=False, shape=shape, stride=target.stride())
+
+
+def read(stored: Stored, target: Tensor, division: Division | None, device: torch.device) -> Tensor:
+    """What this rank holds of a tensor that is stored, and nothing else of it, box by box.
+
+    Args:
+        stored: the whole tensor.
+        target: this rank's, without values.
+        division: how tensor parallelism divides it.
+        device: where to put it.
+    """
+    local = target.to_local() if isinstance(target, DTensor) else target
+    held = as_held(torch.empty(local.shape, dtype=target.dtype, device=device), target)
+    for box in boxes(held, division):
+        ends = zip(box.offsets, box.values.shape, strict=True)
+        box.values.copy_(stored.read(tuple(slice(start, start + length) for start, length in ends)))
+    return held
 
 
 def cut_of(target: Tensor | None, division: Division | None) -> Callable[[Tensor], Tensor] | None:

@@ -51,7 +51,7 @@ class Recordings:
     def fake(self) -> FakeModel:
         """What is recorded: the model on fake tensors. Every recording leaves it as it was."""
         if self._fake is None:
-            self._fake = build_fake(self._workload.model, self._workload.seed)
+            self._fake = build_fake(self._workload.model, self._workload.seed, self._workload.weights)
             plain_synchronised(self._fake.model)
             if self._inferring:
                 evaluated(self._fake.model)
