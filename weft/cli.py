@@ -18,38 +18,39 @@ import typer
 from weft.capture import capture
 from weft.cluster import Cluster, measure
 from weft.cluster.file import write_cluster
-from weft.errors import InputError, PlanError, TargetError, WeftError, WorkerError
+from weft.errors import InputError, WeftError, WorkerError
 from weft.fixed import WITHOUT_DEGREES, takes_fixed
 from weft.jobs import compare as comparing
 from weft.jobs import train as training
 from weft.jobs import verify as verifying
-from weft.plan import Plan
+from weft.options import (
+    Arguments,
+    ClusterText,
+    Devices,
+    Json,
+    Memory,
+    PlanFile,
+    TargetText,
+    Verbose,
+    cluster_of,
+    devices_of,
+    plan_of,
+    precision_of,
+    target_of,
+)
 from weft.planner import Constraints, Keywords, changes, choose, search
 from weft.quantity import each_of, parse_sizes
 from weft.report import page, tables
 from weft.report.output import output
 from weft.report.progress import Bar, TrainingLog, show_cursor
-from weft.runtime.launch import device_count, launch_script
 from weft.runtime.launch import launch as launch_function
-from weft.runtime.worker import device_type, run_here
-from weft.target import Target
+from weft.runtime.launch import launch_script
+from weft.runtime.worker import run_here
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Train one model on many devices.")
 
 QUICK_S = 3.0
 """Seconds of a search that ``weft plan`` repeats without being asked, to tell what would change its answer."""
-
-TargetText = Annotated[str, typer.Argument(metavar="TARGET", help="file.py, file.py:name or package.module:name")]
-Arguments = Annotated[list[str] | None, typer.Argument(metavar="[name=value]...", help="for the workload function")]
-Devices = Annotated[int | None, typer.Option(min=1, help="how many; default: all accelerators, or all cores")]
-Memory = Annotated[
-    str | None, typer.Option(help="of each device, as in 2GiB, or one by one: 2GiB,1GiB; CPU processes are held to it")
-]
-ClusterText = Annotated[str | None, typer.Option("--cluster", metavar="FILE|PRESET:NODESxDEVICES")]
-PlanFile = Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="run this plan instead of a search")]
-Steps = Annotated[int, typer.Option(min=1)]
-Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="with the traceback of the process that failed first")]
 
 
 @app.command()
@@ -233,50 +234,6 @@ def launch(
 def measure_here(memory_bytes: Sequence[int]) -> Cluster:
     """Measure inside a job."""
     return measure(memory_bytes=memory_bytes)
-
-
-def target_of(text: str, arguments: Sequence[str] | None) -> Target:
-    """The target and its ``name=value`` arguments."""
-    values = {}
-    for argument in arguments or []:
-        name, equals, value = argument.partition("=")
-        if not equals or not name.isidentifier():
-            raise TargetError(f"{argument!r} is not of the form name=value, as in layers=4")
-        values[name] = value
-    return Target.parse(text, values)
-
-
-def cluster_of(text: str | None, devices: int | None, memory: str | None) -> Cluster:
-    """What to plan for: a file or a preset, or this machine as it is known without measuring."""
-    if text is None:
-        return Cluster.local(devices, memory)
-    found = Cluster.parse(text)
-    if devices is not None:
-        found = found.with_devices(devices)
-    return found.with_memory(*parse_sizes(memory))
-
-
-def plan_of(path: Path, fixed: dict[str, Any]) -> Plan:
-    """A plan file; it fixes everything, so nothing else may."""
-    if fixed:
-        name, value = next(iter(fixed.items()))
-        option = "--" + name.replace("_", "-")
-        raise PlanError(f"--plan {path} fixes everything and {option} {value} was given too; leave one of them out")
-    return Plan.load(path)
-
-
-def precision_of(fixed: dict[str, Any]) -> str:
-    """The precision that was asked for, checked."""
-    return Constraints(precision=fixed.get("precision")).precision or "float32"
-
-
-def devices_of(devices: int | None, plan: Plan | None = None, cluster: Cluster | None = None) -> int:
-    """How many devices a job takes: as asked, as the plan or the cluster says, or all there are."""
-    if plan is None:
-        return devices or (device_count(device_type()) if cluster is None else cluster.devices)
-    if devices not in (None, plan.devices):
-        raise PlanError(f"the plan is for {plan.devices} devices and --devices is {devices}; leave --devices out")
-    return plan.devices
 
 
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]

@@ -1,0 +1,73 @@
+"""Options that verbs of the command line share, and what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from weft.cluster import Cluster
+from weft.errors import PlanError, TargetError
+from weft.plan import Plan
+from weft.planner import Constraints
+from weft.quantity import parse_sizes
+from weft.runtime.launch import device_count
+from weft.runtime.worker import device_type
+from weft.target import Target
+
+TargetText = Annotated[str, typer.Argument(metavar="TARGET", help="file.py, file.py:name or package.module:name")]
+Arguments = Annotated[list[str] | None, typer.Argument(metavar="[name=value]...", help="for the workload function")]
+Devices = Annotated[int | None, typer.Option(min=1, help="how many; default: all accelerators, or all cores")]
+Memory = Annotated[
+    str | None, typer.Option(help="of each device, as in 2GiB, or one by one: 2GiB,1GiB; CPU processes are held to it")
+]
+ClusterText = Annotated[str | None, typer.Option("--cluster", metavar="FILE|PRESET:NODESxDEVICES")]
+PlanFile = Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="run this plan instead of a search")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="with the traceback of the process that failed first")]
+
+
+def target_of(text: str, arguments: Sequence[str] | None) -> Target:
+    """The target and its ``name=value`` arguments."""
+    values = {}
+    for argument in arguments or []:
+        name, equals, value = argument.partition("=")
+        if not equals or not name.isidentifier():
+            raise TargetError(f"{argument!r} is not of the form name=value, as in layers=4")
+        values[name] = value
+    return Target.parse(text, values)
+
+
+def cluster_of(text: str | None, devices: int | None, memory: str | None) -> Cluster:
+    """What to plan for: a file or a preset, or this machine as it is known without measuring."""
+    if text is None:
+        return Cluster.local(devices, memory)
+    found = Cluster.parse(text)
+    if devices is not None:
+        found = found.with_devices(devices)
+    return found.with_memory(*parse_sizes(memory))
+
+
+def plan_of(path: Path, fixed: dict[str, Any]) -> Plan:
+    """A plan file; it fixes everything, so nothing else may."""
+    if fixed:
+        name, value = next(iter(fixed.items()))
+        option = "--" + name.replace("_", "-")
+        raise PlanError(f"--plan {path} fixes everything and {option} {value} was given too; leave one of them out")
+    return Plan.load(path)
+
+
+def precision_of(fixed: dict[str, Any]) -> str:
+    """The precision that was asked for, checked."""
+    return Constraints(precision=fixed.get("precision")).precision or "float32"
+
+
+def devices_of(devices: int | None, plan: Plan | None = None, cluster: Cluster | None = None) -> int:
+    """How many devices a job takes: as asked, as the plan or the cluster says, or all there are."""
+    if plan is None:
+        return devices or (device_count(device_type()) if cluster is None else cluster.devices)
+    if devices not in (None, plan.devices):
+        raise PlanError(f"the plan is for {plan.devices} devices and --devices is {devices}; leave --devices out")
+    return plan.devices
