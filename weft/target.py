@@ -71,11 +71,30 @@ class Target:
             )
         return workload
 
+    def beside(self, name: str) -> Any | None:
+        """What another function of the same file returns, given those of the arguments that it takes; None where there
+        is none of this name.
+
+        Raises:
+            TargetError: it raised.
+        """
+        function = vars(self._module_of()).get(name)
+        if not inspect.isfunction(function):
+            return None
+        taken = {k: text for k, text in self.arguments.items() if k in inspect.signature(function).parameters}
+        values = Target(self.file, name, taken)._values(function)
+        try:
+            return function(**values)
+        except WeftError:
+            raise  # it names the remedy itself
+        except Exception as error:  # the user's code: whatever it raises is told in one line
+            raise self._raised(error, f"{name}() raised") from error
+
     def __str__(self) -> str:
         return self.file if self.name == DEFAULT_NAME else f"{self.file}:{self.name}"
 
     def _function(self) -> Callable[..., Any]:
-        module = self._file_module() if self.file.endswith(".py") else self._module()
+        module = self._module_of()
         function = vars(module).get(self.name)
         if function is None:
             functions = [name for name, value in vars(module).items() if inspect.isfunction(value)]
@@ -89,6 +108,9 @@ class Target:
                 f"{self.file}: {self.name} is a {type(function).__name__}, not a function that returns a weft.Workload"
             )
         return typing.cast(Callable[..., Any], function)
+
+    def _module_of(self) -> types.ModuleType:
+        return self._file_module() if self.file.endswith(".py") else self._module()
 
     def _file_module(self) -> types.ModuleType:
         """Import the file under its own name, once per process, with its neighbours importable."""
