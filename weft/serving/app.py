@@ -144,9 +144,9 @@ def reason_of(error: RequestValidationError) -> RefusedError:
         return RefusedError(400, "the body is not JSON")
     faults: dict[str, str] = {}
     for fault in error.errors():
-        place = ".".join(str(part) for part in fault["loc"][1:])
+        place = ".".join(str(part) for part in fault["loc"][1:]) or "the body"
         faults.setdefault(place, fault["msg"])
-    told = "; ".join(f"{place}: {text}" if place else text for place, text in faults.items())
+    told = "; ".join(f"{place}: {text}" for place, text in faults.items())
     first = str(next((fault["loc"][1] for fault in error.errors() if len(fault["loc"]) > 1), ""))
     return RefusedError(400, told, param=first or None)
 

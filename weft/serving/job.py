@@ -1,13 +1,13 @@
 """The job of a server: a process that starts one process for each device and waits for their end.
 
 It is a process of its own, so that the server has no part in what PyTorch's elastic agent does with signals and
-children, and can end all of it at once. It is given its work on stdin, says on stdout how it ended, and lives no longer
-than the server.
+children, and can end all of it at once. It is given its work on stdin, says on stdout how it ended, and stays to do it
+again (importing torch takes longer than most restarts should), but no longer than the server.
 """
 
 from __future__ import annotations
 
-import contextlib
+import base64
 import json
 import os
 import sys
@@ -45,28 +45,39 @@ class Job:
 
 
 def command() -> list[str]:
-    """What starts the job's process; it is to be given the secret in its environment and ``order`` on stdin."""
+    """What starts the job's process."""
     return [sys.executable, "-c", BOOTSTRAP, json.dumps([path or os.getcwd() for path in sys.path])]
 
 
-def order(job: Job, port: int) -> bytes:
-    """What the job's process reads on stdin."""
-    return bytes(cloudpickle.dumps((job, port, os.getpid())))
+def introduction(job: Job) -> bytes:
+    """The first line that the job's process reads on stdin."""
+    return base64.b64encode(cloudpickle.dumps((job, os.getpid()))) + b"\n"
 
 
 def main() -> None:
-    """Run the job that stdin tells of; on stdout goes one JSON object: the error, or nothing wrong."""
-    job, port, parent = cloudpickle.loads(sys.stdin.buffer.read())
+    """Run the job that the first line of stdin tells of, once for each line after it, which says where and how to find
+    the server. On stdout goes a line of JSON each time it ends: the error, or nothing wrong."""
+    job, parent = cloudpickle.loads(base64.b64decode(sys.stdin.readline()))
     die_with(parent)
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever user code prints is no answer
-    found: dict[str, object] = {}
-    try:
-        launch(serve_here, job.make, port, devices=job.devices, memory=job.memory or None, device=job.device)
-    except WeftError as error:
-        found = {"error": str(error), "input": isinstance(error, InputError)}
-    with contextlib.suppress(BrokenPipeError), answer:
-        answer.write(json.dumps(found))
+    for line in sys.stdin:
+        start = json.loads(line)
+        os.environ[SECRET] = start["secret"]
+        found: dict[str, object] = {}
+        try:
+            launch(
+                serve_here,
+                job.make,
+                start["port"],
+                devices=job.devices,
+                memory=job.memory or None,
+                device=job.device,
+            )
+        except WeftError as error:
+            found = {"error": str(error), "input": isinstance(error, InputError)}
+        answer.write(json.dumps(found) + "\n")
+        answer.flush()
 
 
 def serve_here(make: Callable[[], Decoder], port: int) -> None:

@@ -196,8 +196,8 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "weft"
-    max_model_len: int | None = Field(None, description="positions, prompt and new tokens together")
-    vocabulary: int | None = Field(None, description="token ids are below this")
+    max_model_len: Annotated[int | None, Field(description="positions, prompt and new tokens together")] = None
+    vocabulary: Annotated[int | None, Field(description="token ids are below this")] = None
     devices: int | None = None
 
 

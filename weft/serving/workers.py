@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import hmac
 import json
-import os
 import secrets
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from collections.abc import Callable
 from weft.errors import InputError, JobError, WeftError
 from weft.runtime.failure import exit_cause
 from weft.serving import job
-from weft.serving.channel import LINE_BYTES, SECRET, Message, line_of
+from weft.serving.channel import LINE_BYTES, Message, line_of
 from weft.serving.scheduler import Facts, Scheduler
 
 HELLO_S = 10.0
@@ -45,7 +44,8 @@ class Workers:
     ) -> None:
         self.restarts = 0
         self._job, self._scheduler, self._on_ready, self._say = job, scheduler, on_ready, say
-        self._secret = b""
+        self._process: asyncio.subprocess.Process | None = None
+        self._secret = ""
         self._came = self._lost = False
         self._hanging_up: Callable[[], None] = lambda: None
         self._heard_s = 0.0
@@ -74,31 +74,48 @@ class Workers:
                 self.restarts += 1
         finally:
             server.close()
+            await self._end()
 
     async def _once(self, port: int) -> WeftError:
         """One life of the job; what it died of."""
-        self._secret = secrets.token_urlsafe(32).encode()
+        self._secret = secrets.token_urlsafe(32)
         self._came = self._lost = False
+        process = self._process = self._process or await self._started()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        watch = asyncio.create_task(self._watch(process))
+        try:
+            process.stdin.write(line_of({"port": port, "secret": self._secret}))
+            said = await process.stdout.readline()
+        finally:
+            watch.cancel()
+        if said:
+            found = json.loads(said)
+            text = found.get("error") or "the workers ended, as if they had been told to"
+            return InputError(text) if found.get("input") else JobError(text)
+        self._process = None
+        return JobError(f"the job {exit_cause(await process.wait())}")
+
+    async def _started(self) -> asyncio.subprocess.Process:
+        """A process for the job."""
         process = await asyncio.create_subprocess_exec(
             *job.command(),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, SECRET: self._secret.decode()},
             start_new_session=True,  # Ctrl-C is for the server, which then ends the job
         )
-        watch = asyncio.create_task(self._watch(process))
-        try:
-            said, _ = await process.communicate(job.order(self._job, port))
-        finally:
-            watch.cancel()
-            await self._end(process)
-        found = json.loads(said) if said else {}
-        text = found.get("error") or f"the job {exit_cause(process.returncode or 0)}"
-        return InputError(text) if found.get("input") else JobError(text)
+        assert process.stdin is not None
+        process.stdin.write(job.introduction(self._job))
+        return process
 
-    async def _end(self, process: asyncio.subprocess.Process) -> None:
+    async def _end(self) -> None:
         """End the job: by hanging up, by SIGTERM, by SIGKILL, after which the system ends its children."""
         self._hanging_up()
+        process, self._process = self._process, None
+        if process is None:
+            return
+        assert process.stdin is not None
+        process.stdin.close()
         ways: list[Callable[[], object]] = [lambda: None, process.terminate, process.kill]
         for end in ways:
             if process.returncode is not None:
@@ -131,7 +148,7 @@ class Workers:
         try:
             async with asyncio.timeout(HELLO_S):
                 hello = json.loads(await reader.readline())
-            known = hmac.compare_digest(str(hello.pop("secret")).encode(), self._secret)
+            known = hmac.compare_digest(str(hello.pop("secret")).encode(), self._secret.encode())
             return Facts(**hello) if known and not self._came else None
         except (TimeoutError, ValueError, LookupError, TypeError, AttributeError, OSError):
             return None  # whatever a stranger sends
