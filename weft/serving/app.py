@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fastapi import Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
@@ -47,8 +47,8 @@ def make_app(
         title="weft serve",
         version=weft.__version__,
         description=f"{model}, divided over devices. The routes are OpenAI's.",
-        dependencies=[Depends(bearer)] if guarded else [],
     )
+    v1 = APIRouter(prefix="/v1", dependencies=[Depends(bearer)] if guarded else [])
     created = int(time.time())
 
     def described() -> protocol.Model:
@@ -72,27 +72,29 @@ def make_app(
         metrics.answered(http.url.path, found.status_code)
         return found
 
-    @app.post("/v1/completions", response_model=protocol.Completion, responses=STREAMED)
+    @v1.post("/completions", response_model=protocol.Completion, responses=STREAMED)
     async def completions(http: HttpRequest, body: protocol.CompletionBody) -> Response:
         """Go on with a text, or with token ids."""
         return await complete(http, body, CompletionForm(model))
 
-    @app.post("/v1/chat/completions", response_model=protocol.Chat, responses=STREAMED)
+    @v1.post("/chat/completions", response_model=protocol.Chat, responses=STREAMED)
     async def chat_completions(http: HttpRequest, body: protocol.ChatBody) -> Response:
         """Answer a conversation."""
         return await complete(http, body, ChatForm(model))
 
-    @app.get("/v1/models", responses=errors(401))
+    @v1.get("/models", responses=errors(401))
     async def models() -> protocol.Models:
         """What is served."""
         return protocol.Models(data=[described()])
 
-    @app.get("/v1/models/{name:path}", responses=errors(400, 401, 404))
+    @v1.get("/models/{name:path}", responses=errors(400, 401, 404))
     async def one_model(name: str) -> protocol.Model:
         """The model of a name."""
         if name != model:
             raise RefusedError(404, f"there is no model {name!r} here; it is called {model!r}", code="model_not_found")
         return described()
+
+    app.include_router(v1)
 
     @app.get("/health", response_model=protocol.Health, responses={503: {"model": protocol.Health}})
     async def health() -> Response:
