@@ -24,12 +24,12 @@ from weft.capture import Profile, capture
 from weft.capture.initial import build_fake
 from weft.capture.profile import LOSS
 from weft.cluster import Cluster
+from weft.engines import parallelize
 from weft.errors import WeftError
 from weft.jobs.reference import ReferenceStep, SingleDevice, in_dtype
 from weft.jobs.verify import relative_error
 from weft.plan import Plan
 from weft.planner import make_plan
-from weft.runtime.engine import parallelize
 from weft.runtime.totals import local
 
 TOLERANCES = {"float32": 1e-4, "float64": 1e-7}

@@ -13,10 +13,10 @@ from test_equality import plan_for
 from torch import Tensor, nn
 
 import weft
+from weft.engines import parallelize
 from weft.jobs.noise import REACH, rounding
 from weft.plan import Plan
 from weft.runtime.compiled import Compiled
-from weft.runtime.engine import parallelize
 from weft.runtime.pool import Pool
 
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from weft.capture import capture
 from weft.cluster import Cluster
 from weft.cluster.presets import preset, processes
+from weft.engines import parallelize
 from weft.errors import InputError, PlanError
 from weft.jobs.noise import rounding
 from weft.jobs.verify import verify_here
 from weft.plan import Plan
 from weft.planner import estimate, make_plan, search
 from weft.precision import in_precision
-from weft.runtime.engine import parallelize
 from weft.runtime.pool import Pool
 from weft.runtime.scaling import BACKOFF, GROWTH, INITIAL, INTERVAL, LossScale
 

@@ -20,12 +20,12 @@ from weft.capture.recomputation import is_costly, keeps_selected
 from weft.capture.recorder import record
 from weft.capture.units import find_units
 from weft.cluster import Cluster
+from weft.engines import parallelize
 from weft.errors import PlanError
 from weft.jobs.verify import verify_here
 from weft.plan import Plan
 from weft.planner import estimate, make_plan
 from weft.runtime import memory
-from weft.runtime.engine import parallelize
 from weft.runtime.pool import Pool
 from weft.runtime.recompute import Recompute, recomputing
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 from weft.capture import capture
 from weft.capture.profile import Profile
 from weft.cluster import Cluster, measure
+from weft.engines import parallelize
 from weft.errors import InputError
 from weft.estimate import Estimate, Measurement
 from weft.jobs.reference import SingleDevice
@@ -20,7 +21,6 @@ from weft.planner import Choice, Keywords, estimate, make_plan, search
 from weft.precision import dtypes_of
 from weft.quantity import format_bytes, format_seconds
 from weft.runtime import memory
-from weft.runtime.engine import parallelize
 from weft.runtime.meter import Meter
 from weft.runtime.pool import Pool
 from weft.runtime.stopwatch import Stopwatch

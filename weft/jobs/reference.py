@@ -163,7 +163,9 @@ class SingleDevice:
         seeds = Seeds(self.workload.seed, step, m, replica)
         recording = self._recordings.of(microbatch, seeds)
         placement = self._placements[replica % len(self._placements)]
-        return partial(placement.forward, self.workload, microbatch, Run(recording, self._routes(recording), {}, seeds))
+        return partial(
+            placement.forward, self.workload.loss, microbatch, Run(recording, self._routes(recording), {}, seeds)
+        )
 
     def _take_statistics(self, source: int) -> None:
         """Give all replicas the running statistics of one."""

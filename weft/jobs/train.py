@@ -12,13 +12,14 @@ import torch.distributed as dist
 
 from weft.capture import capture
 from weft.cluster import Cluster, measure
+from weft.engines import parallelize
 from weft.errors import InputError
 from weft.estimate import Difference, Estimate, Measurement, differences
 from weft.plan import Plan
 from weft.planner import Refused, estimate, search
 from weft.precision import dtypes_of
 from weft.runtime import memory
-from weft.runtime.engine import Engine, parallelize
+from weft.runtime.engine import Engine
 from weft.runtime.launch import launch
 from weft.runtime.meter import Meter
 from weft.runtime.worker import join

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from weft.engines import parallelize
 from weft.errors import InputError
 from weft.jobs.noise import Noise
 from weft.jobs.reference import FLOOR, SingleDevice, in_dtype, relative_error
 from weft.plan import Plan
 from weft.precision import DTYPES
-from weft.runtime.engine import parallelize
 from weft.runtime.launch import launch
 from weft.runtime.totals import local
 from weft.target import Target

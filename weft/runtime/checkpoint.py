@@ -100,13 +100,7 @@ def load(directory: Path, plan: Plan, part: Part, optimizer: torch.optim.Optimiz
     training = read_training(path)
     reader = FileSystemReader(path)
     stored = reader.read_metadata().state_dict_metadata
-    model = model_state(part)
-    for name, tensor in model.items():
-        entry = stored.get(name)
-        if not isinstance(entry, TensorStorageMetadata):
-            raise CheckpointError(f"{path}: has no {name}; it is a checkpoint of another model")
-        if entry.size != tensor.shape:
-            raise CheckpointError(f"{path}: {name} has shape {tuple(entry.size)}, the model's is {tuple(tensor.shape)}")
+    model = _stored_model(path, part, stored)
     moments = blank_optimizer_state(part, stored)
     read_tensors({**model, **_in_pieces(part, moments)}, storage_reader=reader)
     states: dict[str, dict[str, Tensor]] = {}
@@ -124,6 +118,33 @@ def load(directory: Path, plan: Plan, part: Part, optimizer: torch.optim.Optimiz
     for group, settings in zip(optimizer.param_groups, training.groups, strict=True):
         group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in settings.items()})
     return training
+
+
+def load_model(directory: Path, part: Part) -> None:
+    """Read parameters and buffers alone of the newest checkpoint of a folder, or of the one given; all ranks call it.
+
+    Raises:
+        CheckpointError: there is none, or it is of another model.
+    """
+    path = directory if (directory / MARK).exists() else newest(directory)
+    reader = FileSystemReader(path)
+    read_tensors(_stored_model(path, part, reader.read_metadata().state_dict_metadata), storage_reader=reader)
+
+
+def _stored_model(path: Path, part: Part, stored: dict[str, Any]) -> dict[str, Tensor]:
+    """This rank's parameters and buffers by checkpoint name.
+
+    Raises:
+        CheckpointError: one of them is not stored, or not in this shape.
+    """
+    model = model_state(part)
+    for name, tensor in model.items():
+        entry = stored.get(name)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise CheckpointError(f"{path}: has no {name}; it is a checkpoint of another model")
+        if entry.size != tensor.shape:
+            raise CheckpointError(f"{path}: {name} has shape {tuple(entry.size)}, the model's is {tuple(tensor.shape)}")
+    return model
 
 
 def model_state(part: Part) -> dict[str, Tensor]:

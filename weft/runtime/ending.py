@@ -20,10 +20,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from weft.workload import Loss
-
-UserLoss = Callable[[nn.Module, Any], Loss]
-NO_LOSS = Tensor()
+Function = Callable[[nn.Module, Any], Any]
+NOTHING = Tensor()
 
 DEEPEST, LARGE = 4, 1000
 """How many objects inside each other are looked at, and the largest container."""
@@ -37,30 +35,33 @@ class Done(BaseException):
 
 
 class Ending:
-    """Whether and where the forwards of one stage end early.
+    """Whether and where the forwards of one function end early on one stage.
 
     Args:
         model: the user's model.
-        loss: the loss that is run.
-        written: the loss as the user wrote it, which is looked at.
+        written: the loss as the user wrote it, or what else is computed, which is looked at.
     """
 
-    def __init__(self, model: nn.Module, loss: UserLoss, written: UserLoss) -> None:
-        self._model, self._loss, self._written = model, loss, written
+    def __init__(self, model: nn.Module, written: Function) -> None:
+        self._model, self._written = model, written
         self._early: bool | None = None
         self._held: list[tuple[Any, Any]] | None = None
 
-    def loss(self, model: nn.Module, batch: Any) -> Loss:
-        """The user's loss, or NO_LOSS where it ended with the stage's last call."""
-        self._held = None
-        try:
-            return self._loss(model, batch)
-        except Done:
-            return NO_LOSS
-        finally:
-            if self._held is not None:
-                self._early = _same(self._held, self._holdings())
-                self._held = None
+    def of(self, function: Function) -> Function:
+        """What is run in the function's place: it gives NOTHING where it ended with the stage's last call."""
+
+        def ended(model: nn.Module, batch: Any) -> Any:
+            self._held = None
+            try:
+                return function(model, batch)
+            except Done:
+                return NOTHING
+            finally:
+                if self._held is not None:
+                    self._early = _same(self._held, self._holdings())
+                    self._held = None
+
+        return ended
 
     def reach(self) -> None:
         """A call of a later stage begins.

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,22 +19,27 @@ from weft.precision import in_precision
 from weft.runtime import checkpoint, part, totals
 from weft.runtime.batches import Batch, Sampler, divide
 from weft.runtime.buffers import Buffers
-from weft.runtime.ending import Ending
+from weft.runtime.ending import Ending, Function
+from weft.runtime.forwards import Forwards
 from weft.runtime.gather import gather
 from weft.runtime.grid import Grid
 from weft.runtime.optimizer import make_optimizer, make_scheduler, restored
 from weft.runtime.pipeline import Pipeline
 from weft.runtime.placement import Placement
+from weft.runtime.predictor import Predictor, predict_of
 from weft.runtime.recordings import Recordings
 from weft.runtime.routes import Routes
 from weft.runtime.scaling import LossScale
 from weft.runtime.stopwatch import Stopwatch
 from weft.runtime.worker import describe_stage, join
-from weft.workload import Workload
+from weft.workload import Workload, no_loss
+
+if TYPE_CHECKING:
+    from weft.inference.generation import Generation, Generator
 
 
 class Engine:
-    """One rank of a running plan. Made by ``parallelize``.
+    """One rank of a plan that trains. Made by ``parallelize``.
 
     Attributes:
         plan: the plan.
@@ -82,9 +87,9 @@ class Engine:
         here = {call.unit for call, s in zip(self._first.calls, stage_of, strict=True) if s == self.grid.stage}
         names, watch = self.part.buffer_names, self.recordings.watch
         buffers = Buffers(self.model, names, watch, self._first, stage_of, plan, self.grid)
-        ending = Ending(self.model, workload.loss, written) if plan.pp > 1 else None
+        ending = Ending(self.model, written) if plan.pp > 1 else None
         if ending is not None:
-            workload = replace(workload, loss=ending.loss)
+            workload = replace(workload, loss=ending.of(workload.loss))
         if self.part.whole is not None:
             workload = replace(workload, loss=self.part.whole.of(workload.loss))
         placement = Placement(
@@ -95,7 +100,6 @@ class Engine:
             device=self.grid.device,
             recompute=plan.recompute,
             compiled=here if plan.compile else (),
-            ending=ending,
         )
         self._pipeline = Pipeline(
             workload,
@@ -106,8 +110,12 @@ class Engine:
             buffers=buffers,
             record=self.recordings.of,
             stopwatch=self.stopwatch,
+            ending=ending,
         )
         self.loss_scale = LossScale() if plan.precision == "fp16" else None
+        self._placed = placement, self.part.whole, units
+        self._predictor: Predictor | None = None
+        self._generator: Generator | None = None
 
     def batches(self, epochs: int | None = 1) -> Iterator[Batch]:
         """This rank's part of every batch from where training stands to the end of the epoch (``epochs=None``: for
@@ -169,6 +177,27 @@ class Engine:
         self.step_count += 1
         return loss
 
+    def predict(self, batch: Any) -> Any:
+        """What the workload predicts for a batch, with the parameters as they are now, in evaluation mode: see
+        ``Predictor.predict``. All ranks call it with the same batch."""
+        if self._predictor is None:
+            self._predictor = Predictor(self._forwards(predict_of(self.workload)), self.plan, self.grid)
+        return self._predictor.predict(batch)
+
+    def generate(self, input_ids: Any, **settings: Any) -> Generation:
+        """Tokens after each of some prompts, with the parameters as they are now: see ``Generator.generate``. All
+        ranks call it with the same prompts."""
+        if self._generator is None:
+            from weft.inference.generation import Generator
+
+            self._generator = Generator(self.model, self.plan, self.grid, self._forwards)
+        return self._generator.generate(input_ids, **settings)
+
+    def _forwards(self, function: Function, recorded: Function | None = None) -> Forwards:
+        placement, whole, units = self._placed
+        plain, plan, grid = replace(self.workload, loss=no_loss), self.plan, self.grid
+        return Forwards(function, plain, plan, grid, placement=placement, whole=whole, units=units, recorded=recorded)
+
     @property
     def steps_per_epoch(self) -> int:
         """Batches per epoch, the partial last one included."""
@@ -219,13 +248,3 @@ class Engine:
                 RuntimeWarning,
                 stacklevel=3,
             )
-
-
-def parallelize(workload: Workload, plan: Plan) -> Engine:
-    """Run a workload under a plan. Called in every process of a launched job; one process is a job of one.
-
-    Raises:
-        PlanError: the plan is not for this workload, model or number of processes.
-        ModelError: the model cannot be run on fake tensors, or cannot be divided as the plan says.
-    """
-    return Engine(workload, plan)

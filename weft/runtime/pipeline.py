@@ -24,6 +24,7 @@ from weft.plan import Plan
 from weft.runtime.batches import Batch
 from weft.runtime.buffers import Buffers
 from weft.runtime.data import DataParallel
+from weft.runtime.ending import Ending
 from weft.runtime.grid import Grid
 from weft.runtime.placement import Placement, Run, split_loss
 from weft.runtime.randomness import Seeds
@@ -80,6 +81,7 @@ class Pipeline:
         buffers: what forwards change.
         record: gives the recording for a microbatch, cached by its shapes.
         stopwatch: told of waiting for other stages and for replicas.
+        ending: of this stage's forwards.
     """
 
     def __init__(
@@ -93,10 +95,11 @@ class Pipeline:
         buffers: Buffers,
         record: Callable[[Any, Seeds], Recording],
         stopwatch: Stopwatch,
+        ending: Ending | None = None,
     ) -> None:
         self.workload, self.plan, self.grid = workload, plan, grid
         self.placement, self.data_parallel, self.record = placement, data_parallel, record
-        self.buffers, self.stopwatch = buffers, stopwatch
+        self.buffers, self.stopwatch, self.ending = buffers, stopwatch, ending
         self.stage = grid.stage
         self.scale = 1.0
         """Losses are multiplied by it before the backward (``scaling``)."""
@@ -124,7 +127,9 @@ class Pipeline:
         for m in range(len(self._microbatches)):
             seeds = Seeds(self.workload.seed, step, m, self.grid.replica)
             recording = self.record(batch.microbatches[m], seeds)
-            self._flights[m] = InFlight(Run(recording, self._routes_of(recording), {}, seeds, check=check))
+            self._flights[m] = InFlight(
+                Run(recording, self._routes_of(recording), {}, seeds, check=check, ending=self.ending)
+            )
         self.buffers.begin(batch)
         for action in self._actions_of({edge for f in self._flights.values() for edge in f.run.routes.edges()}):
             self._perform(action)
@@ -187,7 +192,7 @@ class Pipeline:
             for source, tensor in arrival.items()
         }
         with self.buffers.forward(m):
-            result = self.placement.forward(self.workload, self._microbatches[m], flight.run)
+            result = self.placement.forward(self.workload.loss, self._microbatches[m], flight.run)
         self._sums.counted = flight.run.recording.counted
         self._sums.unfinite = flight.run.unfinite if self._sums.unfinite is None else self._sums.unfinite
         if self.stage == self.plan.pp - 1:

@@ -34,13 +34,12 @@ from weft.capture.recorder import RecordedCall, Recording, TensorLeaf
 from weft.capture.trees import flatten, unflatten
 from weft.errors import LossError, ModelError, WeftError
 from weft.runtime.compiled import Compiled, Shared
-from weft.runtime.ending import Ending
+from weft.runtime.ending import Ending, Function
 from weft.runtime.randomness import Seeds, stream
 from weft.runtime.recompute import Recompute
 from weft.runtime.recordings import decisions_seed
 from weft.runtime.routes import Routes
 from weft.runtime.touch import touch
-from weft.workload import Loss, Workload
 
 Call = Callable[..., Any]
 
@@ -60,6 +59,7 @@ class Run:
         last: number of the call that was last begun.
         unfinite: if values are checked, the number of the first call that gave a NaN or an infinity.
         check: whether to check.
+        ending: where the forward ends, if it may end before the function does.
     """
 
     recording: Recording
@@ -72,6 +72,7 @@ class Run:
     last: int = -1
     check: bool = False
     unfinite: int | None = None
+    ending: Ending | None = None
 
     def produce(self, source: Source, tensor: Tensor) -> None:
         """Note an output of this stage."""
@@ -106,7 +107,6 @@ class Placement:
         device: the device of this rank.
         recompute: as in the plan.
         compiled: units to run through ``torch.compile``.
-        ending: of this stage's forwards.
     """
 
     def __init__(
@@ -119,10 +119,8 @@ class Placement:
         device: torch.device,
         recompute: Mapping[str, str] = MappingProxyType({}),
         compiled: Collection[str] = (),
-        ending: Ending | None = None,
     ) -> None:
         self.model, self.stage, self.mode, self.device = model, stage, mode, device
-        self._ending = ending
         self._run: Run | None = None
         self._empty: dict[TensorLeaf, Tensor] = {}
         self._entered = False
@@ -137,11 +135,12 @@ class Placement:
             # registered last: sees what leaves the unit after PyTorch's own hooks
             module.register_forward_hook(self._note(name))
 
-    def forward(self, workload: Workload, batch: Any, run: Run) -> Loss | None:
-        """Run the user's loss for one microbatch; ``run.produced`` holds this stage's outputs afterwards.
+    def forward(self, function: Function, batch: Any, run: Run) -> Any:
+        """Run a function of the model, as the user's loss, for one microbatch; ``run.produced`` holds this stage's
+        outputs afterwards.
 
         Returns:
-            The user's loss: real on the last stage, fake or None on the others.
+            What the function gives: real on the last stage, fake, NOTHING or None on the others.
 
         Raises:
             ModelError: the forward took another path than the recorded one.
@@ -150,7 +149,7 @@ class Placement:
         self._run = run
         try:
             with running(self.device), self._streams(run):
-                return workload.loss(self.model, batch)
+                return function(self.model, batch)
         except Exception as error:  # the user's code, on fake tensors: see the top of this page
             if isinstance(error, WeftError):
                 raise
@@ -197,8 +196,8 @@ class Placement:
                 )
             call = run.recording.calls[number]
             run.last = number
-            if run.routes.stage_of[number] > self.stage and self._ending is not None:
-                self._ending.reach()
+            if run.routes.stage_of[number] > self.stage and run.ending is not None:
+                run.ending.reach()
             if run.routes.stage_of[number] != self.stage:
                 return self._stand_in(run, number, call, tree_leaves((args, kwargs)))
             leaves = tree_leaves((args, kwargs))

@@ -42,13 +42,15 @@ class Routes:
     glue_random: bool
 
     @classmethod
-    def find(cls, recording: Recording, plan: Plan) -> Routes:
+    def find(cls, recording: Recording, plan: Plan, *, leaves_out: bool = False) -> Routes:
         """The routes of a plan.
+
+        ``leaves_out``: what is recorded may make fewer calls than the plan lists (an encoder alone, say).
 
         Raises:
             PlanError: the plan's stages are not consecutive stretches of the model's calls.
         """
-        stage_of = (*_stages(recording, plan), plan.pp - 1)
+        stage_of = (*_stages(recording, plan, leaves_out), plan.pp - 1)
         wanted: dict[tuple[int, int], set[Source]] = {}
         for call, stage in zip(recording.calls, stage_of, strict=True):
             for target in range(stage, plan.pp):
@@ -107,14 +109,14 @@ def _live(recording: Recording) -> set[int]:
     return live
 
 
-def _stages(recording: Recording, plan: Plan) -> list[int]:
+def _stages(recording: Recording, plan: Plan, leaves_out: bool) -> list[int]:
     """The stage of every call. A plan lists all calls there can be; some may be left out of a recording."""
     names = [call.name for call in recording.calls if call.name != LOSS]
     placed = {name: s for s, stage in enumerate(plan.stages) for name in stage}
     stages = [placed.get(name, -1) for name in names]
     order = {name: i for i, name in enumerate(placed)}
     places = [order.get(name, -1) for name in names]
-    if -1 in stages or places != sorted(places) or (not recording.varies and len(names) < len(placed)):
+    if -1 in stages or places != sorted(places) or (not (leaves_out or recording.varies) and len(names) < len(placed)):
         inverted = (n for n, p in zip(names, placed, strict=False) if n != p)
         wrong = next((n for n, s in zip(names, stages, strict=True) if s < 0), None) or next(inverted, None)
         detail = f"the plan has {wrong!r} out of place" if wrong else f"{len(placed)} are in the plan"

@@ -1,0 +1,95 @@
+"""InferenceEngine: a plan running a model that is not trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from weft.inference.generation import Generation, Generator
+from weft.inference.steps import next_token
+from weft.plan import Plan
+from weft.runtime import checkpoint, part
+from weft.runtime.ending import Function
+from weft.runtime.forwards import Forwards
+from weft.runtime.grid import Grid
+from weft.runtime.placement import Placement
+from weft.runtime.predictor import Predictor, predict_of
+from weft.runtime.routes import Routes
+from weft.runtime.worker import describe_stage, join
+from weft.workload import Workload, no_loss
+
+
+class InferenceEngine:
+    """One rank of a plan that predicts or generates. Made by ``parallelize(workload, plan, purpose="inference")``.
+
+    Nothing is kept for training: no gradients, no optimizer.
+
+    Attributes:
+        plan: the plan.
+        grid: the ranks, seen from this one.
+        model: the user's model in evaluation mode; what other ranks hold is absent from it.
+    """
+
+    def __init__(self, workload: Workload, plan: Plan) -> None:
+        join()
+        self.workload, self.plan = workload, plan
+        self.grid = Grid.make(plan)
+        describe_stage(self.grid.stage)
+        self._function = forward_of(workload)
+        first = Forwards.recordings_of(self._function, workload, plan)
+        recording = first.longest(workload.sample_batch(plan.samples_per_microbatch))
+        units = list(recording.units)
+        stage_of = Routes.find(recording, plan).stage_of
+        self.part = part.build(first.hand_over(), units, recording, stage_of, plan, self.grid)
+        self.model: nn.Module = self.part.model
+        placement = Placement(self.model, units, stage=self.grid.stage, mode=self.part.mode, device=self.grid.device)
+        self._parts = placement, self.part.whole, units
+        self._predictor: Predictor | None = None
+        self._generator: Generator | None = None
+
+    def predict(self, batch: Any) -> Any:
+        """What the workload predicts for a batch: see ``Predictor.predict``. All ranks call it with the same batch."""
+        if self._predictor is None:
+            self._predictor = Predictor(self._forwards(predict_of(self.workload)), self.plan, self.grid)
+        return self._predictor.predict(batch)
+
+    def generate(self, input_ids: Any, **settings: Any) -> Generation:
+        """Tokens after each of some prompts: see ``Generator.generate``. All ranks call it with the same prompts."""
+        return self.generator.generate(input_ids, **settings)
+
+    @property
+    def generator(self) -> Generator:
+        """What generates with this engine's model."""
+        if self._generator is None:
+            self._generator = Generator(self.model, self.plan, self.grid, self._forwards)
+        return self._generator
+
+    def load(self, directory: str | Path) -> None:
+        """Take the parameters and buffers of the newest checkpoint in ``directory`` (or of the one it is).
+
+        Raises:
+            CheckpointError: there is none, or it is of another model.
+        """
+        checkpoint.load_model(Path(directory), self.part)
+
+    def _forwards(self, function: Function, recorded: Function | None = None) -> Forwards:
+        placement, whole, units = self._parts
+        return Forwards(
+            function,
+            self.workload,
+            self.plan,
+            self.grid,
+            placement=placement,
+            whole=whole,
+            units=units,
+            recorded=recorded,
+        )
+
+
+def forward_of(workload: Workload) -> Function:
+    """What tells which calls a workload's inference makes: its prediction, else its loss, else its next token."""
+    if workload.predict is not None:
+        return workload.predict
+    return next_token if workload.loss is no_loss else workload.loss

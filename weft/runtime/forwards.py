@@ -1,0 +1,175 @@
+"""Forwards: a function of the model computed by all stages of a pipeline, with no backward.
+
+Every stage runs its own calls, on what it receives from earlier stages, and sends on what later ones need, as the
+function's recording says. Sends do not wait, so a stage that is done with one microbatch begins the next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from weft.capture.forward import as_loss
+from weft.capture.profile import Source
+from weft.capture.recorder import Recording
+from weft.errors import ModelError
+from weft.plan import Plan
+from weft.precision import in_precision
+from weft.runtime.ending import Ending, Function
+from weft.runtime.grid import Grid
+from weft.runtime.placement import Placement, Run
+from weft.runtime.randomness import Seeds
+from weft.runtime.recordings import Recordings
+from weft.runtime.routes import Routes
+from weft.runtime.whole import Whole
+from weft.workload import Workload
+
+
+class Forwards:
+    """One function of the model, on one stage.
+
+    Args:
+        function: of the model and a microbatch; what it gives is real on the last stage.
+        workload, plan, grid: of the job.
+        placement: this stage's view of the model.
+        whole: the root of what is gathered, if anything is.
+        units: names of the units that the plan places.
+        recorded: what is recorded in the function's place: one that makes the same calls, with outputs of the same
+            shapes.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        workload: Workload,
+        plan: Plan,
+        grid: Grid,
+        *,
+        placement: Placement,
+        whole: Whole | None,
+        units: list[str],
+        recorded: Function | None = None,
+    ) -> None:
+        self.plan, self.grid, self.placement, self.stage = plan, grid, placement, grid.stage
+        self._seed = workload.seed
+        self._recordings = self.recordings_of(recorded or function, workload, plan)
+        self._recordings.units = units
+        self._ending = Ending(placement.model, function) if plan.pp > 1 else None
+        run = in_precision(replace(workload, loss=function), plan.precision).loss
+        if self._ending is not None:
+            run = self._ending.of(run)
+        self._function: Function = run if whole is None else whole.of(run)
+        self._known: WeakKeyDictionary[Recording, tuple[Routes, frozenset[Source]]] = WeakKeyDictionary()
+        self._sends: list[tuple[dist.Work, Tensor]] = []
+
+    @staticmethod
+    def recordings_of(function: Function, workload: Workload, plan: Plan) -> Recordings:
+        """Recordings of a function of a workload's model."""
+        return Recordings(in_precision(replace(workload, loss=as_loss(function)), plan.precision), inferring=True)
+
+    def run(self, microbatch: Any, *, shapes: tuple[Any, Any] | None = None) -> Any:
+        """The function of a microbatch: what it gives on the last stage, nothing of use on the others.
+
+        Args:
+            microbatch: the same on every stage.
+            shapes: microbatches for the recording, where this one is not recorded itself: one of its shapes, and one
+                with a token more, which tells what has a length along two dimensions.
+
+        Raises:
+            ModelError: the model took another way than the recording.
+        """
+        seeds = Seeds(self._seed, 0, 0, 0)
+        recording = self._recordings.of(microbatch if shapes is None else shapes[0], seeds)
+        if recording not in self._known:
+            routes = Routes.find(recording, self.plan, leaves_out=True)
+            longer = self._recordings.of(shapes[1], seeds) if shapes is not None and routes.leaves else None
+            self._known[recording] = routes, frozenset() if longer is None else squares(routes, recording, longer)
+        routes, loose = self._known[recording]
+        if self.stage not in routes.stage_of:
+            return None
+        run = Run(recording, routes, self._receive(routes, loose), seeds, ending=self._ending)
+        device = self.grid.device
+        microbatch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, microbatch)
+        with torch.no_grad():
+            result = self.placement.forward(self._function, microbatch, run)
+        self._send(run, loose)
+        return result
+
+    def finish(self) -> None:
+        """Wait until all that was sent has left."""
+        for work, _ in self._sends:
+            work.wait()
+        self._sends.clear()
+
+    def _receive(self, routes: Routes, loose: frozenset[Source]) -> dict[Source, Tensor]:
+        received: dict[Source, Tensor] = {}
+        works = []
+        group = self.grid.group("pp")
+        for peer, sources in routes.received_by(self.stage).items():
+            for source in sources:
+                leaf = routes.leaves[source]
+                shape = list(leaf.shape)
+                if source in loose:
+                    told = torch.empty(len(shape), dtype=torch.long, device=self.grid.device)
+                    dist.recv(told, group=group, group_src=peer)
+                    shape = told.tolist()
+                received[source] = torch.empty(shape, dtype=leaf.dtype, device=self.grid.device)
+                works.append(dist.irecv(received[source], group=group, group_src=peer))
+        for work in works:
+            assert work is not None
+            work.wait()
+        return received
+
+    def _send(self, run: Run, loose: frozenset[Source]) -> None:
+        for peer, sources in run.routes.sent_by(self.stage).items():
+            for source in sources:
+                leaf = run.routes.leaves[source]
+                tensor = run.produced.get(source)
+                if tensor is None or (tuple(tensor.shape) != leaf.shape and source not in loose):
+                    name = run.recording.calls[source.call].name
+                    raise ModelError(
+                        f"{name} was not called, or returned a tensor of another shape than {leaf.shape}, and another "
+                        "stage waits for it; the forward depends on the data. Keep it on one stage, or use pp=1"
+                    )
+                if source in loose:
+                    self._post(torch.tensor(tensor.shape, device=self.grid.device), peer)
+                self._post(tensor.detach().to(leaf.dtype).contiguous(), peer)
+        self._sends = [(work, tensor) for work, tensor in self._sends if not work.is_completed()]
+
+    def _post(self, tensor: Tensor, peer: int) -> None:
+        work = dist.isend(tensor, group=self.grid.group("pp"), group_dst=peer)
+        assert work is not None
+        self._sends.append((work, tensor))  # alive until it has been sent
+
+
+def squares(routes: Routes, recording: Recording, longer: Recording) -> frozenset[Source]:
+    """What travels and has another length along more than one dimension where there is a token more."""
+    found = set()
+    for source, leaf in routes.leaves.items():
+        name = recording.calls[source.call].name
+        other = next(call for call in longer.calls if call.name == name).tensors[source.leaf]
+        if sum(a != b for a, b in zip(leaf.shape, other.shape, strict=True)) > 1:
+            found.add(source)
+    return frozenset(found)
+
+
+class Evaluation:
+    """The model as inference has it inside the block: in evaluation mode. Its modules' own modes come back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._training: list[nn.Module] = []
+
+    def __enter__(self) -> None:
+        self._training = [module for module in self._model.modules() if module.training]
+        self._model.eval()
+
+    def __exit__(self, *exception: object) -> None:
+        for module in self._training:
+            module.training = True
