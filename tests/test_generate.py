@@ -12,8 +12,12 @@ from test_equality import plan_for
 from torch import Tensor
 
 import weft
+from weft.capture.recorder import Recording
 from weft.inference.generation import Generation
 from weft.inference.sampling import Sampling, draw, uniform
+from weft.inference.steps import Step, step_of
+from weft.runtime.elastic import Elastic
+from weft.runtime.forwards import Forwards
 from weft.runtime.pool import Pool
 
 TOKENS = 64
@@ -160,3 +164,21 @@ def test_tokens_are_drawn_with_their_probabilities():
     shares = torch.zeros(5).index_add(0, torch.tensor(draws), torch.full((4000,), 1 / 4000))
     expectation = torch.zeros(5).index_copy(0, kept, wanted[kept] / wanted[kept].sum())
     assert shares.tolist() == pytest.approx(expectation.tolist(), abs=0.03)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral", "gpt2"])
+def test_recordings_of_any_size_follow_from_a_few(name: str):
+    workload, plan = GENERATIVE[name](), plan_of(name, "pp=2")
+    recordings = Forwards.recordings_of(step_of, workload, plan)
+
+    def record(sequences: int, tokens: int) -> Recording:
+        ids = torch.zeros(sequences, tokens, dtype=torch.long)
+        return recordings.longest(Step(ids, None, ids, None))
+
+    made: list[tuple[int, int]] = []
+    elastic = Elastic(lambda b, t: made.append((b, t)) or record(b, t), plan)
+    for size in [(1, 1), (2, 1), (9, 1), (1, 2), (4, 33), (1, 9), (6, 5)]:
+        mine, theirs = elastic.of(*size).recording, record(*size)
+        assert [call.name for call in mine.calls] == [call.name for call in theirs.calls]
+        assert [call.leaves for call in mine.calls] == [call.leaves for call in theirs.calls]
+    assert len(made) == 6

@@ -166,10 +166,16 @@ def make_cache(config: Any) -> Cache:
     return EncoderDecoderCache(cache, Cache(layers=[Kept() for _ in layers]))
 
 
-def settle(cache: Cache, seen: int) -> None:
+def seen(cache: Cache) -> int:
+    """How many tokens the sequences of a cache have seen, by what ``settle`` said last."""
+    return int(vars(cache).get("settled", 0))
+
+
+def settle(cache: Cache, tokens: int) -> None:
     """Tell the layers, those of other ranks too, how many tokens the sequences have seen."""
+    vars(cache)["settled"] = tokens
     for layer in own_layers(cache):
-        layer.seen = seen
+        layer.seen = tokens
 
 
 def own_layers(cache: Cache) -> Sequence[Kept]:

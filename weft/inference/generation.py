@@ -12,9 +12,9 @@ So every rank of a replica knows all tokens of its sequences, and with them whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -76,6 +76,7 @@ class Group:
         encoded: (B, S, D), of an encoder-decoder.
         chosen: tokens so far, a (B) each.
         over: (B), sequences that met a stop token.
+        begun: whether the model was given the prompts.
     """
 
     rows: Sequence[int]
@@ -86,7 +87,7 @@ class Group:
     encoded: Tensor | None
     over: Tensor
     chosen: list[Tensor] = field(default_factory=list)
-    seen: int = 0
+    begun: bool = False
 
     def step(self) -> Step:
         """What the model is given next."""
@@ -170,7 +171,7 @@ class Generator:
         with Evaluation(self.model):
             groups = [self._group(prompts, samples, sampling) for samples in mine]
             self._generate(groups, max_new_tokens, stops, to_the_end=together, on_tokens=on_tokens)
-        self._next.finish()
+        self.finish()
         found = [(list(g.rows), torch.stack(g.chosen, dim=1)) for g in groups if g.rows]
         return self._joined(prompts, share(found, self.grid), stops)
 
@@ -234,42 +235,48 @@ class Generator:
             for group in groups:
                 if is_over(group):
                     continue
-                if group.seen and not self.is_last:
-                    take(group, self._receive(group))
+                if group.begun and not self.is_last:
+                    take(group, self.receive(len(group.ids)))
                     if is_over(group):
                         continue
-                logits = self.step(group)
+                logits = self.step(group.step())
+                group.begun = True
                 if self.is_last:
                     rows = group.rows or [0]
                     chosen = choose(logits, group.samplings, rows, [len(group.chosen)] * len(rows))
-                    sends = [*(s for s in sends if not s[0].is_completed()), *self._send(chosen)]
+                    sends = [*(s for s in sends if not s[0].is_completed()), *self.send(chosen)]
                     take(group, chosen)
         for group in groups:
             if not self.is_last and not is_over(group):
-                take(group, self._receive(group))
+                take(group, self.receive(len(group.ids)))
         for work, _ in sends:
             work.wait()
 
-    def step(self, group: Group) -> Tensor:
-        """Logits of the next token of every sequence of a group; of no use but on the last stage."""
-        from weft.inference.caches import settle
+    def step(self, step: Step) -> Tensor:
+        """Logits of the next token of every sequence, (B, V); of no use but on the last stage. The cache has seen the
+        step's tokens afterwards."""
+        from weft.inference.caches import seen, settle
 
-        step = group.step()
-        logits = self._next.run(step, shapes=(step.form(0), step.form(1)))
-        group.seen += step.tokens.shape[1]
-        settle(group.cache, group.seen)
-        return logits  # type: ignore[no-any-return]  # the function's
+        logits: Tensor = self._next.run(step, like=step.like())
+        if step.cache is not None and step.mask is not None:
+            settle(step.cache, seen(step.cache) + step.tokens.shape[1])
+        return logits
 
-    def _receive(self, group: Group) -> Tensor:
-        tokens = torch.empty(len(group.ids), dtype=torch.long, device=self.grid.device)
+    def receive(self, count: int) -> Tensor:
+        """The tokens that the last stage has chosen for so many sequences."""
+        tokens = torch.empty(count, dtype=torch.long, device=self.grid.device)
         dist.recv(tokens, group=self.grid.gradients, group_src=self.plan.pp - 1)
         return tokens
 
-    def _send(self, tokens: Tensor) -> Iterator[tuple[dist.Work, Tensor]]:
-        for stage in range(self.plan.pp - 1):
-            work = dist.isend(tokens, group=self.grid.gradients, group_dst=stage)
-            assert work is not None
-            yield work, tokens
+    def send(self, tokens: Tensor) -> list[tuple[dist.Work, Tensor]]:
+        """Tell the earlier stages which tokens were chosen; what to wait for."""
+        earlier, group = range(self.plan.pp - 1), self.grid.gradients
+        works = [(dist.isend(tokens, group=group, group_dst=stage), tokens) for stage in earlier]
+        return cast(list[tuple[dist.Work, Tensor]], works)
+
+    def finish(self) -> None:
+        """Wait until all that stages send has left."""
+        self._next.finish()
 
     def _joined(self, prompts: Encoding, every: list[list[tuple[list[int], Tensor]]], stops: Stops) -> Generation:
         """The result, of what each replica's groups have."""

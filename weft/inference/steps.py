@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import InputError
+from weft.runtime.elastic import Like
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -37,11 +38,18 @@ class Step(NamedTuple):
     encoded: Tensor | None = None
     cache: Cache | None = None
 
-    def form(self, more: int) -> Step:
-        """A step of the same shapes with no tokens before it, or so many tokens longer."""
-        ones = [None if t is None else t.new_zeros(len(t), t.shape[1] + more) for t in (self.tokens, self.positions)]
-        assert ones[0] is not None
-        return Step(ones[0], None, ones[1], self.encoded)
+    def like(self) -> Like:
+        """What is recorded in its place: a step of as many sequences and tokens with none before them."""
+        device, placed = self.tokens.device, self.positions is not None
+        rest, dtype = (self.encoded.shape[1:], self.encoded.dtype) if self.encoded is not None else (None, None)
+
+        def form(sequences: int, tokens: int) -> Step:
+            ids = torch.zeros(sequences, tokens, dtype=torch.long, device=device)
+            encoded = None if rest is None else torch.zeros(sequences, *rest, dtype=dtype, device=device)
+            return Step(ids, None, ids if placed else None, encoded)
+
+        sequences, tokens = self.tokens.shape
+        return Like(sequences, tokens, form, rest)
 
 
 class Encoding(NamedTuple):

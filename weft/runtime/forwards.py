@@ -6,6 +6,7 @@ function's recording says. Sends do not wait, so a stage that is done with one m
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,6 +22,7 @@ from weft.capture.recorder import Recording
 from weft.errors import ModelError
 from weft.plan import Plan
 from weft.precision import in_precision
+from weft.runtime.elastic import Elastic, Known, Like
 from weft.runtime.ending import Ending, Function
 from weft.runtime.grid import Grid
 from weft.runtime.placement import Placement, Run
@@ -29,6 +31,9 @@ from weft.runtime.recordings import Recordings
 from weft.runtime.routes import Routes
 from weft.runtime.whole import Whole
 from weft.workload import Workload
+
+KEYS = 16
+"""What else shapes may depend on, that is remembered."""
 
 
 class Forwards:
@@ -65,7 +70,8 @@ class Forwards:
         if self._ending is not None:
             run = self._ending.of(run)
         self._function: Function = run if whole is None else whole.of(run)
-        self._known: WeakKeyDictionary[Recording, tuple[Routes, frozenset[Source]]] = WeakKeyDictionary()
+        self._routes: WeakKeyDictionary[Recording, Routes] = WeakKeyDictionary()
+        self._elastic: dict[Hashable, Elastic] = {}
         self._sends: list[tuple[dist.Work, Tensor]] = []
 
     @staticmethod
@@ -73,32 +79,28 @@ class Forwards:
         """Recordings of a function of a workload's model."""
         return Recordings(in_precision(replace(workload, loss=as_loss(function)), plan.precision), inferring=True)
 
-    def run(self, microbatch: Any, *, shapes: tuple[Any, Any] | None = None) -> Any:
+    def run(self, microbatch: Any, *, like: Like | None = None) -> Any:
         """The function of a microbatch: what it gives on the last stage, nothing of use on the others.
 
         Args:
             microbatch: the same on every stage.
-            shapes: microbatches for the recording, where this one is not recorded itself: one of its shapes, and one
-                with a token more, which tells what has a length along two dimensions.
+            like: what is recorded in its place; None: it is recorded itself.
 
         Raises:
             ModelError: the model took another way than the recording.
         """
         seeds = Seeds(self._seed, 0, 0, 0)
-        recording = self._recordings.of(microbatch if shapes is None else shapes[0], seeds)
-        if recording not in self._known:
-            routes = Routes.find(recording, self.plan, leaves_out=True)
-            longer = self._recordings.of(shapes[1], seeds) if shapes is not None and routes.leaves else None
-            self._known[recording] = routes, frozenset() if longer is None else squares(routes, recording, longer)
-        routes, loose = self._known[recording]
+        recording, routes, squares = (
+            self._known_of(microbatch, seeds) if like is None else self._known_like(like, seeds)
+        )
         if self.stage not in routes.stage_of:
             return None
-        run = Run(recording, routes, self._receive(routes, loose), seeds, ending=self._ending)
+        run = Run(recording, routes, self._receive(routes, squares), seeds, ending=self._ending)
         device = self.grid.device
         microbatch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, microbatch)
         with torch.no_grad():
             result = self.placement.forward(self._function, microbatch, run)
-        self._send(run, loose)
+        self._send(run, squares)
         return result
 
     def finish(self) -> None:
@@ -107,7 +109,24 @@ class Forwards:
             work.wait()
         self._sends.clear()
 
-    def _receive(self, routes: Routes, loose: frozenset[Source]) -> dict[Source, Tensor]:
+    def _known_of(self, microbatch: Any, seeds: Seeds) -> Known:
+        recording = self._recordings.of(microbatch, seeds)
+        if recording not in self._routes:
+            self._routes[recording] = Routes.find(recording, self.plan, leaves_out=True)
+        return Known(recording, self._routes[recording], frozenset())
+
+    def _known_like(self, like: Like, seeds: Seeds) -> Known:
+        if like.key not in self._elastic:
+
+            def record(sequences: int, tokens: int) -> Recording:
+                return self._recordings.of(like.form(sequences, tokens), seeds)
+
+            self._elastic[like.key] = Elastic(record, self.plan)
+            if len(self._elastic) > KEYS:
+                del self._elastic[next(iter(self._elastic))]
+        return self._elastic[like.key].of(like.sequences, like.tokens)
+
+    def _receive(self, routes: Routes, squares: frozenset[Source]) -> dict[Source, Tensor]:
         received: dict[Source, Tensor] = {}
         works = []
         group = self.grid.group("pp")
@@ -115,7 +134,7 @@ class Forwards:
             for source in sources:
                 leaf = routes.leaves[source]
                 shape = list(leaf.shape)
-                if source in loose:
+                if source in squares:
                     told = torch.empty(len(shape), dtype=torch.long, device=self.grid.device)
                     dist.recv(told, group=group, group_src=peer)
                     shape = told.tolist()
@@ -126,18 +145,18 @@ class Forwards:
             work.wait()
         return received
 
-    def _send(self, run: Run, loose: frozenset[Source]) -> None:
+    def _send(self, run: Run, squares: frozenset[Source]) -> None:
         for peer, sources in run.routes.sent_by(self.stage).items():
             for source in sources:
                 leaf = run.routes.leaves[source]
                 tensor = run.produced.get(source)
-                if tensor is None or (tuple(tensor.shape) != leaf.shape and source not in loose):
+                if tensor is None or (tuple(tensor.shape) != leaf.shape and source not in squares):
                     name = run.recording.calls[source.call].name
                     raise ModelError(
                         f"{name} was not called, or returned a tensor of another shape than {leaf.shape}, and another "
                         "stage waits for it; the forward depends on the data. Keep it on one stage, or use pp=1"
                     )
-                if source in loose:
+                if source in squares:
                     self._post(torch.tensor(tensor.shape, device=self.grid.device), peer)
                 self._post(tensor.detach().to(leaf.dtype).contiguous(), peer)
         self._sends = [(work, tensor) for work, tensor in self._sends if not work.is_completed()]
@@ -146,17 +165,6 @@ class Forwards:
         work = dist.isend(tensor, group=self.grid.group("pp"), group_dst=peer)
         assert work is not None
         self._sends.append((work, tensor))  # alive until it has been sent
-
-
-def squares(routes: Routes, recording: Recording, longer: Recording) -> frozenset[Source]:
-    """What travels and has another length along more than one dimension where there is a token more."""
-    found = set()
-    for source, leaf in routes.leaves.items():
-        name = recording.calls[source.call].name
-        other = next(call for call in longer.calls if call.name == name).tensors[source.leaf]
-        if sum(a != b for a, b in zip(leaf.shape, other.shape, strict=True)) > 1:
-            found.add(source)
-    return frozenset(found)
 
 
 class Evaluation:
