@@ -35,6 +35,7 @@ class Order:
         plan: how the model is divided.
         memory_bytes: limit of each device, or of one after the other; empty: none.
         checkpoint: folder whose newest checkpoint has the weights; None: the target's own.
+        cache_tokens: slots of the cache of all requests together; None: what a share of the free memory holds.
         tokenizer: directory to read the tokenizer from; None: the target's own.
         settings: of the server.
     """
@@ -42,6 +43,7 @@ class Order:
     plan: Plan
     memory_bytes: tuple[int, ...] = ()
     checkpoint: str | None = None
+    cache_tokens: int | None = None
     tokenizer: Path | None = None
     settings: Settings
 
@@ -95,7 +97,7 @@ def run(
             say("the workers are ready again")
 
     job = Job(
-        make=functools.partial(decoder_here, target, order.plan, order.checkpoint),
+        make=functools.partial(decoder_here, target, order.plan, order.checkpoint, order.cache_tokens),
         devices=order.plan.devices,
         memory=order.memory_bytes,
     )
@@ -117,7 +119,7 @@ def planned(target: Target, cluster: Cluster, **fixed: Any) -> Plan:
     return search(profile, cluster, **fixed).plan
 
 
-def decoder_here(target: Target, plan: Plan, checkpoint: str | None) -> Decoder:
+def decoder_here(target: Target, plan: Plan, checkpoint: str | None, cache_tokens: int | None) -> Decoder:
     """The decoder, in every process of a job."""
     join()
     with memory.uncounted():  # the libraries it brings are no memory of the plan
@@ -125,4 +127,4 @@ def decoder_here(target: Target, plan: Plan, checkpoint: str | None) -> Decoder:
     engine = parallelize(workload, plan, purpose="inference")
     if checkpoint is not None:
         engine.load(checkpoint)
-    return make_decoder(engine)
+    return make_decoder(engine, cache_tokens)

@@ -50,6 +50,9 @@ def serve(
     served_model_name: Annotated[str | None, typer.Option(metavar="NAME", help="default: the target's")] = None,
     max_queue: Annotated[int, typer.Option(min=1, help="requests that may wait; more are answered 429")] = 256,
     max_concurrent: Annotated[int, typer.Option(min=1, help="requests decoded at once")] = 64,
+    cache_tokens: Annotated[
+        int | None, typer.Option(min=1, help="of all requests together; default: what a quarter of free memory holds")
+    ] = None,
     max_request: Annotated[str, typer.Option(metavar="SIZE", help="the largest body that is read")] = "4MiB",
     as_json: Json = False,
     verbose: Verbose = False,
@@ -70,6 +73,7 @@ def serve(
             plan=given or serving.planned(work, cluster_of(None, count, memory), **fixed),
             memory_bytes=parse_sizes(memory),
             checkpoint=None if checkpoint is None else str(checkpoint),
+            cache_tokens=cache_tokens,
             tokenizer=tokenizer,
             settings=Settings(
                 model=served_model_name or Path(work.file).resolve().stem,
