@@ -61,13 +61,9 @@ def listener(settings: Settings) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
-        found = socket.socket(family, socket.SOCK_STREAM)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((settings.host, settings.port))
-    except (OSError, OverflowError) as error:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+    except OSError as error:
         raise InputError(f"cannot listen at {settings.host}:{settings.port}: {error}; name another --port") from None
-    found.listen(BACKLOG)
-    return found
 
 
 async def serve(

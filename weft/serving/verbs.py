@@ -67,6 +67,15 @@ def serve(
     with output(as_json) as show:
         work = target_of(target, arguments)
         work.load()  # what is wrong with it shows before any process starts
+        settings = Settings(
+            model=served_model_name or Path(work.file).resolve().stem,
+            host=host,
+            port=port,
+            api_key=_key(api_key),
+            max_queue=max_queue,
+            max_concurrent=max_concurrent,
+            largest_bytes=parse_size(max_request),
+        )
         given = None if plan_file is None else plan_of(plan_file, fixed)
         count = devices_of(devices, given)
         order = serving.Order(
@@ -75,15 +84,7 @@ def serve(
             checkpoint=None if checkpoint is None else str(checkpoint),
             cache_tokens=cache_tokens,
             tokenizer=tokenizer,
-            settings=Settings(
-                model=served_model_name or Path(work.file).resolve().stem,
-                host=host,
-                port=port,
-                api_key=_key(api_key),
-                max_queue=max_queue,
-                max_concurrent=max_concurrent,
-                largest_bytes=parse_size(max_request),
-            ),
+            settings=settings,
         )
         serving.run(work, order, on_ready=lambda ready: show(ready.describe(), ready.to_json()), say=_say)
 
