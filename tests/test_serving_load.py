@@ -149,6 +149,21 @@ def test_a_client_that_is_gone_takes_no_slots(counting: Running):
         assert time.monotonic() - began < 2  # of five seconds that it would have taken
 
 
+def test_the_first_token_waits_for_no_acknowledgement():
+    """TCP would hold it back for the 40 ms in which a client may answer the head of the stream."""
+
+    async def waits(running: Running) -> list[float]:
+        found = []
+        async with asynchronous(running) as http:
+            for _ in range(20):
+                began = time.monotonic()
+                found += [time.monotonic() - began async for _ in lines(http, {"prompt": [1], "max_tokens": 2})][:1]
+        return sorted(found)
+
+    with server(CountingDecoder) as running:
+        assert asyncio.run(waits(running))[5] < 0.03
+
+
 def test_more_than_may_wait_are_told_to_come_back():
     async def flood(running: Running) -> list[httpx.Response]:
         async with asynchronous(running) as http:
