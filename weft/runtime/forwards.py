@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from weft.adapters import running
 from weft.capture.forward import as_loss
 from weft.capture.profile import Source
 from weft.capture.recorder import Recording
@@ -84,20 +85,23 @@ class Forwards:
 
         Args:
             microbatch: the same on every stage.
-            like: what is recorded in its place; None: it is recorded itself.
+            like: what is recorded in its place, of a function that draws no random numbers; None: it is recorded
+                itself.
 
         Raises:
             ModelError: the model took another way than the recording.
         """
+        device = self.grid.device
+        microbatch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, microbatch)
+        if like is not None and self.plan.pp == 1:  # nothing travels, and nobody draws
+            with torch.inference_mode(), running(device):
+                return self._function(self.placement.model, microbatch)
         seeds = Seeds(self._seed, 0, 0, 0)
-        recording, routes, squares = (
-            self._known_of(microbatch, seeds) if like is None else self._known_like(like, seeds)
-        )
+        known = self._known_of(microbatch, seeds) if like is None else self._known_like(like, seeds)
+        recording, routes, squares = known
         if self.stage not in routes.stage_of:
             return None
         run = Run(recording, routes, self._receive(routes, squares), seeds, ending=self._ending)
-        device = self.grid.device
-        microbatch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, microbatch)
         with torch.no_grad():
             result = self.placement.forward(self._function, microbatch, run)
         self._send(run, squares)

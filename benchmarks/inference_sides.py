@@ -1,0 +1,191 @@
+"""The two sides of ``inference.py``, in the processes of a job."""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import weft
+from weft.capture import capture
+from weft.cluster import Cluster
+from weft.planner.search import make_plan
+
+VOCABULARY = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What is measured: a Llama, prompts and tokens after them."""
+
+    layers: int = 8
+    hidden: int = 512
+    heads: int = 8
+    sequences: int = 8
+    prompt: int = 256
+    tokens: int = 48
+    samples: int = 32
+    rounds: int = 7
+
+
+class Prompts:
+    """Random tokens."""
+
+    def __init__(self, samples: int, length: int) -> None:
+        self.ids = torch.randint(VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(1))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index]}
+
+
+def workload(sizes: Sizes) -> weft.Workload:
+    """The Llama, whose prediction is the next token."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        num_hidden_layers=sizes.layers,
+        hidden_size=sizes.hidden,
+        intermediate_size=3 * sizes.hidden,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.heads // 2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=sizes.prompt + sizes.tokens,
+    )
+    return weft.Workload(
+        model=lambda: LlamaForCausalLM(copy.deepcopy(config)),
+        loss=lambda model, batch: model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss,
+        data=Prompts(sizes.samples, sizes.prompt),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        batch_size=sizes.samples,
+        predict=lambda model, batch: model(input_ids=batch["input_ids"], logits_to_keep=1).logits[:, -1].argmax(-1),
+    )
+
+
+def plan_of(sizes: Sizes, **degrees: int) -> weft.Plan:
+    """The plan of these degrees and groups."""
+    work = workload(sizes)
+    devices = degrees.get("pp", 1) * degrees.get("dp_replicate", 1)
+    return make_plan(capture(work), Cluster.local(devices), **degrees)
+
+
+def whole_model(work: weft.Workload) -> Any:
+    """On one device, as it is without weft."""
+    torch.manual_seed(work.seed)
+    return work.model().eval()
+
+
+# -- what one writes without a plan -----------------------------------------------------------------------------------
+
+
+class Placed:
+    """A Llama's layers on two processes, one after the other, as device_map places them: each its own, with its cache;
+    activations go forward, tokens back."""
+
+    def __init__(self, work: weft.Workload, rank: int) -> None:
+        model = whole_model(work)
+        self.rank, self.config, self.inner, self.head = rank, model.config, model.model, model.lm_head
+        half = len(self.inner.layers) // 2
+        self.inner.layers = self.inner.layers[half:] if rank else self.inner.layers[:half]
+        for index, layer in enumerate(self.inner.layers):
+            layer.self_attn.layer_idx = index
+        self.inner.config.num_hidden_layers = len(self.inner.layers)
+        if rank == 0:
+            self.inner.norm = nn.Identity()
+
+    def generate(self, ids: Tensor, tokens: int) -> Tensor:
+        """So many tokens after each prompt."""
+        with torch.inference_mode():
+            return self._generate(ids, tokens)
+
+    def _generate(self, ids: Tensor, tokens: int) -> Tensor:
+        from transformers import DynamicCache
+
+        cache, found = DynamicCache(config=self.inner.config), [ids]
+        for _ in range(tokens):
+            shape = (*ids.shape, self.config.hidden_size)
+            if self.rank == 0:
+                hidden = self.inner(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+                dist.send(hidden.contiguous(), 1)
+                ids = torch.empty(len(ids), 1, dtype=torch.long)
+                dist.recv(ids, 1)
+            else:
+                hidden = torch.empty(shape)
+                dist.recv(hidden, 0)
+                last = self.inner(inputs_embeds=hidden, past_key_values=cache, use_cache=True).last_hidden_state
+                ids = self.head(last[:, -1:]).argmax(-1)
+                dist.send(ids, 0)
+            found.append(ids)
+        return torch.cat(found, dim=1)
+
+
+# -- the sides, in turns ----------------------------------------------------------------------------------------------
+
+
+def in_turns(sides: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side by round on the slowest process; what they give must be equal."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):  # the first warms up
+        given = {}
+        for name in sorted(sides, reverse=bool(number % 2)):
+            dist.barrier()
+            began = time.perf_counter()
+            given[name] = sides[name]()
+            took = torch.tensor(time.perf_counter() - began)
+            dist.all_reduce(took, op=dist.ReduceOp.MAX)
+            if number:
+                seconds[name].append(float(took))
+        first, *others = given.values()
+        if any(not torch.equal(first, other) for other in others):
+            raise SystemExit("the sides do not give the same tokens")
+    return seconds
+
+
+def pipeline(sizes: Sizes, plan: weft.Plan) -> dict[str, list[float]]:
+    """Generation on two stages, in a process of the job."""
+    work = workload(sizes)
+    engine = weft.parallelize(work, plan, purpose="inference")
+    placed, ids = Placed(work, dist.get_rank()), work.sample_batch(sizes.sequences)["input_ids"]
+    return in_turns(
+        {
+            "weft": lambda: engine.generate(ids, max_new_tokens=sizes.tokens, eos_token_id=()).sequences,
+            "without": lambda: placed.generate(ids, sizes.tokens),
+        },
+        sizes.rounds,
+    )
+
+
+def replicas(sizes: Sizes, plan: weft.Plan) -> dict[str, list[float]]:
+    """Predictions on two replicas; without, the first process does all of them."""
+    work = workload(sizes)
+    engine = weft.parallelize(work, plan, purpose="inference")
+    model, batch = whole_model(work), work.sample_batch(sizes.samples)
+    of_nobody = engine.predict(batch)
+
+    def alone() -> Tensor:
+        assert work.predict is not None
+        with torch.inference_mode():
+            return work.predict(model, batch) if dist.get_rank() == 0 else of_nobody
+
+    return in_turns({"weft": lambda: engine.predict(batch), "without": alone}, sizes.rounds)
+
+
+def single(sizes: Sizes, plan: weft.Plan) -> dict[str, list[float]]:
+    """Generation in one process."""
+    work = workload(sizes)
+    engine = weft.parallelize(work, plan, purpose="inference")
+    model, ids = whole_model(work), work.sample_batch(sizes.sequences)["input_ids"]
+    settings = {"max_new_tokens": sizes.tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return in_turns(
+        {
+            "weft": lambda: engine.generate(ids, max_new_tokens=sizes.tokens, eos_token_id=()).sequences,
+            "without": lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **settings),
+        },
+        sizes.rounds,
+    )
