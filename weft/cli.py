@@ -48,8 +48,11 @@ from weft.report.progress import Bar, PredictionLog, TrainingLog, show_cursor
 from weft.runtime.launch import launch as launch_function
 from weft.runtime.launch import launch_script
 from weft.runtime.worker import run_here
+from weft.serving import verbs
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Train one model on many devices.")
+app.command()(verbs.serve)
+app.add_typer(verbs.bench, name="bench")
 
 QUICK_S = 3.0
 """Seconds of a search that ``weft plan`` repeats without being asked, to tell what would change its answer."""
