@@ -89,6 +89,7 @@ class Target:
         if "input" in self.arguments:
             raise TargetError(f"--input {path} and input={self.arguments['input']} say the same; leave one of them out")
         return replace(self, arguments={**self.arguments, "input": str(path)})
+
     def beside(self, name: str) -> Any | None:
         """What another function of the same file returns, given those of the arguments that it takes; None where there
         is none of this name.
