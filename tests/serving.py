@@ -66,10 +66,10 @@ class Running:
 def job_processes() -> list[psutil.Process]:
     """The processes of this process' servers: those that wait for workers, and workers."""
     found = []
-    for child in psutil.Process().children(recursive=True):
+    for child in psutil.Process().children():  # others are those of other tests
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "weft." in " ".join(child.cmdline()):
-                found.append(child)
+            if "weft.serving.job" in " ".join(child.cmdline()):
+                found += [child, *child.children(recursive=True)]
     return found
 
 
