@@ -23,8 +23,12 @@ OVERHEADS = 2.8
 FORWARD_OVERHEADS = 200.0
 """Overheads that a forward of a stage takes, however much it computes: its recording is looked up, masks are made."""
 
-READ, LOOKED_UP = 0.55, 0.3
-"""Shares of the streaming rate at which a product reads its matrices, and a single query its keys and values."""
+READ, READ_BY_ONE, LOOKED_UP = 0.42, 0.55, 0.3
+"""Shares of the streaming rate at which a product reads its matrices, one with a single row does, and a single query its
+keys and values."""
+
+ONE = 0.75
+"""Flops for each byte below which a product has a single row."""
 
 FEW = 8.0
 """Flops for each byte below which an attention is of single queries."""
@@ -45,7 +49,8 @@ def eager_s(device: Device, op: Operation, flops: float, size: float, weights_by
     stream = device.rates["pointwise"].at(weights_bytes)
     if op.kind == "attention" and flops < FEW * size:
         return size / (LOOKED_UP * stream) + more + device.overhead_s
-    return device.seconds(op.kind, flops, 0.0, op.dtype) + size / (READ * stream) + more
+    share = READ_BY_ONE if flops < ONE * size else READ
+    return device.seconds(op.kind, flops, 0.0, op.dtype) + size / (share * stream) + more
 
 
 def forward_s(device: Device) -> float:
