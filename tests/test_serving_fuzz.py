@@ -74,9 +74,13 @@ def test_every_answer_is_as_described(running: Running, route: str, mode: schema
     schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json", headers=headers)
     operation = schema[route][ROUTES[route]]
 
+    asked = 0
+
     @hypothesis.settings(max_examples=CASES, suppress_health_check=list(hypothesis.HealthCheck), database=None)
     @hypothesis.given(case=operation.as_strategy(generation_mode=mode), right=st.booleans())
     def ask(case: schemathesis.Case, right: bool) -> None:
+        nonlocal asked
+        asked += 1
         if right and isinstance(case.body, dict):
             case.body = fitting(case.body)
         with requests.Session() as session:
@@ -85,3 +89,4 @@ def test_every_answer_is_as_described(running: Running, route: str, mode: schema
         case.validate_response(answer, excluded_checks=[positive_data_acceptance])
 
     ask()
+    print(f"{asked} cases")

@@ -158,7 +158,12 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": protocol.Error, "description": REASONS[status]} for status in statuses}
 
 
+EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "a chunk, as JSON, or [DONE]"}},
+    "required": ["data"],
+}
 STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer."},
+    200: {"content": {"text/event-stream": {"schema": EVENT}}, "description": "The answer."},
     **errors(*REASONS),
 }

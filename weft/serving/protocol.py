@@ -9,13 +9,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 LARGEST = 2**31 - 1
+
+
+def _is_no(value: bool) -> bool:
+    """What is not supported, asked for or not. Raises ValueError."""
+    if value:
+        raise ValueError("this is not supported; leave it out")
+    return value
+
+
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Id = Annotated[int, Field(ge=0, le=LARGEST)]
 Ids = Annotated[list[Id], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
+One = Annotated[int, Field(ge=1, le=1)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+No = Annotated[bool, AfterValidator(_is_no), WithJsonSchema({"type": "boolean", "const": False})]
+"""Not Literal[False], which 0.0 would do for."""
+
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -51,9 +65,9 @@ class Sampling(Body):
     )
     stop_token_ids: list[Id] | None = Field(None, description="tokens that end the text, besides the model's own")
     ignore_eos: bool = Field(False, description="go on after the model's own end")
-    n: Literal[1] | None = 1
-    presence_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = 0
-    frequency_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = 0
+    n: One | None = 1
+    presence_penalty: Zero | None = 0
+    frequency_penalty: Zero | None = 0
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     user: str | None = Field(None, description="accepted; nothing is kept")
 
@@ -63,8 +77,8 @@ class CompletionBody(Sampling):
 
     prompt: Text | Ids | Annotated[list[Text | Ids], Field(min_length=1, max_length=1)]
     max_tokens: Count | None = 16
-    best_of: Literal[1] | None = 1
-    echo: Literal[False] | None = False
+    best_of: One | None = 1
+    echo: No | None = False
     logprobs: None = None
     suffix: None = None
 
@@ -101,8 +115,8 @@ class ChatBody(Sampling):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Count | None = Field(None, description="by default as many as there is room for")
     max_completion_tokens: Count | None = None
-    logprobs: Literal[False] | None = False
-    top_logprobs: Literal[0] | None = None
+    logprobs: No | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
     response_format: TextFormat | None = None
 
 
