@@ -21,6 +21,7 @@ from weft.cluster import Cluster, measure
 from weft.cluster.file import write_cluster
 from weft.errors import InputError, PlanError, WeftError, WorkerError
 from weft.fixed import WITHOUT_DEGREES, takes_fixed
+from weft.inference.verbs import generate
 from weft.jobs import compare as comparing
 from weft.jobs import predict as predicting
 from weft.jobs import train as training
@@ -51,6 +52,7 @@ from weft.runtime.worker import run_here
 from weft.serving import verbs
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Train one model on many devices.")
+app.command()(generate)
 app.command()(verbs.serve)
 app.add_typer(verbs.bench, name="bench")
 
