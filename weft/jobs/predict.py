@@ -118,6 +118,7 @@ def run(target: Target, order: Order, watcher: Watcher) -> Prediction:
         InputError: what was asked for cannot be.
         WorkerError: a process died. What it had written stays, to go on from.
     """
+    order = replace(order, checkpoint=order.weights)  # the newest now, whatever is saved meanwhile
     output, samples = Path(order.output), samples_of(target.load(), order)
     identity = {**identity_of(target, order), "samples": samples}
     form = format_of(output)
