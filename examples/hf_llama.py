@@ -1,6 +1,7 @@
 """A Llama of Hugging Face, from its own library and as it is, learns the Python standard library's source byte by byte.
 
 python examples/hf_llama.py
+weft serve examples/hf_llama.py --devices 2
 """
 
 import torch
@@ -38,6 +39,21 @@ def workload(
         batch_size=batch_size,
         max_grad_norm=1.0,
     )
+
+
+class Bytes:
+    """A token is a byte."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+def tokenizer() -> Bytes:
+    """What `weft serve` reads and writes text by."""
+    return Bytes()
 
 
 def train(degrees: dict[str, int], devices: int, steps: int) -> list[float]:

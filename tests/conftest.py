@@ -13,6 +13,7 @@ from weft.runtime.pool import Pool
 PROCESSES = 8
 
 hypothesis.settings.register_profile("weft", deadline=None)  # a busy machine is no failure
+hypothesis.settings.register_profile("long", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("weft")
 
 

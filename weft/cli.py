@@ -15,10 +15,11 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from weft.capture import capture
+from weft.capture import capture, capture_inference
+from weft.capture.inference import Tokens
 from weft.cluster import Cluster, measure
 from weft.cluster.file import write_cluster
-from weft.errors import InputError, WeftError, WorkerError
+from weft.errors import InputError, PlanError, WeftError, WorkerError
 from weft.fixed import WITHOUT_DEGREES, takes_fixed
 from weft.jobs import compare as comparing
 from weft.jobs import predict as predicting
@@ -39,7 +40,7 @@ from weft.options import (
     precision_of,
     target_of,
 )
-from weft.planner import Constraints, Keywords, changes, choose, search
+from weft.planner import Constraints, Keywords, changes, choose, choose_inference, is_inference, search
 from weft.quantity import each_of, parse_sizes
 from weft.report import page, tables
 from weft.report.output import output
@@ -47,8 +48,11 @@ from weft.report.progress import Bar, PredictionLog, TrainingLog, show_cursor
 from weft.runtime.launch import launch as launch_function
 from weft.runtime.launch import launch_script
 from weft.runtime.worker import run_here
+from weft.serving import verbs
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Train one model on many devices.")
+app.command()(verbs.serve)
+app.add_typer(verbs.bench, name="bench")
 
 QUICK_S = 3.0
 """Seconds of a search that ``weft plan`` repeats without being asked, to tell what would change its answer."""
@@ -67,7 +71,13 @@ def plan(
     what_if: Annotated[
         bool | None, typer.Option(help="search again with more memory, faster links, other batches; default: if quick")
     ] = None,
-    objective: Annotated[str | None, typer.Option(help="time, memory or cost; default: time")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="time, memory or cost; of inference throughput, latency, memory or cost")
+    ] = None,
+    purpose: Annotated[str, typer.Option(help="training or inference")] = "training",
+    prompt: Annotated[int | None, typer.Option(help="inference: tokens of each prompt, to generate")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="inference: tokens after each prompt")] = None,
+    batch: Annotated[int | None, typer.Option(help="inference: sequences or samples at once")] = None,
     price: Annotated[float | None, typer.Option(help="of one device for an hour, in any currency")] = None,
     as_json: Json = False,
     *,
@@ -75,8 +85,18 @@ def plan(
 ) -> None:
     """Choose a plan and explain it."""
     with output(as_json) as show:
-        workload = target_of(target, arguments).load()
-        profile, on = capture(workload, precision_of(fixed)), cluster_of(cluster, devices, memory)
+        inference = is_inference(purpose, prompt=prompt, new_tokens=new_tokens, batch=batch)
+        if inference and (html is not None or what_if):
+            raise PlanError("--html and --what-if are of plans for training; leave them out")
+        workload, on = target_of(target, arguments).load(), cluster_of(cluster, devices, memory)
+        if inference:
+            tokens = Tokens.asked(prompt, new_tokens)
+            costs = capture_inference(workload, precision_of(fixed), tokens=tokens, batch_size=batch)
+            answer = choose_inference(costs, on, objective=objective, price=price, **fixed)
+            if save is not None:
+                answer.plan.save(save)
+            return show(answer.plan.explain(), answer.to_json())
+        profile = capture(workload, precision_of(fixed))
         choice = choose(profile, on, objective=objective, price=price, **fixed)
         if save is not None:
             choice.plan.save(save)

@@ -11,6 +11,13 @@ TIME_TERMS = ("compute", "tensor_parallel", "pipeline", "data_parallel", "bubble
 MEMORY_TERMS = ("parameters", "gradients", "optimizer", "activations", "buffers", "slack")
 """Bytes on one device, per stage. ``buffers``: communication and gather buffers; ``slack``: workspace and allocator."""
 
+INFERENCE_TIME_TERMS = ("compute", "tensor_parallel", "pipeline", "data_parallel", "bubble")
+"""Seconds of the last device's share of a batch that is predicted or generated. They add up to the batch."""
+
+INFERENCE_MEMORY_TERMS = ("weights", "cache", "activations", "buffers", "slack")
+"""Bytes on one device, per stage, where nothing is trained. ``cache``: keys and values; ``slack`` as above, with the
+room that a cache has to grow."""
+
 MEASURED = {
     "compute": ("compute",),
     "communication": ("tensor_parallel", "data_parallel"),
@@ -62,6 +69,76 @@ class Estimate:
             },
             "bytes_sent": self.bytes_sent,
             "idle_share": self.idle_share,
+            "calibration": self.calibration,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceEstimate:
+    """What a plan is predicted to do where nothing is trained.
+
+    Attributes:
+        batch_s: seconds of a batch: of predicting it, or of generating all new tokens of its sequences.
+        first_token_s: seconds until every sequence has its first new token; None where none are generated.
+        token_s: seconds from token to token afterwards, of every sequence.
+        samples: of the batch: predictions, or sequences.
+        tokens: new ones of each; 0 where none are generated.
+        time: seconds by term of INFERENCE_TIME_TERMS, of the device that ends last; they add up to ``batch_s``.
+        busy: share of the batch in which a device of each stage works, 0 to 1.
+        memory: bytes by term of INFERENCE_MEMORY_TERMS, one dict per stage, for the fullest rank of the stage.
+        cache_tokens, cache_requests: tokens that all caches have room for together, and sequences of full length.
+        devices: that the plan takes.
+        calibration: as of Estimate.
+    """
+
+    batch_s: float
+    first_token_s: float | None
+    token_s: float | None
+    samples: int
+    tokens: int
+    time: dict[str, float]
+    busy: tuple[float, ...]
+    memory: tuple[dict[str, float], ...]
+    cache_tokens: int | None
+    cache_requests: int | None
+    devices: int
+    calibration: str
+
+    @property
+    def peak_memory_bytes(self) -> list[float]:
+        """Peak bytes on a device of each stage."""
+        return [sum(stage.values()) for stage in self.memory]
+
+    @property
+    def samples_per_s(self) -> float:
+        """Predictions, or whole sequences, of all devices together."""
+        return self.samples / self.batch_s
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """New tokens of all devices together; None where none are generated."""
+        return self.samples_per_s * self.tokens if self.tokens else None
+
+    @property
+    def rate(self) -> float:
+        """What is made in a second: tokens, or else predictions."""
+        return self.tokens_per_s or self.samples_per_s
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        tokens = self.tokens_per_s
+        return {
+            "batch_s": self.batch_s,
+            "first_token_s": self.first_token_s,
+            "token_s": self.token_s,
+            "samples_per_s": self.samples_per_s,
+            "tokens_per_s": tokens,
+            "tokens_per_s_per_device": None if tokens is None else tokens / self.devices,
+            "busy_share": list(self.busy),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "cache_tokens": self.cache_tokens,
+            "cache_requests": self.cache_requests,
+            "terms": {"time_s": self.time, "memory_bytes": list(self.memory)},
             "calibration": self.calibration,
         }
 

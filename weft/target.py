@@ -89,6 +89,24 @@ class Target:
         if "input" in self.arguments:
             raise TargetError(f"--input {path} and input={self.arguments['input']} say the same; leave one of them out")
         return replace(self, arguments={**self.arguments, "input": str(path)})
+    def beside(self, name: str) -> Any | None:
+        """What another function of the same file returns, given those of the arguments that it takes; None where there
+        is none of this name.
+
+        Raises:
+            TargetError: it raised.
+        """
+        function = vars(self._module_of()).get(name)
+        if not inspect.isfunction(function):
+            return None
+        taken = {k: text for k, text in self.arguments.items() if k in inspect.signature(function).parameters}
+        values = Target(self.file, name, taken)._values(function)
+        try:
+            return function(**values)
+        except WeftError:
+            raise  # it names the remedy itself
+        except Exception as error:  # the user's code: whatever it raises is told in one line
+            raise self._raised(error, f"{name}() raised") from error
 
     def __str__(self) -> str:
         return self.file if self.name == DEFAULT_NAME else f"{self.file}:{self.name}"
@@ -96,7 +114,7 @@ class Target:
     def _function(self) -> Callable[..., Any]:
         if (Path(self.file) / pretrained.CONFIG).is_file():
             return pretrained.target_of(Path(self.file))
-        module = self._file_module() if self.file.endswith(".py") else self._module()
+        module = self._module_of()
         function = vars(module).get(self.name)
         if function is None:
             functions = [name for name, value in vars(module).items() if inspect.isfunction(value)]
@@ -110,6 +128,9 @@ class Target:
                 f"{self.file}: {self.name} is a {type(function).__name__}, not a function that returns a weft.Workload"
             )
         return typing.cast(Callable[..., Any], function)
+
+    def _module_of(self) -> types.ModuleType:
+        return self._file_module() if self.file.endswith(".py") else self._module()
 
     def _file_module(self) -> types.ModuleType:
         """Import the file under its own name, once per process, with its neighbours importable."""

@@ -44,10 +44,15 @@ tensor      what tensor parallelism can divide: ``tensor_groups(recording, model
 lines       two sizes of the batch, and the straight line through both
 merging     recordings at both sizes as calls
 capture     all of it: ``capture(workload)``
+forward     forwards alone, as a loss that costs nothing
+standing    caches that a model of transformers is recorded with
+lengths     tensor groups carried over to sequences of another length, with a cache
+inference   profiles of forwards alone: ``capture_inference(workload)``
 profile     the result: plain numbers, no torch
 """
 
 from weft.capture.capture import capture
-from weft.capture.profile import Profile
+from weft.capture.inference import capture_inference
+from weft.capture.profile import Generation, Profile
 
-__all__ = ["Profile", "capture"]
+__all__ = ["Generation", "Profile", "capture", "capture_inference"]

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from weft.capture.blame import first_line
+from weft.capture.groups import Group
 from weft.capture.initial import FakeModel, build_fake, map_tensors
 from weft.capture.isolation import seldom_collecting
 from weft.capture.lines import SAMPLES, affine
@@ -67,25 +68,12 @@ def capture(workload: Workload, precision: str = "float32") -> Profile:
         )
     merge = Merge(fake, small, large, plain)
     calls = merge.calls()
-    parameters = _parameters(fake)
-    for index, (group, _) in enumerate(merge.groups):
-        for name, dim in group.dims.items():
-            parameters[name] = replace(parameters[name], tensor_dim=dim, group=index)
+    parameters = parameters_of(fake, [group for group, _ in merge.groups])
     state, passes = _optimizer_cost(workload, fake)
     return Profile(
         calls=calls,
         parameters=parameters,
-        tensor_groups=tuple(
-            TensorGroup(
-                unit=a.unit,
-                styles=tuple(a.styles.items()),
-                sizes=a.sizes,
-                uneven=a.uneven,
-                forward_bytes=affine(a.forward_bytes, b.forward_bytes),
-                backward_bytes=affine(a.backward_bytes, b.backward_bytes),
-            )
-            for a, b in merge.groups
-        ),
+        tensor_groups=tuple(tensor_group(*pair) for pair in merge.groups),
         tensor_refused=tuple(merge.refused),
         optimizer_state_bytes=state,
         optimizer_passes=passes,
@@ -134,7 +122,20 @@ def sample_batch(workload: Workload, samples: int) -> Any:
     return batch
 
 
-def _parameters(fake: FakeModel) -> dict[str, Parameter]:
+def tensor_group(small: Group, large: Group) -> TensorGroup:
+    """A group found at both SAMPLES, on the line through them."""
+    return TensorGroup(
+        unit=small.unit,
+        styles=tuple(small.styles.items()),
+        sizes=small.sizes,
+        uneven=small.uneven,
+        forward_bytes=affine(small.forward_bytes, large.forward_bytes),
+        backward_bytes=affine(small.backward_bytes, large.backward_bytes),
+    )
+
+
+def parameters_of(fake: FakeModel, groups: Sequence[Group]) -> dict[str, Parameter]:
+    """Parameters and buffers of a model by first name, and which group divides them."""
     registered = {name for name, _ in fake.model.named_parameters(remove_duplicate=False)}
     registered |= {name for name, _ in fake.model.named_buffers(remove_duplicate=False)}
     parameters: dict[str, Parameter] = {}
@@ -147,6 +148,9 @@ def _parameters(fake: FakeModel) -> dict[str, Parameter]:
         return tensor
 
     map_tensors(fake.model, note)
+    for index, group in enumerate(groups):
+        for name, dim in group.dims.items():
+            parameters[name] = replace(parameters[name], tensor_dim=dim, group=index)
     return parameters
 
 

@@ -17,21 +17,26 @@ from weft.capture.tensor import groups_at_both
 from weft.plan import RECOMPUTE
 
 NONE = Work()
+Found = tuple[list[tuple[Group, Group]], list[tuple[str, str]]]
 
 
 @dataclass(slots=True)
 class Merge:
     """Puts two recordings, of SAMPLES samples, on the line through both; ``plain``: the same in the parameters' own
-    precision."""
+    precision; ``found``: groups in both, and what was refused, where they are known."""
 
     fake: FakeModel
     small: Recording
     large: Recording
     plain: tuple[Recording, Recording]
+    found: Found | None = None
     groups: list[tuple[Group, Group]] = field(init=False)
     refused: list[tuple[str, str]] = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.found is not None:
+            self.groups, self.refused = self.found
+            return
         self.groups, self.refused = groups_at_both(*self.plain, self.fake.model)
         if self.plain[0] is not self.small:
             ways = Alignment(self.plain[0], self.small), Alignment(self.plain[1], self.large)

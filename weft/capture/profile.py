@@ -208,3 +208,57 @@ class Profile:
         parameters = [p for p in self.parameters.values() if p.bytes]
         divided = [p for p in parameters if p.group != NO_GROUP and self.tensor_groups[p.group].divisible_by(tp)]
         return sum(p.bytes for p in divided) / max(sum(p.bytes for p in parameters), 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What calls of a unit keep of every sequence that is generated, from one token to the next.
+
+    Attributes:
+        unit: whose calls write it.
+        token_bytes: of one token, keys and values.
+        window: tokens kept at most; None: all there are.
+        cross: of the prompt's tokens alone: the attention of a decoder to its encoder.
+        group: the tensor group that divides it, or NO_GROUP.
+    """
+
+    unit: str
+    token_bytes: int
+    window: int | None = None
+    cross: bool = False
+    group: int = NO_GROUP
+
+    def bytes(self, prompt: int, tokens: int) -> int:
+        """Of a sequence of so many tokens in all, after a prompt of so many."""
+        length = prompt if self.cross else tokens
+        return self.token_bytes * (length if self.window is None else min(length, self.window - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What generating costs: profiles of the two forwards it is made of, and what is kept between them.
+
+    Attributes:
+        prefill: of whole prompts; a sample is one prompt.
+        decode: of one more token for each sequence, of half the length they grow to on average.
+        kept: by layer.
+        prompt, new_tokens: of each sequence.
+        encodes: whether the prompt is an encoder's, and the new tokens are all of what a decoder sees.
+    """
+
+    prefill: Profile
+    decode: Profile
+    kept: tuple[Kept, ...]
+    prompt: int
+    new_tokens: int
+    encodes: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence at its end, of an encoder-decoder those of the decoder."""
+        return self.new_tokens + (0 if self.encodes else self.prompt)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences generated at once."""
+        return self.prefill.batch_size

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from weft.capture.profile import LOSS, NO_GROUP, Affine, Operation, Profile, Saved
 from weft.cluster.topology import Device
+from weft.planner.eager import eager_s
 from weft.planner.experts import Experts
 from weft.planner.system import WEFT, System
 
@@ -101,6 +102,9 @@ class CallCosts:
         self._profile, self._device, self._system = profile, device, system
         self._known: dict[tuple[int, Division, str | None], CallCost] = {}
         self._experts = Experts.of(profile)
+        self._eager = system.forwards and not device.accelerator
+        products = [op for call in profile.calls for op in call.forward if op.kind == "matmul"] if self._eager else []
+        self._weights_bytes = sum(op.bytes.fixed for op in products)
         self._groups: dict[str, list[int]] = {}
         for index, group in enumerate(profile.tensor_groups):
             self._groups.setdefault(group.unit, []).append(index)
@@ -135,7 +139,7 @@ class CallCosts:
             routed = ROUTES * self.size(self._experts.routed(self._profile, call), NO_GROUP, division)
         return CallCost(
             forward_s=self._seconds(call.forward, division, last) + python,
-            backward_s=backward + python,
+            backward_s=backward + python if call.backward else 0.0,
             # Of the two products that a projection's backward is made of, one is its weight's.
             weight_s=self._seconds(products, division, last) / 2,
             forward_reduced=tuple(
@@ -186,7 +190,10 @@ class CallCosts:
         division = self._of_loss(division) if last else division
         for op in operations:
             flops, size = self.size(op.flops, op.group, division), self.size(op.bytes, op.group, division)
-            total += self._device.seconds(op.kind, flops, size, op.dtype)
+            if self._eager:
+                total += eager_s(self._device, op, flops, size, self._weights_bytes / division.tp)
+            else:
+                total += self._device.seconds(op.kind, flops, size, op.dtype)
         return total
 
     def _statistics(self, operations: Sequence[Operation]) -> int:

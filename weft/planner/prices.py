@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What training costs, in the currency of the price.
+    """What a job costs, in the currency of the price.
 
     Attributes:
         devices: that are paid for.
@@ -15,6 +15,7 @@ class Cost:
         step_time_s: of a step.
         samples: of a step.
         tokens: of a sample; 0 where it is no sequence of them.
+        unit: what a step is called.
     """
 
     devices: int
@@ -22,6 +23,7 @@ class Cost:
     step_time_s: float
     samples: int
     tokens: int
+    unit: str = "step"
 
     @property
     def step(self) -> float:
@@ -31,7 +33,7 @@ class Cost:
     def describe(self) -> str:
         """In a line: for a million tokens, or a million samples."""
         what, count = ("tokens", self.samples * self.tokens) if self.tokens else ("samples", self.samples)
-        return f"{1e6 * self.step / count:.4g} per million {what} ({self.step:.4g} a step)"
+        return f"{1e6 * self.step / count:.4g} per million {what} ({self.step:.4g} a {self.unit})"
 
     def to_json(self) -> dict[str, float | int | None]:
         """Plain data."""

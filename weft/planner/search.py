@@ -139,7 +139,7 @@ def search(profile: Profile, cluster: Cluster, **keywords: Unpack[Keywords]) -> 
     )
 
     def made(costed: Costed) -> Plan:
-        return _plan(profile, costed.candidate, costed.ends, compiled=compiled)
+        return as_plan(profile, costed.candidate, costed.ends, compiled=compiled)
 
     return Choice(
         plan=replace(made(chosen), reasons=reasons),
@@ -182,7 +182,7 @@ def make_plan(
         raise PlanError(f"recompute {recompute!r} is unknown; choose from none, {', '.join(RECOMPUTE)}")
     lengths = lowest(shares, degrees.replicas, profile.batch_size, microbatches)
     candidate = Candidate(degrees, microbatches, schedule, everywhere(profile, recompute), zero, shares=lengths)
-    return _plan(profile, candidate, Evaluator(profile, cluster).stages.cut(candidate), compiled=compile)
+    return as_plan(profile, candidate, Evaluator(profile, cluster).stages.cut(candidate), compiled=compile)
 
 
 def estimate(profile: Profile, cluster: Cluster, plan: Plan) -> Estimate:
@@ -268,7 +268,8 @@ def _title(chosen: Costed, precision: str, *, compiled: bool) -> str:
     return ", ".join([chosen.title, *extras])
 
 
-def _plan(profile: Profile, candidate: Candidate, ends: Ends, *, compiled: bool) -> Plan:
+def as_plan(profile: Profile, candidate: Candidate, ends: Ends, *, compiled: bool) -> Plan:
+    """The plan that a candidate with its stages cut is."""
     names = [call.name for call in profile.calls[:-1]]
     degrees = candidate.degrees
     groups = [group for group in profile.tensor_groups if degrees.tp > 1 and group.divisible_by(degrees.tp)]

@@ -282,11 +282,10 @@ class Stages:
         self, candidate: Candidate, stretches: Sequence[Stretch], kept: Sequence[Alive], site: Site
     ) -> dict[str, float]:
         arriving, leaving = 0.0, []
-        for start, end in stretches:
-            came = {tensor for read in self._read[start:end] for tensor in read if tensor[0] < start}
-            goes = {(c, leaf) for c in range(start, end) for leaf, last in self._last[c].items() if last >= end}
-            arriving += self._bytes(came, candidate, site)
-            leaving.append(self._bytes(goes, candidate, site))
+        for stretch in stretches:
+            came, goes = self.crossing_bytes(candidate, stretch, site)
+            arriving += came
+            leaving.append(goes)
         return stage_memory(
             [self.calls(candidate, *stretch, site) for stretch in stretches],
             self.holding(candidate.degrees, stretches),
@@ -301,6 +300,13 @@ class Stages:
             system=self.system,
             item_bytes=self.item_bytes,
         )
+
+    def crossing_bytes(self, candidate: Candidate, stretch: Stretch, site: Site) -> tuple[float, float]:
+        """Bytes of a microbatch that come to a stretch from calls before it, and that calls after it read."""
+        start, end = stretch
+        came = {tensor for read in self._read[start:end] for tensor in read if tensor[0] < start}
+        goes = {(c, leaf) for c in range(start, end) for leaf, last in self._last[c].items() if last >= end}
+        return self._bytes(came, candidate, site), self._bytes(goes, candidate, site)
 
     def _bytes(self, tensors: set[tuple[int, int]], candidate: Candidate, site: Site) -> float:
         return sum(self.output_bytes(call, leaf, candidate, site.samples) for call, leaf in tensors)

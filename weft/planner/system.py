@@ -36,6 +36,7 @@ class System:
         buckets_shards: so are those that are sharded; else they are by unit.
         dispatch_s: seconds in which the process that drives an accelerator dispatches one operation.
         step_s: seconds of a step that nothing else accounts for.
+        forwards: nothing but forwards is computed (``eager``).
     """
 
     gradient_bytes: float | None = None
@@ -59,7 +60,11 @@ class System:
     buckets_shards: bool = False
     dispatch_s: float = 1e-5
     step_s: float = 0.0
+    forwards: bool = False
 
 
 WEFT = System()
 """weft's own runtime."""
+
+INFERENCE = System(forwards=True)
+"""The same where nothing is trained."""

@@ -36,6 +36,7 @@ def output(as_json: bool) -> Iterator[Callable[[RenderableType, dict[str, Any]],
 
             def write(_: RenderableType, data: dict[str, Any]) -> None:
                 stdout.write(json.dumps(data) + "\n")
+                stdout.flush()  # a server goes on after it has said where it is
 
             yield write
     finally:

@@ -1,0 +1,130 @@
+"""Serve: a target's model, divided by a plan, behind HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import signal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from weft.capture import capture
+from weft.cluster import Cluster
+from weft.engines import parallelize
+from weft.inference.decoder import make_decoder
+from weft.plan import Plan
+from weft.planner import search
+from weft.runtime import memory
+from weft.runtime.worker import join
+from weft.serving.decoder import Decoder
+from weft.serving.job import Job
+from weft.serving.scheduler import Facts
+from weft.serving.server import Settings, listener, serve
+from weft.serving.tokenizer import tokenizer_of
+from weft.target import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What to serve.
+
+    Attributes:
+        plan: how the model is divided.
+        memory_bytes: limit of each device, or of one after the other; empty: none.
+        checkpoint: folder whose newest checkpoint has the weights; None: the target's own.
+        cache_tokens: slots of the cache of all requests together; None: what a share of the free memory holds.
+        tokenizer: directory to read the tokenizer from; None: the target's own.
+        settings: of the server.
+    """
+
+    plan: Plan
+    memory_bytes: tuple[int, ...] = ()
+    checkpoint: str | None = None
+    cache_tokens: int | None = None
+    tokenizer: Path | None = None
+    settings: Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """A server that is ready."""
+
+    url: str
+    model: str
+    plan: Plan
+    facts: Facts
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"url": self.url, "model": self.model, **asdict(self.facts), "plan": self.plan.to_json()}
+
+    def describe(self) -> str:
+        """One line."""
+        return (
+            f"{self.url}/v1 serves {self.model} on {self.plan.devices} devices ({self.plan.describe()}): room for "
+            f"{self.facts.capacity_tokens} tokens, {self.facts.max_length} a request. Ctrl-C ends it."
+        )
+
+
+def run(
+    target: Target, order: Order, *, on_ready: Callable[[Serving], None], say: Callable[[str], None] = print
+) -> None:
+    """Serve until this process is told to end, by Ctrl-C or SIGTERM. Called in the main thread.
+
+    Args:
+        on_ready: is called once the model can be asked, the first time.
+        say: tells people what happened, in one line.
+
+    Raises:
+        InputError: what was asked for cannot be.
+        WorkerError: the workers could not be started the first time.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    tokenizer = tokenizer_of(target, order.tokenizer)
+    at = listener(order.settings)
+    host = f"[{order.settings.host}]" if ":" in order.settings.host else order.settings.host
+    url = f"http://{host}:{at.getsockname()[1]}"
+    told: list[Serving] = []
+
+    def ready(facts: Facts) -> None:
+        if not told:
+            told.append(Serving(url=url, model=order.settings.model, plan=order.plan, facts=facts))
+            on_ready(told[0])
+        else:
+            say("the workers are ready again")
+
+    job = Job(
+        make=functools.partial(decoder_here, target, order.plan, order.checkpoint, order.cache_tokens),
+        devices=order.plan.devices,
+        memory=order.memory_bytes,
+    )
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(0)
+
+    before = signal.signal(signal.SIGTERM, end)  # uvicorn answers what is under way, and then signals again
+    try:
+        asyncio.run(serve(order.settings, job, tokenizer, at=at, on_ready=ready, say=say))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        at.close()
+
+
+def planned(target: Target, cluster: Cluster, **fixed: Any) -> Plan:
+    """A plan to serve by."""
+    profile = capture(target.load(), fixed.get("precision", "float32"))
+    return search(profile, cluster, **fixed).plan
+
+
+def decoder_here(target: Target, plan: Plan, checkpoint: str | None, cache_tokens: int | None) -> Decoder:
+    """The decoder, in every process of a job."""
+    join()
+    with memory.uncounted():  # the libraries it brings are no memory of the plan
+        workload = target.load()
+    engine = parallelize(workload, plan, purpose="inference")
+    if checkpoint is not None:
+        engine.load(checkpoint)
+    return make_decoder(engine, cache_tokens)
