@@ -89,6 +89,7 @@ class Target:
         if "input" in self.arguments:
             raise TargetError(f"--input {path} and input={self.arguments['input']} say the same; leave one of them out")
         return replace(self, arguments={**self.arguments, "input": str(path)})
+
     def beside(self, name: str) -> Any | None:
         """What another function of the same file returns, given those of the arguments that it takes; None where there
         is none of this name.
@@ -96,6 +97,8 @@ class Target:
         Raises:
             TargetError: it raised.
         """
+        if (Path(self.file) / pretrained.CONFIG).is_file():
+            return pretrained.beside(Path(self.file), name)
         function = vars(self._module_of()).get(name)
         if not inspect.isfunction(function):
             return None
