@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
@@ -142,6 +143,18 @@ def test_a_directory_is_a_target(directory: Callable[[str], Path]) -> None:
     assert workload.batch_size == 2
     assert {p.dtype for p in workload.model().parameters()} == {torch.float32}
     assert {p.dtype for p in pretrained(directory("llama")).model().parameters()} == {torch.bfloat16}
+
+
+def test_a_directory_may_have_a_tokenizer(directory: Callable[[str], Path], tmp_path: Path) -> None:
+    target = Target.parse(str(tmp_path))
+    (tmp_path / "config.json").write_text((directory("llama") / "config.json").read_text())
+    assert target.beside("tokenizer") is None
+    words = tokenizers.models.WordLevel({"weft": 0, "warp": 1}, unk_token="weft")
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words)).save_pretrained(tmp_path)
+    tokenizer = target.beside("tokenizer")
+    assert tokenizer is not None
+    assert tokenizer.encode("warp") == [1]
+    assert target.beside("model") is None
 
 
 def test_a_base_models_files_have_no_prefix(directory: Callable[[str], Path], tmp_path: Path) -> None:

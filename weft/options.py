@@ -17,7 +17,9 @@ from weft.runtime.launch import device_count
 from weft.runtime.worker import device_type
 from weft.target import Target
 
-TargetText = Annotated[str, typer.Argument(metavar="TARGET", help="file.py, file.py:name or package.module:name")]
+TargetText = Annotated[
+    str, typer.Argument(metavar="TARGET", help="file.py, file.py:name, package.module:name or a directory of weights")
+]
 Arguments = Annotated[list[str] | None, typer.Argument(metavar="[name=value]...", help="for the workload function")]
 Devices = Annotated[int | None, typer.Option(min=1, help="how many; default: all accelerators, or all cores")]
 Memory = Annotated[

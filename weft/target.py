@@ -97,6 +97,8 @@ class Target:
         Raises:
             TargetError: it raised.
         """
+        if (Path(self.file) / pretrained.CONFIG).is_file():
+            return pretrained.beside(Path(self.file), name)
         function = vars(self._module_of()).get(name)
         if not inspect.isfunction(function):
             return None

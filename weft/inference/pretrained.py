@@ -18,7 +18,7 @@ from weft.errors import InputError, ModelError
 from weft.inference.weights import entries_of, match
 from weft.workload import Stored, Workload
 
-CONFIG = "config.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
 LENGTH = 32
 """Tokens of the samples that stand in for data."""
 
@@ -70,6 +70,15 @@ def pretrained(
         batch_size=batch_size,
         shuffle=False,
     )
+
+
+def beside(directory: Path, name: str) -> Any | None:
+    """What a directory has beside its weights: ``tokenizer`` is its tokenizer, if it has one; None for all else."""
+    if name != "tokenizer" or not (directory / TOKENIZER).is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 def config_of(directory: Path) -> Any:

@@ -14,11 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import torch
 import torch.distributed as dist
 
-from weft.capture import capture
-from weft.capture.forward import as_loss
 from weft.cluster import Cluster
 from weft.engines import parallelize
 from weft.errors import InputError
@@ -26,7 +23,7 @@ from weft.inference import results
 from weft.inference.columns import Kind
 from weft.inference.formats import format_of
 from weft.plan import Plan
-from weft.planner import search
+from weft.planner import plan
 from weft.runtime import checkpoint, memory
 from weft.runtime.launch import launch
 from weft.runtime.predictor import predict_of
@@ -118,6 +115,7 @@ def run(target: Target, order: Order, watcher: Watcher) -> Prediction:
         InputError: what was asked for cannot be.
         WorkerError: a process died. What it had written stays, to go on from.
     """
+    order = replace(order, checkpoint=order.weights)  # the newest now, whatever is saved meanwhile
     output, samples = Path(order.output), samples_of(target.load(), order)
     identity = {**identity_of(target, order), "samples": samples}
     form = format_of(output)
@@ -213,15 +211,12 @@ def identity_of(target: Target, order: Order) -> dict[str, Any]:
 
 
 def plan_for(workload: Workload, cluster: Cluster, constraints: Mapping[str, Any]) -> Plan:
-    """A plan for a workload's predictions: whole copies on all devices, unless told otherwise.
+    """The fastest plan for a workload's predictions.
 
     Raises:
         InputError: the workload does not say what to predict.
         PlanError: what is fixed cannot be.
+        MemoryLimitError: nothing fits; the message says the least that would do.
     """
-    predicting = replace(
-        workload, loss=as_loss(predict_of(workload)), optimizer=lambda parameters: torch.optim.SGD(parameters)
-    )
-    degrees = {name for name in ("pp", "tp", "dp_replicate", "dp_shard", "cp") if name in constraints}
-    fixed = dict(constraints) if degrees else {**constraints, "dp_replicate": cluster.devices}
-    return search(capture(predicting, constraints.get("precision", "float32")), cluster, **fixed).plan
+    predict_of(workload)
+    return plan(workload, cluster, purpose="inference", **constraints)
