@@ -1,5 +1,5 @@
-"""How far plans for inference do what was predicted: tokens/s and time to first token of eight plans of a Llama, measured on
-processes of this machine against the estimates of a cluster measured just before.
+"""How far plans for inference do what was predicted: tokens/s and time to first token of eight plans of a Llama,
+measured on processes of this machine against the estimates of a cluster measured just before.
 
 python benchmarks/inference_plans.py            # about ten minutes on two cores
 python benchmarks/inference_plans.py --small    # a minute

@@ -245,6 +245,8 @@ def test_the_search_finds_what_looking_at_everything_finds(objective: str, clust
     assert [score for _, score in found] == pytest.approx(sorted(best.values()))
     assert dict(found) == pytest.approx(best)
     assert search.simulated < len(search.candidates)
+    one = choose_inference(what, cluster, objective=objective).estimate
+    assert search.score(one) == (one.token_s if objective == "latency" else one.batch_s)
 
 
 def test_a_plan_is_estimated_as_it_was_chosen():
@@ -258,6 +260,7 @@ def test_a_plan_is_estimated_as_it_was_chosen():
 def test_steps_of_a_decoder_run_where_its_prompts_did():
     what = generation(t5, 4)
     costs = forwards(what, machine(2))
+    assert costs._then_ends((4, 7, 10)) == (0, 3, 6)
     ends = (4, 10)  # the encoder; the decoder
     assert [call.name for call in what.prefill.calls[:4]][-1] == "encoder.final_layer_norm"
     (lap,) = (p.then for p in costs._lines(Candidate(Degrees(pp=2), 2, "gpipe"), ends))
@@ -296,7 +299,9 @@ def test_sharded_copies_are_the_last_resort():
     what, cluster = generation(wide), Cluster.parse("h100-sxm:1x4").with_memory(20 * 2**30)
     assert choose_inference(what, cluster, pp=1, tp=1).plan.dp_shard == 4
     roomy = cluster.with_memory(70 * 2**30)
-    assert choose_inference(what, roomy, pp=1, tp=1).plan.describe() == "dp_replicate=4"
+    free = choose_inference(what, roomy, pp=1, tp=1)
+    assert free.plan.describe() == "dp_replicate=4"
+    assert all(plan.dp_shard == 1 for plan, _ in free.alternatives)
     sharded = choose_inference(what, roomy, pp=1, tp=1, dp_shard=4).estimate
     assert sharded.time["data_parallel"] > 0.3 * sharded.batch_s  # all weights for every token
 
