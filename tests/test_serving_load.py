@@ -43,7 +43,13 @@ def slow() -> CountingDecoder:
 
 @pytest.fixture(scope="module")
 def counting() -> Iterator[Running]:
-    with server(slow, devices=2, max_queue=500) as found:
+    with server(slow, devices=2, max_queue=20, max_concurrent=16) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")  # of the last tests: those before tell workers of one server only
+def quick() -> Iterator[Running]:
+    with server(CountingDecoder) as found:
         yield found
 
 
@@ -149,36 +155,27 @@ def test_a_client_that_is_gone_takes_no_slots(counting: Running):
         assert time.monotonic() - began < 2  # of five seconds that it would have taken
 
 
-def test_the_first_token_waits_for_no_acknowledgement():
-    """TCP would hold it back for the 40 ms in which a client may answer the head of the stream."""
-
-    async def waits(running: Running) -> list[float]:
-        found = []
-        async with asynchronous(running) as http:
-            for _ in range(20):
-                began = time.monotonic()
-                found += [time.monotonic() - began async for _ in lines(http, {"prompt": [1], "max_tokens": 2})][:1]
-        return sorted(found)
-
-    with server(CountingDecoder) as running:
-        assert asyncio.run(waits(running))[5] < 0.03
-
-
-def test_more_than_may_wait_are_told_to_come_back():
-    async def flood(running: Running) -> list[httpx.Response]:
-        async with asynchronous(running) as http:
+def test_more_than_may_wait_are_told_to_come_back(counting: Running):
+    async def flood() -> list[httpx.Response]:
+        async with asynchronous(counting) as http:
             body = {"model": MODEL, "prompt": [1], "max_tokens": 20}
-            return await asyncio.gather(*(http.post("/v1/completions", json=body) for _ in range(12)))
+            return await asyncio.gather(*(http.post("/v1/completions", json=body) for _ in range(48)))
 
-    with server(slow, max_queue=3, max_concurrent=2) as running:
-        found = asyncio.run(flood(running))
-    assert sorted(response.status_code for response in found) == [200] * 5 + [429] * 7
+    counting.idle()
+    found = asyncio.run(flood())
+    # 16 are decoded and 20 wait; on a slow machine some are done before the last one comes.
+    refused = sum(response.status_code == 429 for response in found)
+    assert 1 <= refused <= 12
+    assert sum(response.status_code == 200 for response in found) == 48 - refused
     assert all(int(response.headers["Retry-After"]) >= 1 for response in found if response.status_code == 429)
 
 
 def test_workers_sleep_while_there_is_nothing_to_do(counting: Running):
     counting.idle()
-    used = lambda: sum(sum(process.cpu_times()[:2]) for process in workers())  # noqa: E731
+
+    def used() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in workers())
+
     before = used()
     time.sleep(2)
     assert used() - before < 0.2
@@ -226,9 +223,9 @@ def resident() -> list[int]:
     return [process.memory_info().rss for process in [psutil.Process(), *workers()]]
 
 
-def test_memory_does_not_grow_with_requests():
-    async def many(running: Running, count: int) -> None:
-        async with asynchronous(running) as http:
+def test_memory_does_not_grow_with_requests(quick: Running):
+    async def many(count: int) -> None:
+        async with asynchronous(quick) as http:
 
             async def client(n: int) -> None:
                 for k in range(count // 20):
@@ -241,11 +238,24 @@ def test_memory_does_not_grow_with_requests():
 
             await asyncio.gather(*(client(n) for n in range(20)))
 
-    with server(CountingDecoder, devices=1) as running:
-        asyncio.run(many(running, 600))
-        before = resident()
-        asyncio.run(many(running, 2000))
-        after = resident()
-        assert running.idle()["cache_tokens_used"] == 0
+    asyncio.run(many(600))
+    before = resident()
+    asyncio.run(many(2000))
+    after = resident()
+    assert quick.idle()["cache_tokens_used"] == 0
     growth = [now - then for now, then in zip(after, before, strict=True)]
     assert max(growth) < 4 * 2**20, growth
+
+
+def test_the_first_token_waits_for_no_acknowledgement(quick: Running):
+    """TCP would hold it back for the 40 ms in which a client may answer the head of the stream."""
+
+    async def waits() -> list[float]:
+        found = []
+        async with asynchronous(quick) as http:
+            for _ in range(20):
+                began = time.monotonic()
+                found += [time.monotonic() - began async for _ in lines(http, {"prompt": [1], "max_tokens": 2})][:1]
+        return sorted(found)
+
+    assert asyncio.run(waits())[5] < 0.03
