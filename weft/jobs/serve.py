@@ -11,12 +11,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from weft.capture import capture
+from weft.capture.inference import Tokens, capture_inference
 from weft.cluster import Cluster
 from weft.engines import parallelize
 from weft.inference.decoder import make_decoder
 from weft.plan import Plan
-from weft.planner import search
+from weft.planner import choose_inference
 from weft.runtime import memory
 from weft.runtime.worker import join
 from weft.serving.decoder import Decoder
@@ -113,10 +113,16 @@ def run(
         at.close()
 
 
-def planned(target: Target, cluster: Cluster, **fixed: Any) -> Plan:
-    """A plan to serve by."""
-    profile = capture(target.load(), fixed.get("precision", "float32"))
-    return search(profile, cluster, **fixed).plan
+def planned(target: Target, cluster: Cluster, *, at_once: int, **fixed: Any) -> Plan:
+    """A plan to serve so many requests at once by.
+
+    Raises:
+        InputError: the model does not generate.
+        PlanError: what is fixed cannot be.
+    """
+    precision = fixed.get("precision", "float32")
+    what = capture_inference(target.load(), precision, tokens=Tokens(), batch_size=at_once)
+    return choose_inference(what, cluster, **{"dp_shard": 1, **fixed}).plan
 
 
 def decoder_here(target: Target, plan: Plan, checkpoint: str | None, cache_tokens: int | None) -> Decoder:

@@ -79,7 +79,7 @@ def serve(
         given = None if plan_file is None else plan_of(plan_file, fixed)
         count = devices_of(devices, given)
         order = serving.Order(
-            plan=given or serving.planned(work, cluster_of(None, count, memory), **fixed),
+            plan=given or serving.planned(work, cluster_of(None, count, memory), at_once=max_concurrent, **fixed),
             memory_bytes=parse_sizes(memory),
             checkpoint=None if checkpoint is None else str(checkpoint),
             cache_tokens=cache_tokens,
