@@ -87,6 +87,8 @@ def run(
     at = listener(order.settings)
     host = f"[{order.settings.host}]" if ":" in order.settings.host else order.settings.host
     url = f"http://{host}:{at.getsockname()[1]}"
+    if order.settings.api_key is None and not at.getsockname()[0].startswith(("127.", "::1")):
+        say(f"whoever reaches {url} may use it; --api-key @FILE asks for a key")
     told: list[Serving] = []
 
     def ready(facts: Facts) -> None:

@@ -27,6 +27,7 @@ from weft.options import (
 from weft.quantity import parse_size, parse_sizes
 from weft.report import loads
 from weft.report.output import output
+from weft.target import Target
 
 bench = typer.Typer(add_completion=False, help="Measure under load.")
 
@@ -68,7 +69,7 @@ def serve(
         work = target_of(target, arguments)
         work.load()  # what is wrong with it shows before any process starts
         settings = Settings(
-            model=served_model_name or Path(work.file).resolve().stem,
+            model=served_model_name or _name(work),
             host=host,
             port=port,
             api_key=_key(api_key),
@@ -133,6 +134,11 @@ def _installed() -> None:
 
 def _is_there(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+def _name(target: Target) -> str:
+    """What a target is called by: a file's or a directory's name, or a module's."""
+    return Path(target.file).stem if target.file.endswith(".py") else Path(target.file).resolve().name
 
 
 def _key(text: str | None) -> str | None:
