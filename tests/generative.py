@@ -52,11 +52,11 @@ def _mixtral() -> nn.Module:
     return MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=2))
 
 
-def _t5() -> nn.Module:
+def _t5(layers: int = 3) -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    sizes = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 3, "num_heads": 4, "vocab_size": VOCABULARY}
-    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    sizes = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": layers, "num_heads": 4, "vocab_size": VOCABULARY}
+    return T5ForConditionalGeneration(T5Config(**sizes, num_decoder_layers=3, decoder_start_token_id=0))
 
 
 def causal(model: Callable[[], nn.Module]) -> weft.Workload:
@@ -71,10 +71,10 @@ def translating(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return loss
 
 
-def t5() -> weft.Workload:
-    """An encoder and a decoder."""
+def t5(layers: int = 3) -> weft.Workload:
+    """An encoder of so many layers, and a decoder of three."""
     return weft.Workload(
-        model=_t5, loss=translating, data=Tokens(64, LENGTH, VOCABULARY), optimizer=adamw, batch_size=8
+        model=lambda: _t5(layers), loss=translating, data=Tokens(64, LENGTH, VOCABULARY), optimizer=adamw, batch_size=8
     )
 
 

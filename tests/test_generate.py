@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from generative import GENERATIVE, PROMPTS, by_transformers
+from generative import GENERATIVE, PROMPTS, by_transformers, t5
 from test_equality import plan_for
 from torch import Tensor
 
@@ -182,3 +182,24 @@ def test_recordings_of_any_size_follow_from_a_few(name: str):
         assert [call.name for call in mine.calls] == [call.name for call in theirs.calls]
         assert [call.leaves for call in mine.calls] == [call.leaves for call in theirs.calls]
     assert len(made) == 6
+
+
+def test_an_encoder_may_be_less_deep_than_its_decoder(pool: Pool):
+    """transformers' own generate makes a cache for the encoder's depth; without a cache there is nothing to make."""
+    workload = t5(layers=1)
+    torch.manual_seed(workload.seed)
+    model: Any = workload.model().eval()
+    ids, found = torch.tensor([[7, 3, 22, 40]]), torch.zeros(1, 1, dtype=torch.long)
+    with torch.no_grad():
+        for _ in range(9):
+            logits = model(input_ids=ids, decoder_input_ids=found, use_cache=False).logits
+            found = torch.cat([found, logits[:, -1:].argmax(-1)], dim=1)
+
+    def job(plan: weft.Plan) -> list[list[int]]:
+        engine = weft.parallelize(t5(layers=1), plan, purpose="inference")
+        tokens: list[list[int]] = engine.generate(ids, max_new_tokens=9, eos_token_id=()).sequences.tolist()
+        return tokens
+
+    for degrees in ({}, {"pp": 2}):
+        plan = plan_for(workload, degrees)
+        assert pool.run(job, plan, ranks=plan.devices) == [found.tolist()] * plan.devices

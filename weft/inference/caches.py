@@ -150,7 +150,7 @@ def make_cache(config: Any) -> Cache:
         ModelError: a layer keeps something else than keys and values.
     """
     layers: list[Any] = []
-    for number, layer in enumerate(DynamicCache(config=config).layers):
+    for number, layer in enumerate(DynamicCache(config=config.get_text_config(decoder=True)).layers):
         if type(layer) is DynamicSlidingWindowLayer:
             layers.append(Kept(layer.sliding_window))
         elif type(layer) is DynamicLayer:
@@ -160,10 +160,13 @@ def make_cache(config: Any) -> Cache:
                 f"layer {number} of {config.model_type} keeps a {type(layer).__name__}, not keys and values of tokens; "
                 "weft generates with attention only: use transformers on one device"
             )
-    cache = Cache(layers=layers)
     if not config.is_encoder_decoder:
-        return cache
-    return EncoderDecoderCache(cache, Cache(layers=[Kept() for _ in layers]))
+        return Cache(layers=layers)
+    # Where encoder and decoder are of different depth, a cache is made for the encoder's.
+    depths = (getattr(config, name, None) for name in ("num_decoder_layers", "decoder_layers"))
+    depth = next((depth for depth in depths if depth), len(layers))
+    own, cross = (Cache(layers=[Kept() for _ in range(depth)]) for _ in range(2))
+    return EncoderDecoderCache(own, cross)
 
 
 def seen(cache: Cache) -> int:

@@ -24,8 +24,10 @@ from weft.planner.sharing import Sharing
 from weft.planner.work import Event, Spent, Stage
 from weft.schedule import Action
 
-FILLED, LONG, LONG_FILLED = 4, 16, 2
-"""Rounds of a pipeline's devices after which it does the same in every round; of one of more than LONG devices."""
+FILLED = {8: (8, 2), 16: (4, 1)}
+LONG_FILLED = 2, 1
+"""Rounds of devices after which a pipeline does the same again, and after how many more, by the devices up to which
+that holds; of a longer one, whose rounds take long to simulate and matter less."""
 
 
 def simulate(
@@ -64,7 +66,8 @@ def repeated(
     devices: int,
 ) -> list[Spent]:
     """``simulate`` of many microbatches where no device slows another. A pipeline that has filled does the same again
-    for every ``devices`` microbatches, so two short runs tell what each of the other rounds adds.
+    for every ``devices`` microbatches, or for every two times as many, so two short runs tell what each of the other
+    rounds adds.
 
     Args:
         programs: the schedule with any number of microbatches.
@@ -72,11 +75,12 @@ def repeated(
         stages, transfer_s: as for ``simulate``.
         devices: of the pipeline.
     """
-    short = (FILLED if devices <= LONG else LONG_FILLED) * devices + microbatches % devices
-    if microbatches <= short + devices:
+    filled, more = next((each for most, each in FILLED.items() if devices <= most), LONG_FILLED)
+    short = filled * devices + microbatches % devices
+    if microbatches <= short + more * devices:
         return follow(programs(microbatches), stages, transfer_s)
-    runs = [follow(programs(count), stages, transfer_s) for count in (short, short + devices)]
-    rounds = (microbatches - short) / devices
+    runs = [follow(programs(count), stages, transfer_s) for count in (short, short + more * devices)]
+    rounds = (microbatches - short) / (more * devices)
 
     def longer(one: Spent, two: Spent) -> Spent:
         return Spent(*(a + rounds * (b - a) for a, b in zip(vars(one).values(), vars(two).values(), strict=True)))
