@@ -21,6 +21,10 @@ from weft.serving.workers import Workers
 DRAIN_S = 10
 """Seconds that answers under way get when the server is told to end."""
 
+KEEP_ALIVE_S = 75
+"""Seconds a connection may be idle. Clients give theirs up after 5, and the first to do so must not be the server: a
+request on its way would find the door shut."""
+
 BACKLOG = 2048
 
 
@@ -112,6 +116,7 @@ async def serve(
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=DRAIN_S,
+        timeout_keep_alive=KEEP_ALIVE_S,
         lifespan="off",
     )
     server = uvicorn.Server(config)
