@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ import weft
 from weft.inference.caches import Kept
 from weft.inference.decoder import make_decoder
 from weft.runtime.pool import Pool
+from weft.serving.decoder import Request
 
 KINDS: dict[str, tuple[dict[str, int], int]] = {  # degrees, groups of requests
     "one": ({}, 1),
@@ -26,29 +26,13 @@ KINDS: dict[str, tuple[dict[str, int], int]] = {  # degrees, groups of requests
 }
 
 
-@dataclass(frozen=True)
-class Request:
-    id: int
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    @property
-    def positions(self) -> int:
-        return len(self.prompt) + self.max_new_tokens
-
-
 def requests(count: int) -> list[Request]:
     generator = random.Random(5)
     return [
         Request(
-            i,
-            tuple(generator.randrange(VOCABULARY) for _ in range(generator.randint(1, 24))),
-            generator.randint(1, 30),
+            id=i,
+            prompt=tuple(generator.randrange(VOCABULARY) for _ in range(generator.randint(1, 24))),
+            max_new_tokens=generator.randint(1, 30),
             do_sample=i % 3 == 0,
             seed=i,
         )

@@ -37,8 +37,7 @@ class InferenceEngine:
         self.workload, self.plan = workload, plan
         self.grid = Grid.make(plan)
         describe_stage(self.grid.stage)
-        self._function = forward_of(workload)
-        first = Forwards.recordings_of(self._function, workload, plan)
+        first = Forwards.recordings_of(forward_of(workload), workload, plan)
         recording = first.longest(workload.sample_batch(plan.samples_per_microbatch))
         units = list(recording.units)
         stage_of = Routes.find(recording, plan).stage_of
@@ -74,18 +73,10 @@ class InferenceEngine:
         """
         checkpoint.load_model(Path(directory), self.part)
 
-    def _forwards(self, function: Function, recorded: Function | None = None) -> Forwards:
+    def _forwards(self, function: Function) -> Forwards:
         placement, whole, units = self._parts
-        return Forwards(
-            function,
-            self.workload,
-            self.plan,
-            self.grid,
-            placement=placement,
-            whole=whole,
-            units=units,
-            recorded=recorded,
-        )
+        workload, plan, grid = self.workload, self.plan, self.grid
+        return Forwards(function, workload, plan, grid, placement=placement, whole=whole, units=units)
 
 
 def forward_of(workload: Workload) -> Function:

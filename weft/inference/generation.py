@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -55,12 +55,6 @@ class Stops(NamedTuple):
 
     tokens: frozenset[int]
     padding: int
-
-
-class Making(Protocol):
-    """Makes what computes a function of the model."""
-
-    def __call__(self, function: Function, recorded: Function | None = None) -> Forwards: ...
 
 
 @dataclass
@@ -119,12 +113,11 @@ class Generator:
         InputError: the model generates no tokens.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, grid: Grid, forwards: Making) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, grid: Grid, forwards: Callable[[Function], Forwards]) -> None:
         self.model, self.plan, self.grid = model, plan, grid
         self.config = model_config(model)
         self.is_last = grid.stage == plan.pp - 1
-        # No rank's cache is in the recording, which serves any number of tokens seen before.
-        self._next = forwards(step_of, recorded=step_of)
+        self._next = forwards(step_of)
         self._encode = forwards(encoding_of) if self.config.is_encoder_decoder else None
 
     def generate(
@@ -258,8 +251,8 @@ class Generator:
         from weft.inference.caches import seen, settle
 
         logits: Tensor = self._next.run(step, like=step.like())
-        if step.cache is not None and step.mask is not None:
-            settle(step.cache, seen(step.cache) + step.tokens.shape[1])
+        assert step.cache is not None
+        settle(step.cache, seen(step.cache) + step.tokens.shape[1])
         return logits
 
     def receive(self, count: int) -> Tensor:

@@ -50,10 +50,9 @@ class Known(NamedTuple):
 
 @dataclass(frozen=True)
 class Grown:
-    """A whole number by sequences and tokens: its values at BATCHES x tokens, ``[B][T]``."""
+    """A whole number by sequences and tokens: its values at BATCHES x TOKENS, or BATCHES x 1, ``[B][T]``."""
 
     values: tuple[tuple[int, ...], ...]
-    tokens: tuple[int, ...]
 
     def at(self, sequences: int, tokens: int) -> int:
         """Its value, on the plane through those known."""
@@ -64,7 +63,7 @@ class Grown:
     def _along(self, row: tuple[int, ...], tokens: int) -> float:
         if len(row) == 1:
             return row[0]
-        return row[0] + (tokens - self.tokens[0]) / (self.tokens[1] - self.tokens[0]) * (row[1] - row[0])
+        return row[0] + (tokens - TOKENS[0]) / (TOKENS[1] - TOKENS[0]) * (row[1] - row[0])
 
     @property
     def with_tokens(self) -> bool:
@@ -156,7 +155,7 @@ class Elastic:
 def grown(every: Sequence[Sequence[Sequence[int]]]) -> list[Grown]:
     """Lengths of each dimension, of shapes or strides by sequences and tokens."""
     dimensions = range(len(every[0][0]))
-    return [Grown(tuple(tuple(shape[d] for shape in row) for row in every), TOKENS) for d in dimensions]
+    return [Grown(tuple(tuple(shape[d] for shape in row) for row in every)) for d in dimensions]
 
 
 def form_of(leaf: Any) -> Any:

@@ -193,10 +193,10 @@ class Engine:
             self._generator = Generator(self.model, self.plan, self.grid, self._forwards)
         return self._generator.generate(input_ids, **settings)
 
-    def _forwards(self, function: Function, recorded: Function | None = None) -> Forwards:
+    def _forwards(self, function: Function) -> Forwards:
         placement, whole, units = self._placed
         plain, plan, grid = replace(self.workload, loss=no_loss), self.plan, self.grid
-        return Forwards(function, plain, plan, grid, placement=placement, whole=whole, units=units, recorded=recorded)
+        return Forwards(function, plain, plan, grid, placement=placement, whole=whole, units=units)
 
     @property
     def steps_per_epoch(self) -> int:

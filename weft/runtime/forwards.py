@@ -46,8 +46,6 @@ class Forwards:
         placement: this stage's view of the model.
         whole: the root of what is gathered, if anything is.
         units: names of the units that the plan places.
-        recorded: what is recorded in the function's place: one that makes the same calls, with outputs of the same
-            shapes.
     """
 
     def __init__(
@@ -60,11 +58,10 @@ class Forwards:
         placement: Placement,
         whole: Whole | None,
         units: list[str],
-        recorded: Function | None = None,
     ) -> None:
         self.plan, self.grid, self.placement, self.stage = plan, grid, placement, grid.stage
         self._seed = workload.seed
-        self._recordings = self.recordings_of(recorded or function, workload, plan)
+        self._recordings = self.recordings_of(function, workload, plan)
         self._recordings.units = units
         self._ending = Ending(placement.model, function) if plan.pp > 1 else None
         run = in_precision(replace(workload, loss=function), plan.precision).loss
