@@ -46,7 +46,8 @@ def measured(across: Pool) -> Cluster:
 
 
 def test_links_are_measured_at_both_levels(measured: Cluster):
-    assert (measured.nodes[0].count, measured.devices_per_node) == (2, 2)
+    # Two hosts of a busy machine may seem unlike: which are alike is the question of test_cluster_kinds.
+    assert (sum(node.count for node in measured.nodes), measured.devices_per_node) == (2, 2)
     inside, between = measured.links
     assert inside.bytes_per_s * 8 > 5 * BITS_PER_S
     # Two processes share the card, one has it to itself.
@@ -98,7 +99,7 @@ def test_weft_cluster_measures_the_job_it_is_started_in(network: hosts.Network):
     assert second == ""
     found = json.loads(first)
     (link,) = found["links"]
-    assert (found["nodes"][0]["count"], found["nodes"][0]["devices"]) == (2, 1)
+    assert [node["devices"] for node in found["nodes"] for _ in range(node["count"])] == [1, 1]
     assert link["bytes_per_s"] * 8 == pytest.approx(BITS_PER_S, rel=0.2)
 
 
