@@ -6,12 +6,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from weft.capture.blocks import FUNCTIONS, PLAIN
+
+LEAVES = (Tensor, int, float, str, NoneType)
+"""What is a leaf in most arguments."""
 
 DEEPEST = 6
 """Objects inside objects are opened so far."""
@@ -33,6 +37,17 @@ class Tree:
     def leaves(self) -> int:
         """Number of leaves, those inside objects included."""
         return sum(1 if entry is None else entry[1].leaves for entry in self.objects)
+
+
+def leaves_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Leaves of a call's arguments, as PyTorch's pytrees order them; many times as fast where nothing is nested."""
+    found: list[Any] = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, LEAVES):
+            found.append(value)
+        else:
+            found += tree_leaves(value)
+    return found
 
 
 def flatten(value: Any, depth: int = 0) -> tuple[list[Any], Tree]:

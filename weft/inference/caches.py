@@ -31,6 +31,10 @@ from weft.errors import ModelError
 GROWTH, ROOM = 1.5, 32
 """A full buffer becomes so many times as long, and has room for so many tokens at least."""
 
+SMALL_BYTES = 2**22
+"""Keys and values of a layer that are no larger are copied with every token: so they are in the processor's cache when
+one query reads them, which takes as long as that longer where they are not (a tenth of a step of a small model)."""
+
 
 class Kept(CacheLayerMixin):  # type: ignore[no-untyped-call]  # in transformers
     """One layer's keys and values, (sequences, heads, tokens, head_dim).
@@ -54,10 +58,17 @@ class Kept(CacheLayerMixin):  # type: ignore[no-untyped-call]  # in transformers
         new = key_states.shape[-2]
         if self.window is not None:
             self._start = max(self._start, self._end - (self.window - 1))
-        self._make_room(new, key_states, value_states)
-        assert self._buffers is not None
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self._end : self._end + new] = states
+        if self.bytes + key_states.nbytes + value_states.nbytes <= SMALL_BYTES:
+            both = [[each] for each in (key_states, value_states)]
+            for buffer, parts in zip(self._buffers or (), both, strict=False):
+                parts.insert(0, buffer[:, :, self._start : self._end])
+            self._buffers = torch.cat(both[0], dim=2), torch.cat(both[1], dim=2)
+            self._start, self._end = 0, self._end - self._start
+        else:
+            self._make_room(new, key_states, value_states)
+            assert self._buffers is not None
+            for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+                buffer[:, :, self._end : self._end + new] = states
         self._end += new
         self.seen += new
         self.is_initialized = True

@@ -208,8 +208,7 @@ class BatchedDecoder:
                 batch.join(new)
                 batch.waiting = []
             found.append(tokens)
-        for work, _ in sends:
-            work.wait()
+        generator.sent(sends)
         generator.finish()
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
 
@@ -258,7 +257,7 @@ def make_decoder(engine: InferenceEngine, capacity_tokens: int | None = None) ->
         engine: of this rank.
         capacity_tokens: slots of the cache of all requests together; None: what a share of the free memory holds.
     """
-    generator = engine.generator
+    generator = engine.inferring.generator
     if capacity_tokens is None:
         capacity_tokens = _capacity(engine)
     return BatchedDecoder(generator, capacity_tokens)
@@ -266,7 +265,7 @@ def make_decoder(engine: InferenceEngine, capacity_tokens: int | None = None) ->
 
 def _capacity(engine: InferenceEngine) -> int:
     """Slots that a share of the free memory holds, the same on every rank."""
-    text, plan = engine.generator.config.get_text_config(), engine.plan
+    text, plan = engine.inferring.generator.config.get_text_config(), engine.plan
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     per_token = 2 * heads * size * next(engine.model.parameters()).itemsize * text.num_hidden_layers

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from weft.inference.generation import Generation, Generator
 from weft.inference.steps import next_token
 from weft.plan import Plan
 from weft.runtime import checkpoint, part
 from weft.runtime.ending import Function
 from weft.runtime.forwards import Forwards
 from weft.runtime.grid import Grid
+from weft.runtime.inferring import Inferring
 from weft.runtime.placement import Placement
-from weft.runtime.predictor import Predictor, predict_of
 from weft.runtime.routes import Routes
 from weft.runtime.worker import describe_stage, join
 from weft.workload import Workload, no_loss
+
+if TYPE_CHECKING:
+    from weft.inference.generation import Generation
 
 
 class InferenceEngine:
@@ -44,26 +47,28 @@ class InferenceEngine:
         self.part = part.build(first.hand_over(), units, recording, stage_of, plan, self.grid)
         self.model: nn.Module = self.part.model
         placement = Placement(self.model, units, stage=self.grid.stage, mode=self.part.mode, device=self.grid.device)
-        self._parts = placement, self.part.whole, units
-        self._predictor: Predictor | None = None
-        self._generator: Generator | None = None
+        self.inferring = Inferring(
+            workload,
+            plan,
+            self.grid,
+            placement=placement,
+            whole=self.part.whole,
+            units=units,
+            trained=False,
+        )
 
     def predict(self, batch: Any) -> Any:
         """What the workload predicts for a batch: see ``Predictor.predict``. All ranks call it with the same batch."""
-        if self._predictor is None:
-            self._predictor = Predictor(self._forwards(predict_of(self.workload)), self.plan, self.grid)
-        return self._predictor.predict(batch)
+        return self.inferring.predict(batch)
+
+    def predictions(self, batches: Iterable[Sequence[int]]) -> Iterator[Any]:
+        """What it predicts for one batch of samples after the other, given on rank 0: see ``Predictor.predictions``.
+        All ranks call it with the same batches."""
+        return self.inferring.predictions(batches)
 
     def generate(self, input_ids: Any, **settings: Any) -> Generation:
         """Tokens after each of some prompts: see ``Generator.generate``. All ranks call it with the same prompts."""
-        return self.generator.generate(input_ids, **settings)
-
-    @property
-    def generator(self) -> Generator:
-        """What generates with this engine's model."""
-        if self._generator is None:
-            self._generator = Generator(self.model, self.plan, self.grid, self._forwards)
-        return self._generator
+        return self.inferring.generate(input_ids, **settings)
 
     def load(self, directory: str | Path) -> None:
         """Take the parameters and buffers of the newest checkpoint in ``directory`` (or of the one it is).
@@ -72,11 +77,6 @@ class InferenceEngine:
             CheckpointError: there is none, or it is of another model.
         """
         checkpoint.load_model(Path(directory), self.part)
-
-    def _forwards(self, function: Function) -> Forwards:
-        placement, whole, units = self._parts
-        workload, plan, grid = self.workload, self.plan, self.grid
-        return Forwards(function, workload, plan, grid, placement=placement, whole=whole, units=units)
 
 
 def forward_of(workload: Workload) -> Function:

@@ -12,12 +12,14 @@ So every rank of a replica knows all tokens of its sequences, and with them whic
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.errors import InputError
@@ -65,7 +67,8 @@ class Group:
         rows: their numbers in the whole batch.
         samplings: how each one's tokens are chosen.
         ids: (B, T) tokens that the model is given next.
-        mask: (B, L).
+        mask: (B, L); None: there is no padding.
+        positions: (B, T) of ``ids`` in their sequences; None for an encoder-decoder.
         cache: of this stage's layers.
         encoded: (B, S, D), of an encoder-decoder.
         chosen: tokens so far, a (B) each.
@@ -76,7 +79,8 @@ class Group:
     rows: Sequence[int]
     samplings: Sequence[Sampling]
     ids: Tensor
-    mask: Tensor
+    mask: Tensor | None
+    positions: Tensor | None
     cache: Cache
     encoded: Tensor | None
     over: Tensor
@@ -85,20 +89,20 @@ class Group:
 
     def step(self) -> Step:
         """What the model is given next."""
-        if self.encoded is not None:
-            return Step(self.ids, self.mask, None, self.encoded, self.cache)
-        positions = (self.mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -self.ids.shape[1] :]
-        return Step(self.ids, self.mask, positions, None, self.cache)
+        return Step(self.ids, self.mask, self.positions, self.encoded, self.cache)
 
     def take(self, tokens: Tensor, stops: Stops) -> None:
         """The tokens that follow; what was over gets padding."""
-        tokens = torch.where(self.over, stops.padding, tokens)
+        if stops.tokens:
+            tokens = torch.where(self.over, stops.padding, tokens)
+            for stop in stops.tokens:
+                self.over = self.over | (tokens == stop)
         self.chosen.append(tokens)
-        for stop in stops.tokens:
-            self.over = self.over | (tokens == stop)
         self.ids = tokens[:, None]
-        if self.encoded is None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        if self.positions is not None:
+            self.positions = self.positions[:, -1:] + 1
+            if self.mask is not None:
+                self.mask = F.pad(self.mask, (0, 1), value=1)
 
 
 class Generator:
@@ -163,7 +167,8 @@ class Generator:
         mine = [r for r in ranges[self.grid.replica] if len(r) or together]
         with Evaluation(self.model):
             groups = [self._group(prompts, samples, sampling) for samples in mine]
-            self._generate(groups, max_new_tokens, stops, to_the_end=together, on_tokens=on_tokens)
+            with self._next.alike():
+                self._generate(groups, max_new_tokens, stops, to_the_end=together, on_tokens=on_tokens)
         self.finish()
         found = [(list(g.rows), torch.stack(g.chosen, dim=1)) for g in groups if g.rows]
         return self._joined(prompts, share(found, self.grid), stops)
@@ -181,12 +186,23 @@ class Generator:
         device = self.grid.device
         part = slice(samples.start, samples.stop) if len(samples) else slice(0, 1)
         ids, mask = prompts.tokens[part].to(device), prompts.mask[part].to(device)
-        encoded = None
+        positions, encoded = None, None
         if self._encode is not None:
             encoded = self._encoded(Encoding(ids, mask))
             ids = torch.full((len(ids), 1), self._start(), device=device)
+        else:
+            positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
         over = torch.zeros(len(ids), dtype=torch.bool, device=device)
-        return Group(list(samples), [sampling] * len(ids), ids, mask, make_cache(self.config), encoded, over)
+        return Group(
+            list(samples),
+            [sampling] * len(ids),
+            ids,
+            None if bool(mask.all()) else mask,
+            positions,
+            make_cache(self.config),
+            encoded,
+            over,
+        )
 
     def _start(self) -> int:
         """The token that a decoder begins with."""
@@ -214,10 +230,10 @@ class Generator:
         self, groups: Sequence[Group], tokens: int, stops: Stops, *, to_the_end: bool, on_tokens: OnTokens | None
     ) -> None:
         """Generate for the groups of this replica, all in flight."""
-        sends: list[tuple[dist.Work, Tensor]] = []
+        sends: deque[list[tuple[dist.Work, Tensor]]] = deque()
 
         def is_over(group: Group) -> bool:
-            return len(group.chosen) == tokens or (not to_the_end and bool(group.over.all()))
+            return len(group.chosen) == tokens or (not to_the_end and bool(stops.tokens) and bool(group.over.all()))
 
         def take(group: Group, chosen: Tensor) -> None:
             group.take(chosen, stops)
@@ -237,13 +253,15 @@ class Generator:
                 if self.is_last:
                     rows = group.rows or [0]
                     chosen = choose(logits, group.samplings, rows, [len(group.chosen)] * len(rows))
-                    sends = [*(s for s in sends if not s[0].is_completed()), *self.send(chosen)]
+                    sends.append(self.send(chosen))
                     take(group, chosen)
+                    if len(sends) > len(groups):  # what this group was sent before has brought its last step about
+                        self.sent(sends.popleft())
         for group in groups:
             if not self.is_last and not is_over(group):
                 take(group, self.receive(len(group.ids)))
-        for work, _ in sends:
-            work.wait()
+        for oldest in sends:
+            self.sent(oldest)
 
     def step(self, step: Step) -> Tensor:
         """Logits of the next token of every sequence, (B, V); of no use but on the last stage. The cache has seen the
@@ -266,6 +284,11 @@ class Generator:
         earlier, group = range(self.plan.pp - 1), self.grid.gradients
         works = [(dist.isend(tokens, group=group, group_dst=stage), tokens) for stage in earlier]
         return cast(list[tuple[dist.Work, Tensor]], works)
+
+    def sent(self, sends: Sequence[tuple[dist.Work, Tensor]]) -> None:
+        """Wait until what ``send`` began is over."""
+        for work, _ in sends:
+            work.wait()
 
     def finish(self) -> None:
         """Wait until all that stages send has left."""

@@ -147,12 +147,11 @@ def predict_here(target: Target, order: Order, watcher: Watcher) -> Prediction:
             if order.weights is not None:
                 engine.load(order.weights)
         start = time.perf_counter()
-        for first in range(begin, samples, size):
-            numbers = range(first, min(first + size, samples))
-            predictions = engine.predict(workload.batch_of(numbers))
-            if sink:
-                sink.add(predictions, len(numbers))
-                watcher.progress(sink.done, samples)
+        batches = [range(first, min(first + size, samples)) for first in range(begin, samples, size)]
+        for numbers, predictions in zip(batches, engine.predictions(batches) if batches else (), strict=False):
+            assert sink is not None  # of all ranks, rank 0 is given predictions
+            sink.add(predictions, len(numbers))
+            watcher.progress(sink.done, samples)
         peaks = [0] * dist.get_world_size()
         dist.all_gather_object(peaks, used.peak())
         if sink and not sink.finished:  # the others need not wait for it

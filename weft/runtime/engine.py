@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,13 @@ from weft.precision import in_precision
 from weft.runtime import checkpoint, part, totals
 from weft.runtime.batches import Batch, Sampler, divide
 from weft.runtime.buffers import Buffers
-from weft.runtime.ending import Ending, Function
-from weft.runtime.forwards import Forwards
+from weft.runtime.ending import Ending
 from weft.runtime.gather import gather
 from weft.runtime.grid import Grid
+from weft.runtime.inferring import Inferring
 from weft.runtime.optimizer import make_optimizer, make_scheduler, restored
 from weft.runtime.pipeline import Pipeline
 from weft.runtime.placement import Placement
-from weft.runtime.predictor import Predictor, predict_of
 from weft.runtime.recordings import Recordings
 from weft.runtime.routes import Routes
 from weft.runtime.scaling import LossScale
@@ -35,7 +34,7 @@ from weft.runtime.worker import describe_stage, join
 from weft.workload import Workload, no_loss
 
 if TYPE_CHECKING:
-    from weft.inference.generation import Generation, Generator
+    from weft.inference.generation import Generation
 
 
 class Engine:
@@ -113,9 +112,15 @@ class Engine:
             ending=ending,
         )
         self.loss_scale = LossScale() if plan.precision == "fp16" else None
-        self._placed = placement, self.part.whole, units
-        self._predictor: Predictor | None = None
-        self._generator: Generator | None = None
+        self.inferring = Inferring(
+            replace(self.workload, loss=no_loss),
+            plan,
+            self.grid,
+            placement=placement,
+            whole=self.part.whole,
+            units=units,
+            trained=True,
+        )
 
     def batches(self, epochs: int | None = 1) -> Iterator[Batch]:
         """This rank's part of every batch from where training stands to the end of the epoch (``epochs=None``: for
@@ -180,23 +185,17 @@ class Engine:
     def predict(self, batch: Any) -> Any:
         """What the workload predicts for a batch, with the parameters as they are now, in evaluation mode: see
         ``Predictor.predict``. All ranks call it with the same batch."""
-        if self._predictor is None:
-            self._predictor = Predictor(self._forwards(predict_of(self.workload)), self.plan, self.grid)
-        return self._predictor.predict(batch)
+        return self.inferring.predict(batch)
+
+    def predictions(self, batches: Iterable[Sequence[int]]) -> Iterator[Any]:
+        """What it predicts for one batch of samples after the other, given on rank 0: see ``Predictor.predictions``.
+        All ranks call it with the same batches."""
+        return self.inferring.predictions(batches)
 
     def generate(self, input_ids: Any, **settings: Any) -> Generation:
         """Tokens after each of some prompts, with the parameters as they are now: see ``Generator.generate``. All
         ranks call it with the same prompts."""
-        if self._generator is None:
-            from weft.inference.generation import Generator
-
-            self._generator = Generator(self.model, self.plan, self.grid, self._forwards)
-        return self._generator.generate(input_ids, **settings)
-
-    def _forwards(self, function: Function) -> Forwards:
-        placement, whole, units = self._placed
-        plain, plan, grid = replace(self.workload, loss=no_loss), self.plan, self.grid
-        return Forwards(function, plain, plan, grid, placement=placement, whole=whole, units=units)
+        return self.inferring.generate(input_ids, **settings)
 
     @property
     def steps_per_epoch(self) -> int:

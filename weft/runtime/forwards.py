@@ -6,7 +6,9 @@ function's recording says. Sends do not wait, so a stage that is done with one m
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -46,6 +48,8 @@ class Forwards:
         placement: this stage's view of the model.
         whole: the root of what is gathered, if anything is.
         units: names of the units that the plan places.
+        trained: whether the model is trained too. If not, what a forward leaves in it need not take part in a backward,
+            and every operation costs less (``torch.inference_mode``).
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Forwards:
         placement: Placement,
         whole: Whole | None,
         units: list[str],
+        trained: bool,
     ) -> None:
         self.plan, self.grid, self.placement, self.stage = plan, grid, placement, grid.stage
         self._seed = workload.seed
@@ -70,7 +75,8 @@ class Forwards:
         self._function: Function = run if whole is None else whole.of(run)
         self._routes: WeakKeyDictionary[Recording, Routes] = WeakKeyDictionary()
         self._elastic: dict[Hashable, Elastic] = {}
-        self._sends: list[tuple[dist.Work, Tensor]] = []
+        self._no_backward = torch.no_grad if trained else torch.inference_mode
+        self._sends: deque[list[tuple[dist.Work, Tensor]]] = deque()
 
     @staticmethod
     def recordings_of(function: Function, workload: Workload, plan: Plan) -> Recordings:
@@ -82,33 +88,41 @@ class Forwards:
 
         Args:
             microbatch: the same on every stage.
-            like: what is recorded in its place, of a function that draws no random numbers; None: it is recorded
-                itself.
+            like: what is recorded in its place, of a function that draws no random numbers, for a microbatch that is on
+                this rank's device; None: it is recorded itself.
 
         Raises:
             ModelError: the model took another way than the recording.
         """
         device = self.grid.device
-        microbatch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, microbatch)
         if like is not None and self.plan.pp == 1:  # nothing travels, and nobody draws
-            with torch.inference_mode(), running(device):
+            with self._no_backward(), running(device):
                 return self._function(self.placement.model, microbatch)
+        microbatch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, microbatch)
         seeds = Seeds(self._seed, 0, 0, 0)
         known = self._known_of(microbatch, seeds) if like is None else self._known_like(like, seeds)
         recording, routes, squares = known
         if self.stage not in routes.stage_of:
             return None
         run = Run(recording, routes, self._receive(routes, squares), seeds, ending=self._ending)
-        with torch.no_grad():
+        with self._no_backward():
             result = self.placement.forward(self._function, microbatch, run)
         self._send(run, squares)
         return result
 
+    def alike(self) -> AbstractContextManager[None]:
+        """Around many runs with ``like``, and no others: they take less time."""
+        return self.placement.aside() if self.plan.pp == 1 else nullcontext()
+
     def finish(self) -> None:
         """Wait until all that was sent has left."""
-        for work, _ in self._sends:
+        while self._sends:
+            self._wait()
+
+    def _wait(self) -> None:
+        """Wait until what the oldest forward sent has left."""
+        for work, _ in self._sends.popleft():
             work.wait()
-        self._sends.clear()
 
     def _known_of(self, microbatch: Any, seeds: Seeds) -> Known:
         recording = self._recordings.of(microbatch, seeds)
@@ -147,6 +161,13 @@ class Forwards:
         return received
 
     def _send(self, run: Run, squares: frozenset[Source]) -> None:
+        """Begin to send what later stages need. No more than so many forwards' sends are under way: a stage that is
+        faster than the next waits, before its memory is full. (Gloo knows that a send is over only when asked to wait.)
+        """
+        while len(self._sends) > 2 * self.plan.microbatches:
+            self._wait()
+        sends: list[tuple[dist.Work, Tensor]] = []
+        self._sends.append(sends)
         for peer, sources in run.routes.sent_by(self.stage).items():
             for source in sources:
                 leaf = run.routes.leaves[source]
@@ -158,14 +179,14 @@ class Forwards:
                         "stage waits for it; the forward depends on the data. Keep it on one stage, or use pp=1"
                     )
                 if source in squares:
-                    self._post(torch.tensor(tensor.shape, device=self.grid.device), peer)
-                self._post(tensor.detach().to(leaf.dtype).contiguous(), peer)
-        self._sends = [(work, tensor) for work, tensor in self._sends if not work.is_completed()]
+                    sends.append(self._posted(torch.tensor(tensor.shape, device=self.grid.device), peer))
+                sends.append(self._posted(tensor.detach().to(leaf.dtype).contiguous(), peer))
 
-    def _post(self, tensor: Tensor, peer: int) -> None:
+    def _posted(self, tensor: Tensor, peer: int) -> tuple[dist.Work, Tensor]:
+        """A send under way, and what must live until it is over."""
         work = dist.isend(tensor, group=self.grid.group("pp"), group_dst=peer)
         assert work is not None
-        self._sends.append((work, tensor))  # alive until it has been sent
+        return work, tensor
 
 
 class Evaluation:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from weft.adapters import running
 from weft.capture.blame import first_line, place_of
@@ -31,7 +31,7 @@ from weft.capture.draws import Draws, derived, python_stream
 from weft.capture.effects import Leavings
 from weft.capture.profile import Source
 from weft.capture.recorder import RecordedCall, Recording, TensorLeaf
-from weft.capture.trees import flatten, unflatten
+from weft.capture.trees import flatten, leaves_of, unflatten
 from weft.errors import LossError, ModelError, WeftError
 from weft.runtime.compiled import Compiled, Shared
 from weft.runtime.ending import Ending, Function
@@ -126,14 +126,36 @@ class Placement:
         self._entered = False
         self._sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
         shared: dict[Call, Shared] = {}
+        self._units: list[tuple[str, nn.Module, Call, Call]] = []
         for name in units:
             module = model.get_submodule(name)
             original = Compiled(name, module, shared) if name in compiled else module.forward
             again = Recompute(module, recompute[name]) if name in recompute else None
-            module.forward = self._placed(name, module, original, again)
-            module.register_forward_pre_hook(self._enter)
+            self._units.append((name, module, original, self._placed(name, module, original, again)))
+        self._hooks = self._placing()
+
+    def _placing(self) -> list[RemovableHandle]:
+        """Put the units under this object's eyes."""
+        hooks = []
+        for name, module, _, placed in self._units:
+            module.forward = placed
+            hooks.append(module.register_forward_pre_hook(self._enter))
             # registered last: sees what leaves the unit after PyTorch's own hooks
-            module.register_forward_hook(self._note(name))
+            hooks.append(module.register_forward_hook(self._note(name)))
+        return hooks
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The units as they are without placement, inside the block: for many short forwards on a stage that has all
+        calls."""
+        for hook in self._hooks:
+            hook.remove()
+        for _, module, original, _ in self._units:
+            module.forward = original
+        try:
+            yield
+        finally:
+            self._hooks = self._placing()
 
     def forward(self, function: Function, batch: Any, run: Run) -> Any:
         """Run a function of the model, as the user's loss, for one microbatch; ``run.produced`` holds this stage's
@@ -199,8 +221,8 @@ class Placement:
             if run.routes.stage_of[number] > self.stage and run.ending is not None:
                 run.ending.reach()
             if run.routes.stage_of[number] != self.stage:
-                return self._stand_in(run, number, call, tree_leaves((args, kwargs)))
-            leaves = tree_leaves((args, kwargs))
+                return self._stand_in(run, number, call, args, kwargs)
+            leaves = leaves_of(args, kwargs)
             given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             if any(isinstance(leaf, FakeTensor) and i in call.used for i, leaf in enumerate(given)):
                 raise ModelError(
@@ -260,6 +282,9 @@ class Placement:
     def _hand_out(self, run: Run, number: int, output: Any) -> Any:
         """Note what a call gave. What travels is kept from the glue, where it would be written to."""
         call = run.recording.calls[number]
+        if type(output) is Tensor and not call.rewritten:
+            run.produce(Source(number, 0), output)
+            return None
         leaves, tree = flatten(output)
         count = 0
         for place, leaf in enumerate(leaves):
@@ -276,15 +301,18 @@ class Placement:
                 count += 1
         return unflatten(leaves, tree) if call.rewritten else None
 
-    def _stand_in(self, run: Run, number: int, call: RecordedCall, given: list[Any]) -> Any:
+    def _stand_in(
+        self, run: Run, number: int, call: RecordedCall, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         count = itertools.count()
         leaves = [
             self._leaf(run, Source(number, next(count)), leaf) if isinstance(leaf, TensorLeaf) else leaf
             for leaf in call.leaves
         ]
-        left = iter(leaves[call.tree.leaves :])
-        for effect in call.effects:
-            effect.apply(given[effect.argument], left)
+        if call.effects:
+            given, left = leaves_of(args, kwargs), iter(leaves[call.tree.leaves :])
+            for effect in call.effects:
+                effect.apply(given[effect.argument], left)
         return unflatten(leaves, call.tree)
 
     def _leaf(self, run: Run, source: Source, leaf: TensorLeaf) -> Tensor:

@@ -23,9 +23,7 @@ def share(mine: Any, grid: Grid) -> list[Any]:
     world, rank = dist.get_world_size(), dist.get_rank()
     if world == 1:
         return [mine]
-    replicas = grid.degree("dp_replicate") * grid.degree("dp_shard")
-    # The ranks of the last stage, with tp innermost: the first of each replica tells.
-    last = grid.mesh.mesh[-1].reshape(replicas, -1)[:, 0].tolist()
+    last = tellers(grid)
     every: list[Any] = [None] * world
     dist.all_gather_object(every, tree_map(form_of, mine) if rank in last else None)
     found = []
@@ -39,6 +37,13 @@ def share(mine: Any, grid: Grid) -> list[Any]:
                 dist.broadcast(values[index], src=root)
         found.append(tree_unflatten(values, tree_structure(every[root])))
     return found
+
+
+def tellers(grid: Grid) -> list[int]:
+    """The rank of each replica that tells what it has: of the last stage, whose ranks have tp innermost, the first."""
+    replicas = grid.degree("dp_replicate") * grid.degree("dp_shard")
+    ranks: list[int] = grid.mesh.mesh[-1].reshape(replicas, -1)[:, 0].tolist()
+    return ranks
 
 
 @dataclass(frozen=True)
