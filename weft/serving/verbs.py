@@ -67,7 +67,6 @@ def serve(
 
     with output(as_json) as show:
         work = target_of(target, arguments)
-        work.load()  # what is wrong with it shows before any process starts
         settings = Settings(
             model=served_model_name or _name(work),
             host=host,
@@ -77,16 +76,18 @@ def serve(
             max_concurrent=max_concurrent,
             largest_bytes=parse_size(max_request),
         )
-        given = None if plan_file is None else plan_of(plan_file, fixed)
-        count = devices_of(devices, given)
+        plan = None if plan_file is None else plan_of(plan_file, fixed)
         order = serving.Order(
-            plan=given or serving.planned(work, cluster_of(None, count, memory), at_once=max_concurrent, **fixed),
+            plan=plan,
+            cluster=None if plan else cluster_of(None, devices_of(devices), memory),
+            constraints=fixed,
             memory_bytes=parse_sizes(memory),
             checkpoint=None if checkpoint is None else str(checkpoint),
             cache_tokens=cache_tokens,
             tokenizer=tokenizer,
             settings=settings,
         )
+        devices_of(devices, plan)
         serving.run(work, order, on_ready=lambda ready: show(ready.describe(), ready.to_json()), say=_say)
 
 
