@@ -1,7 +1,7 @@
 """Whether the workers get on, seen from outside: one that hangs tells nobody.
 
 How long a step may take nobody knows before: a long prompt takes a big model tens of seconds, and the longest step so
-far says nothing of it. But who computes uses processor time, also who waits for a CUDA device (the driver spins), and
+far says nothing of it. But who computes uses processor time, also who waits for a CUDA device (by default the driver spins), and
 who waits for a process that hangs uses next to none. So workers get on while steps come, or while they use processor
 time and none of them is stopped. They are looked at once a second, and hang once that many looks in a row saw neither.
 Looks are counted, not seconds: those in which the server itself stood still count for nothing.
@@ -27,8 +27,8 @@ LOADING_LOOKS = 180
 """Before the workers are ready: files may come from far away."""
 
 WORK_S = 0.2
-"""Seconds of processor time, of all workers since they were last seen to get on, that are work. Waiting for a peer over
-Gloo takes about a hundredth of that in SERVING_LOOKS."""
+"""Seconds of processor time, of all workers since they were last seen to get on, that are work: a hundredth of a core
+over SERVING_LOOKS."""
 
 
 class Pulse:
