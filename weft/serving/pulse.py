@@ -1,7 +1,7 @@
 """Whether the workers get on, seen from outside: one that hangs tells nobody.
 
 How long a step may take nobody knows before: a long prompt takes a big model tens of seconds, and the longest step so
-far says nothing of it. But who computes uses processor time, also who waits for a CUDA device (by default the driver spins), and
+far says nothing of it. But who computes uses processor time, also who waits for CUDA (its default is to spin), and
 who waits for a process that hangs uses next to none. So workers get on while steps come, or while they use processor
 time and none of them is stopped. They are looked at once a second, and hang once that many looks in a row saw neither.
 Looks are counted, not seconds: those in which the server itself stood still count for nothing.
