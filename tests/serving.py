@@ -16,6 +16,7 @@ import psutil
 from weft.serving import server as serving
 from weft.serving.decoder import Decoder
 from weft.serving.job import Job
+from weft.serving.launcher import Launcher
 from weft.serving.scheduler import Facts
 from weft.serving.server import Settings, listener
 from weft.serving.tokenizer import Numbers, Tokenizer
@@ -94,14 +95,16 @@ def server(
 
     async def main() -> None:
         tasks.append(asyncio.current_task())
-        await serving.serve(
-            given,
-            Job(make=make, devices=devices, device="cpu"),
-            tokenizer or Numbers(),
-            at=at,
-            on_ready=on_ready,
-            say=running.said.append,
-        )
+        with contextlib.closing(Launcher()) as launcher:
+            await serving.serve(
+                given,
+                Job(make=make, devices=devices, device="cpu"),
+                tokenizer or Numbers(),
+                launcher=launcher,
+                at=at,
+                on_ready=on_ready,
+                say=running.said.append,
+            )
 
     def thread() -> None:
         try:

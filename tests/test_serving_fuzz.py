@@ -86,6 +86,8 @@ def test_every_answer_is_as_described(running: Running, route: str, mode: schema
         with requests.Session() as session:
             answer = case.call(headers=headers, timeout=30, session=session)
         assert answer.status_code < 500
+        if answer.text == "Invalid HTTP request received.":
+            return  # a header that is no HTTP (content-length: Inf): uvicorn has answered, and no route was reached
         case.validate_response(answer, excluded_checks=[positive_data_acceptance])
 
     ask()

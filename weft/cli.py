@@ -15,6 +15,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from weft import options
 from weft.capture import capture, capture_inference
 from weft.capture.inference import Tokens
 from weft.cluster import Cluster, measure
@@ -26,21 +27,6 @@ from weft.jobs import compare as comparing
 from weft.jobs import predict as predicting
 from weft.jobs import train as training
 from weft.jobs import verify as verifying
-from weft.options import (
-    Arguments,
-    ClusterText,
-    Devices,
-    Json,
-    Memory,
-    PlanFile,
-    TargetText,
-    Verbose,
-    cluster_of,
-    devices_of,
-    plan_of,
-    precision_of,
-    target_of,
-)
 from weft.planner import Constraints, Keywords, changes, choose, choose_inference, is_inference, search
 from weft.quantity import each_of, parse_sizes
 from weft.report import page, tables
@@ -63,11 +49,11 @@ QUICK_S = 3.0
 @app.command()
 @takes_fixed
 def plan(
-    target: TargetText,
-    arguments: Arguments = None,
-    cluster: ClusterText = None,
-    devices: Devices = None,
-    memory: Memory = None,
+    target: options.TargetText,
+    arguments: options.Arguments = None,
+    cluster: options.ClusterText = None,
+    devices: options.Devices = None,
+    memory: options.Memory = None,
     save: Annotated[Path | None, typer.Option(metavar="FILE", help="write the plan here")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="draw it as a page of its own")] = None,
     what_if: Annotated[
@@ -81,7 +67,7 @@ def plan(
     new_tokens: Annotated[int | None, typer.Option(help="inference: tokens after each prompt")] = None,
     batch: Annotated[int | None, typer.Option(help="inference: sequences or samples at once")] = None,
     price: Annotated[float | None, typer.Option(help="of one device for an hour, in any currency")] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
     *,
     fixed: dict[str, Any],
 ) -> None:
@@ -90,15 +76,15 @@ def plan(
         inference = is_inference(purpose, prompt=prompt, new_tokens=new_tokens, batch=batch)
         if inference and (html is not None or what_if):
             raise PlanError("--html and --what-if are of plans for training; leave them out")
-        workload, on = target_of(target, arguments).load(), cluster_of(cluster, devices, memory)
+        workload, on = options.target_of(target, arguments).load(), options.cluster_of(cluster, devices, memory)
         if inference:
             tokens = Tokens.asked(prompt, new_tokens)
-            costs = capture_inference(workload, precision_of(fixed), tokens=tokens, batch_size=batch)
+            costs = capture_inference(workload, options.precision_of(fixed), tokens=tokens, batch_size=batch)
             answer = choose_inference(costs, on, objective=objective, price=price, **fixed)
             if save is not None:
                 answer.plan.save(save)
             return show(answer.plan.explain(), answer.to_json())
-        profile = capture(workload, precision_of(fixed))
+        profile = capture(workload, options.precision_of(fixed))
         choice = choose(profile, on, objective=objective, price=price, **fixed)
         if save is not None:
             choice.plan.save(save)
@@ -114,28 +100,28 @@ def plan(
 @app.command()
 @takes_fixed
 def train(
-    target: TargetText,
-    arguments: Arguments = None,
-    plan_file: PlanFile = None,
-    cluster: ClusterText = None,
-    devices: Devices = None,
-    memory: Memory = None,
+    target: options.TargetText,
+    arguments: options.Arguments = None,
+    plan_file: options.PlanFile = None,
+    cluster: options.ClusterText = None,
+    devices: options.Devices = None,
+    memory: options.Memory = None,
     steps: Annotated[int | None, typer.Option(min=1, help="in all; default: one epoch")] = None,
     checkpoint: Annotated[Path | None, typer.Option(metavar="DIR", help="save here at the end")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(min=1, metavar="N", help="and every N steps")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
     log_every: Annotated[int, typer.Option(min=1, metavar="N", help="steps per logged line")] = 10,
-    as_json: Json = False,
-    verbose: Verbose = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
     *,
     fixed: dict[str, Any],
 ) -> None:
     """Plan, unless there is a plan, and train."""
     with output(as_json) as show:
-        work = target_of(target, arguments)
+        work = options.target_of(target, arguments)
         work.load()  # what is wrong with it shows before any process starts
-        given = None if plan_file is None else plan_of(plan_file, fixed)
-        known = None if cluster is None else cluster_of(cluster, devices, memory)
+        given = None if plan_file is None else options.plan_of(plan_file, fixed)
+        known = None if cluster is None else options.cluster_of(cluster, devices, memory)
         order = training.Order(
             steps=steps,
             plan=given,
@@ -147,37 +133,37 @@ def train(
             resume=resume,
             log_every=log_every,
         )
-        count = devices_of(devices, given, known)
+        count = options.devices_of(devices, given, known)
         show("", training.run(work, order, TrainingLog(), devices=count).to_json())
 
 
 @app.command()
 @takes_fixed
 def predict(
-    target: TargetText,
-    arguments: Arguments = None,
+    target: options.TargetText,
+    arguments: options.Arguments = None,
     output_file: Annotated[Path, typer.Option("--output", metavar="FILE", help=".parquet or .npy; needed")] = ...,  # type: ignore[assignment]  # typer's way to say that it is needed
     input_file: Annotated[Path | None, typer.Option("--input", metavar="FILE", help="of data, for the target")] = None,
-    plan_file: PlanFile = None,
-    cluster: ClusterText = None,
-    devices: Devices = None,
-    memory: Memory = None,
+    plan_file: options.PlanFile = None,
+    cluster: options.ClusterText = None,
+    devices: options.Devices = None,
+    memory: options.Memory = None,
     checkpoint: Annotated[Path | None, typer.Option(metavar="DIR", help="weights that training saved")] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="the first N samples only")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with what an earlier run has written")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="begin anew, whatever is there")] = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
     *,
     fixed: dict[str, Any],
 ) -> None:
     """Write what the workload predicts for its data; --resume goes on where a run was interrupted."""
     with output(as_json) as show:
-        work = target_of(target, arguments)
+        work = options.target_of(target, arguments)
         work = work if input_file is None else work.taking(input_file)
-        given = None if plan_file is None else plan_of(plan_file, fixed)
-        count = devices_of(devices, given)
-        on = cluster_of(cluster, devices or count, memory)
+        given = None if plan_file is None else options.plan_of(plan_file, fixed)
+        count = options.devices_of(devices, given)
+        on = options.cluster_of(cluster, devices or count, memory)
         order = predicting.Order(
             plan=given or predicting.plan_for(work.load(), on, fixed),
             output=str(output_file),
@@ -193,21 +179,21 @@ def predict(
 @app.command()
 @functools.partial(takes_fixed, names=WITHOUT_DEGREES)
 def compare(
-    target: TargetText,
-    arguments: Arguments = None,
-    devices: Devices = None,
-    memory: Memory = None,
+    target: options.TargetText,
+    arguments: options.Arguments = None,
+    devices: options.Devices = None,
+    memory: options.Memory = None,
     steps: Annotated[int, typer.Option(min=1, help="timed steps of every strategy")] = 5,
-    as_json: Json = False,
-    verbose: Verbose = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
     *,
     fixed: dict[str, Any],
 ) -> None:
     """Train the same model under every kind of parallelism and show them side by side."""
     with output(as_json) as show:
-        work = target_of(target, arguments)
+        work = options.target_of(target, arguments)
         limits = parse_sizes(memory)
-        count = devices_of(devices)
+        count = options.devices_of(devices)
         Constraints(**fixed)  # what is wrong with it shows before any process starts
         with Bar() as bar:
             found = comparing.run(
@@ -219,30 +205,30 @@ def compare(
 @app.command()
 @takes_fixed
 def verify(
-    target: TargetText,
-    arguments: Arguments = None,
-    plan_file: PlanFile = None,
-    devices: Devices = None,
+    target: options.TargetText,
+    arguments: options.Arguments = None,
+    plan_file: options.PlanFile = None,
+    devices: options.Devices = None,
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps to compare")] = 3,
     dtype: Annotated[
         str | None,
         typer.Option(help="float64, float32, bf16 or fp16; default: the plan's, or float64"),
     ] = None,
-    as_json: Json = False,
-    verbose: Verbose = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
     *,
     fixed: dict[str, Any],
 ) -> None:
     """Prove a plan against one device. Exit code 1 if it does not hold."""
     with output(as_json) as show:
-        work = target_of(target, arguments)
+        work = options.target_of(target, arguments)
         workload = work.load()
         if plan_file is not None:
-            given = plan_of(plan_file, fixed)
-            devices_of(devices, given)
+            given = options.plan_of(plan_file, fixed)
+            options.devices_of(devices, given)
         else:
-            profile = capture(workload, precision_of(fixed))
-            given = search(profile, Cluster.local(devices_of(devices)), **fixed).plan
+            profile = capture(workload, options.precision_of(fixed))
+            given = search(profile, Cluster.local(options.devices_of(devices)), **fixed).plan
         if dtype is None:
             dtype = given.precision if given.precision != "float32" else "float32" if given.compile else "float64"
         found = verifying.run(work, given, steps=steps, dtype=dtype)
@@ -253,11 +239,11 @@ def verify(
 
 @app.command()
 def cluster(
-    devices: Devices = None,
-    memory: Memory = None,
+    devices: options.Devices = None,
+    memory: options.Memory = None,
     save: Annotated[Path | None, typer.Option(metavar="FILE", help="write what was measured, for --cluster")] = None,
-    as_json: Json = False,
-    verbose: Verbose = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Measure this machine, all devices at once; in a process that torchrun started, the machines of its job."""
     limits = parse_sizes(memory)
@@ -283,11 +269,11 @@ def launch(
     arguments: Annotated[
         list[str] | None, typer.Argument(help="for the script; after -- they are not looked at")
     ] = None,
-    devices: Devices = None,
-    memory: Memory = None,
+    devices: options.Devices = None,
+    memory: options.Memory = None,
     nodes: Annotated[int, typer.Option(min=1, help="machines in the job; run this on each")] = 1,
     rendezvous: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="where the machines meet")] = None,
-    verbose: Verbose = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Run your own script on the devices of this machine."""
     launch_script(script, arguments or [], devices=devices, memory=memory, nodes=nodes, rendezvous=rendezvous)

@@ -36,7 +36,10 @@ Weights = Callable[[nn.Module], Mapping[str, Stored]]
 
 def no_loss(model: nn.Module, batch: Any) -> Loss:
     """What a workload that was given no loss has for one. Raises InputError."""
-    raise InputError("this Workload has no loss; give it loss=lambda model, batch: ... to train, verify or compare it")
+    raise InputError(
+        "this Workload has no loss; give it loss=lambda model, batch: ... to train, verify or compare it, or plan it "
+        "with --purpose inference"
+    )
 
 
 def no_optimizer(parameters: Parameters) -> torch.optim.Optimizer:

@@ -1,12 +1,16 @@
-"""Serve: a target's model, divided by a plan, behind HTTP."""
+"""Serve: a target's model, divided by a plan, behind HTTP.
+
+The process that starts the workers imports torch while this one plans.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import signal
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,6 +25,7 @@ from weft.runtime import memory
 from weft.runtime.worker import join
 from weft.serving.decoder import Decoder
 from weft.serving.job import Job
+from weft.serving.launcher import Launcher
 from weft.serving.scheduler import Facts
 from weft.serving.server import Settings, listener, serve
 from weft.serving.tokenizer import tokenizer_of
@@ -32,7 +37,9 @@ class Order:
     """What to serve.
 
     Attributes:
-        plan: how the model is divided.
+        plan: how the model is divided; None: as a search for ``cluster`` finds.
+        cluster: what to plan for, where there is no plan.
+        constraints: what a search must keep to.
         memory_bytes: limit of each device, or of one after the other; empty: none.
         checkpoint: folder whose newest checkpoint has the weights; None: the target's own.
         cache_tokens: slots of the cache of all requests together; None: what a share of the free memory holds.
@@ -40,7 +47,9 @@ class Order:
         settings: of the server.
     """
 
-    plan: Plan
+    plan: Plan | None = None
+    cluster: Cluster | None = None
+    constraints: Mapping[str, Any] = field(default_factory=dict)
     memory_bytes: tuple[int, ...] = ()
     checkpoint: str | None = None
     cache_tokens: int | None = None
@@ -63,9 +72,10 @@ class Serving:
 
     def describe(self) -> str:
         """One line."""
+        on = "one device" if self.plan.devices == 1 else f"{self.plan.devices} devices ({self.plan.describe()})"
         return (
-            f"{self.url}/v1 serves {self.model} on {self.plan.devices} devices ({self.plan.describe()}): room for "
-            f"{self.facts.capacity_tokens} tokens, {self.facts.max_length} a request. Ctrl-C ends it."
+            f"{self.url}/v1 serves {self.model} on {on}: room for {self.facts.capacity_tokens:,} tokens, "
+            f"{self.facts.max_length:,} a request. Ctrl-C ends it."
         )
 
 
@@ -83,48 +93,60 @@ def run(
         WorkerError: the workers could not be started the first time.
         KeyboardInterrupt: Ctrl-C.
     """
-    tokenizer = tokenizer_of(target, order.tokenizer)
     at = listener(order.settings)
-    host = f"[{order.settings.host}]" if ":" in order.settings.host else order.settings.host
-    url = f"http://{host}:{at.getsockname()[1]}"
-    if order.settings.api_key is None and not at.getsockname()[0].startswith(("127.", "::1")):
-        say(f"whoever reaches {url} may use it; --api-key @FILE asks for a key")
-    told: list[Serving] = []
+    with contextlib.closing(at), contextlib.closing(Launcher()) as launcher:
+        target.load()  # what is wrong with it shows before any worker starts
+        tokenizer = tokenizer_of(target, order.tokenizer)
+        plan = order.plan or planned(target, order)
+        host = f"[{order.settings.host}]" if ":" in order.settings.host else order.settings.host
+        url = f"http://{host}:{at.getsockname()[1]}"
+        if order.settings.api_key is None and not at.getsockname()[0].startswith(("127.", "::1")):
+            say(f"whoever reaches {url} may use it; --api-key @FILE asks for a key")
+        told: list[Serving] = []
 
-    def ready(facts: Facts) -> None:
-        if not told:
-            told.append(Serving(url=url, model=order.settings.model, plan=order.plan, facts=facts))
-            on_ready(told[0])
-        else:
-            say("the workers are ready again")
+        def ready(facts: Facts) -> None:
+            if not told:
+                told.append(Serving(url=url, model=order.settings.model, plan=plan, facts=facts))
+                on_ready(told[0])
+            else:
+                say("the workers are ready again")
 
-    job = Job(
-        make=functools.partial(decoder_here, target, order.plan, order.checkpoint, order.cache_tokens),
-        devices=order.plan.devices,
-        memory=order.memory_bytes,
-    )
+        job = Job(
+            make=functools.partial(decoder_here, target, plan, order.checkpoint, order.cache_tokens),
+            devices=plan.devices,
+            memory=order.memory_bytes,
+        )
+        with ending_by_sigterm():
+            asyncio.run(serve(order.settings, job, tokenizer, launcher=launcher, at=at, on_ready=ready, say=say))
+
+
+@contextlib.contextmanager
+def ending_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM end this process as if it had come to its end. uvicorn answers what is under way first, and raises
+    the signal again when it is done."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(0)
 
-    before = signal.signal(signal.SIGTERM, end)  # uvicorn answers what is under way, and then signals again
+    before = signal.signal(signal.SIGTERM, end)
     try:
-        asyncio.run(serve(order.settings, job, tokenizer, at=at, on_ready=ready, say=say))
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
-        at.close()
 
 
-def planned(target: Target, cluster: Cluster, *, at_once: int, **fixed: Any) -> Plan:
-    """A plan to serve so many requests at once by.
+def planned(target: Target, order: Order) -> Plan:
+    """A plan to serve as many requests at once by as the order allows.
 
     Raises:
         InputError: the model does not generate.
         PlanError: what is fixed cannot be.
     """
-    precision = fixed.get("precision", "float32")
+    assert order.cluster is not None
+    precision = order.constraints.get("precision", "float32")
+    at_once = order.settings.max_concurrent
     what = capture_inference(target.load(), precision, tokens=Tokens(), batch_size=at_once)
-    return choose_inference(what, cluster, **{"dp_shard": 1, **fixed}).plan
+    return choose_inference(what, order.cluster, **{"dp_shard": 1, **order.constraints}).plan
 
 
 def decoder_here(target: Target, plan: Plan, checkpoint: str | None, cache_tokens: int | None) -> Decoder:

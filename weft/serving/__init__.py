@@ -4,6 +4,8 @@ decoder      what a model that decodes for many requests looks like: Request, De
 channel      JSON lines between the server and rank 0
 driver       the loop of every rank: the same orders at the same step
 job          the process that starts the ranks, and what each of them runs
+launcher     that process, from the server's side
+pulse        whether the ranks get on
 workers      the server's end of the job: start it, hear it, start it again
 scheduler    which requests are decoded now, and which wait
 tokenizer    text to tokens and back

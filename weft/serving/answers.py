@@ -10,6 +10,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
@@ -48,9 +49,8 @@ class Form(ABC):
     prefix = ""
 
     def __init__(self, model: str) -> None:
-        self._model = model
-        self._id = f"{self.prefix}-{secrets.token_hex(12)}"
-        self._created = int(time.time())
+        id = f"{self.prefix}-{secrets.token_hex(12)}"
+        self._head: dict[str, Any] = {"id": id, "created": int(time.time()), "model": model}
 
     @abstractmethod
     def whole(self, text: str, end: End, usage: Usage) -> BaseModel:
@@ -76,21 +76,18 @@ class CompletionForm(Form):
 
     def whole(self, text: str, end: End, usage: Usage) -> BaseModel:
         """See Form."""
-        return self._with([CompletionChoice(text=text, finish_reason=end)], usage)
+        return Completion(**self._head, choices=[CompletionChoice(text=text, finish_reason=end)], usage=usage)
 
     def first(self) -> None:
         """There is none."""
 
     def chunk(self, piece: Piece) -> BaseModel:
         """See Form."""
-        return self._with([CompletionChoice(text=piece.text, finish_reason=piece.end)])
+        return Completion(**self._head, choices=[CompletionChoice(text=piece.text, finish_reason=piece.end)])
 
     def last(self, usage: Usage) -> BaseModel:
         """See Form."""
-        return self._with([], usage)
-
-    def _with(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
-        return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
+        return Completion(**self._head, choices=[], usage=usage)
 
 
 class ChatForm(Form):
@@ -101,22 +98,22 @@ class ChatForm(Form):
     def whole(self, text: str, end: End, usage: Usage) -> BaseModel:
         """See Form."""
         choice = ChatChoice(message=ChatMessage(content=text), finish_reason=end)
-        return Chat(id=self._id, created=self._created, model=self._model, choices=[choice], usage=usage)
+        return Chat(**self._head, choices=[choice], usage=usage)
 
     def first(self) -> BaseModel:
         """Who speaks."""
-        return self._with([ChatChunkChoice(delta=Delta(role="assistant", content=""), finish_reason=None)])
+        return self._with(Delta(role="assistant", content=""), None)
 
     def chunk(self, piece: Piece) -> BaseModel:
         """See Form."""
-        return self._with([ChatChunkChoice(delta=Delta(content=piece.text), finish_reason=piece.end)])
+        return self._with(Delta(content=piece.text), piece.end)
 
     def last(self, usage: Usage) -> BaseModel:
         """See Form."""
-        return self._with([], usage)
+        return ChatChunk(**self._head, choices=[], usage=usage)
 
-    def _with(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatChunk:
-        return ChatChunk(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
+    def _with(self, delta: Delta, end: End | None) -> ChatChunk:
+        return ChatChunk(**self._head, choices=[ChatChunkChoice(delta=delta, finish_reason=end)])
 
 
 async def at_once(

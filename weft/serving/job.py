@@ -2,7 +2,7 @@
 
 It is a process of its own, so that the server has no part in what PyTorch's elastic agent does with signals and
 children, and can end all of it at once. It is given its work on stdin, says on stdout how it ended, and stays to do it
-again (importing torch takes longer than most restarts should), but no longer than the server.
+again (importing torch takes longer than most restarts should), but no longer than the server (``launcher``).
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def introduction(job: Job) -> bytes:
 def main() -> None:
     """Run the job that the first line of stdin tells of, once for each line after it, which says where and how to find
     the server. On stdout goes a line of JSON each time it ends: the error, or nothing wrong."""
-    job, parent = cloudpickle.loads(base64.b64decode(sys.stdin.readline()))
+    said = sys.stdin.readline()
+    if not said:
+        return  # there is nothing to do after all
+    job, parent = cloudpickle.loads(base64.b64decode(said))
     die_with(parent)
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever user code prints is no answer

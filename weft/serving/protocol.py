@@ -7,7 +7,7 @@ as other servers call them.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
@@ -128,24 +128,18 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class CompletionChoice(BaseModel):
-    """The text of a completion, or what a chunk adds to it."""
+class Choice(BaseModel):
+    """What every choice has; there is only one."""
 
     index: int = 0
-    text: str
-    finish_reason: Literal["stop", "length"] | None
     logprobs: None = None
 
 
-class Completion(BaseModel):
-    """The answer of ``/v1/completions``, and its chunks."""
+class CompletionChoice(Choice):
+    """The text of a completion, or what a chunk adds to it."""
 
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | None = None
+    text: str
+    finish_reason: Literal["stop", "length"] | None
 
 
 class ChatMessage(BaseModel):
@@ -156,24 +150,11 @@ class ChatMessage(BaseModel):
     refusal: None = None
 
 
-class ChatChoice(BaseModel):
-    """The only one."""
+class ChatChoice(Choice):
+    """The message of a chat."""
 
-    index: int = 0
     message: ChatMessage
     finish_reason: Literal["stop", "length"]
-    logprobs: None = None
-
-
-class Chat(BaseModel):
-    """The answer of ``/v1/chat/completions``."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
 
 
 class Delta(BaseModel):
@@ -183,24 +164,42 @@ class Delta(BaseModel):
     content: str | None = None
 
 
-class ChatChunkChoice(BaseModel):
-    """The only one."""
+class ChatChunkChoice(Choice):
+    """What an event adds to a chat."""
 
-    index: int = 0
     delta: Delta
     finish_reason: Literal["stop", "length"] | None
-    logprobs: None = None
 
 
-class ChatChunk(BaseModel):
-    """One event of a streamed chat."""
+C = TypeVar("C", bound=Choice)
+
+
+class Answer(BaseModel, Generic[C]):
+    """What every answer has, and every event of a stream."""
 
     id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
-    choices: list[ChatChunkChoice]
+    choices: list[C]
     usage: Usage | None = None
+
+
+class Completion(Answer[CompletionChoice]):
+    """The answer of ``/v1/completions``, and its chunks."""
+
+    object: Literal["text_completion"] = "text_completion"
+
+
+class Chat(Answer[ChatChoice]):
+    """The answer of ``/v1/chat/completions``."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+
+
+class ChatChunk(Answer[ChatChunkChoice]):
+    """One event of a streamed chat."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 
 class Model(BaseModel):

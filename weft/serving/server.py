@@ -12,6 +12,7 @@ import uvicorn
 from weft.errors import InputError
 from weft.serving.app import make_app
 from weft.serving.job import Job
+from weft.serving.launcher import Launcher
 from weft.serving.limits import Limits
 from weft.serving.metrics import Metrics
 from weft.serving.scheduler import Facts, Scheduler
@@ -85,6 +86,7 @@ async def serve(
     job: Job,
     tokenizer: Tokenizer,
     *,
+    launcher: Launcher,
     at: socket.socket,
     on_ready: Callable[[Facts], None],
     say: Callable[[str], None],
@@ -92,6 +94,7 @@ async def serve(
     """Serve until the process is told to end.
 
     Args:
+        launcher: starts the job; it is ended here.
         at: what ``listener`` gave.
         on_ready: is called each time the workers are ready.
         say: tells people what happened, in one line.
@@ -101,7 +104,7 @@ async def serve(
     """
     metrics = Metrics()
     scheduler = Scheduler(max_queue=settings.max_queue, max_concurrent=settings.max_concurrent, watcher=metrics)
-    workers = Workers(job, scheduler, on_ready=on_ready, say=say)
+    workers = Workers(job, launcher, scheduler, on_ready=on_ready, say=say)
     metrics.watch(scheduler, workers)
     app = make_app(
         model=settings.model,
@@ -130,6 +133,10 @@ async def serve(
         await server.serve(sockets=[at])
     finally:
         working.cancel()
-        await asyncio.wait([working])
+        try:
+            await asyncio.wait([working])
+        except asyncio.CancelledError:  # uvicorn raises Ctrl-C again when it is done with it; the workers end first
+            await asyncio.wait([working])
+            raise
     if not working.cancelled() and (error := working.exception()) is not None:
         raise error

@@ -9,21 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from weft import options
 from weft.errors import InputError
 from weft.fixed import takes_fixed
-from weft.options import (
-    Arguments,
-    Devices,
-    Json,
-    Memory,
-    PlanFile,
-    TargetText,
-    Verbose,
-    cluster_of,
-    devices_of,
-    plan_of,
-    target_of,
-)
 from weft.quantity import parse_size, parse_sizes
 from weft.report import loads
 from weft.report.output import output
@@ -36,11 +24,11 @@ Key = Annotated[str | None, typer.Option(metavar="KEY|@FILE", help="what request
 
 @takes_fixed
 def serve(
-    target: TargetText,
-    arguments: Arguments = None,
-    plan_file: PlanFile = None,
-    devices: Devices = None,
-    memory: Memory = None,
+    target: options.TargetText,
+    arguments: options.Arguments = None,
+    plan_file: options.PlanFile = None,
+    devices: options.Devices = None,
+    memory: options.Memory = None,
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="DIR", help="take the weights that were saved here")
     ] = None,
@@ -55,8 +43,8 @@ def serve(
         int | None, typer.Option(min=1, help="of all requests together; default: what a quarter of free memory holds")
     ] = None,
     max_request: Annotated[str, typer.Option(metavar="SIZE", help="the largest body that is read")] = "4MiB",
-    as_json: Json = False,
-    verbose: Verbose = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
     *,
     fixed: dict[str, Any],
 ) -> None:
@@ -66,8 +54,7 @@ def serve(
     from weft.serving.server import Settings
 
     with output(as_json) as show:
-        work = target_of(target, arguments)
-        work.load()  # what is wrong with it shows before any process starts
+        work = options.target_of(target, arguments)
         settings = Settings(
             model=served_model_name or _name(work),
             host=host,
@@ -77,16 +64,18 @@ def serve(
             max_concurrent=max_concurrent,
             largest_bytes=parse_size(max_request),
         )
-        given = None if plan_file is None else plan_of(plan_file, fixed)
-        count = devices_of(devices, given)
+        plan = None if plan_file is None else options.plan_of(plan_file, fixed)
         order = serving.Order(
-            plan=given or serving.planned(work, cluster_of(None, count, memory), at_once=max_concurrent, **fixed),
+            plan=plan,
+            cluster=None if plan else options.cluster_of(None, options.devices_of(devices), memory),
+            constraints=fixed,
             memory_bytes=parse_sizes(memory),
             checkpoint=None if checkpoint is None else str(checkpoint),
             cache_tokens=cache_tokens,
             tokenizer=tokenizer,
             settings=settings,
         )
+        options.devices_of(devices, plan)
         serving.run(work, order, on_ready=lambda ready: show(ready.describe(), ready.to_json()), say=_say)
 
 
@@ -103,7 +92,7 @@ def bench_serve(
     new_tokens: Annotated[int, typer.Option(min=1)] = 32,
     seed: Annotated[int, typer.Option(help="of the prompts, and the times between requests")] = 0,
     api_key: Key = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Load a server with clients: time to first token, time per token, tokens/s."""
     _installed()

@@ -1,4 +1,4 @@
-"""The server's end of its job: start it, hear what it decodes, and start it again when it dies."""
+"""The server's end of its job: start it, hear what it decodes, and start it again when it dies or hangs."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import secrets
 import time
 from collections.abc import Callable
 
-from weft.errors import InputError, JobError, WeftError
-from weft.runtime.failure import exit_cause
-from weft.serving import job
+import psutil
+
+from weft.errors import JobError, WeftError
 from weft.serving.channel import LINE_BYTES, Message, line_of
+from weft.serving.job import Job
+from weft.serving.launcher import Launcher
+from weft.serving.pulse import LOADING_LOOKS, LOOK_S, SERVING_LOOKS, Pulse
 from weft.serving.scheduler import Facts, Scheduler
 
 HELLO_S = 10.0
 """Seconds someone who connects has to say the secret."""
 
-GOODBYE_S = 5.0
-"""Seconds the workers get to end by themselves, and then the job's process to end them."""
+ORPHAN_S = 10.0
+"""Seconds that the job gets to end when rank 0 is gone."""
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 """Before a job is started again; twice as long each time, until one has lived for the longest."""
-
-STALL_S = 900.0
-"""Seconds without a step, with requests under way, after which the job counts as dead. Collectives give up before."""
 
 
 class Workers:
@@ -34,21 +34,28 @@ class Workers:
 
     Args:
         job: what to start.
+        launcher: starts it, the first time.
         scheduler: is told when workers come, of what they decode, and when they are gone.
         on_ready: is called each time workers are ready.
         say: tells people what happened, in one line.
     """
 
     def __init__(
-        self, job: job.Job, scheduler: Scheduler, *, on_ready: Callable[[Facts], None], say: Callable[[str], None]
+        self,
+        job: Job,
+        launcher: Launcher,
+        scheduler: Scheduler,
+        *,
+        on_ready: Callable[[Facts], None],
+        say: Callable[[str], None],
     ) -> None:
         self.restarts = 0
         self._job, self._scheduler, self._on_ready, self._say = job, scheduler, on_ready, say
-        self._process: asyncio.subprocess.Process | None = None
+        self._launcher, self._pulse = launcher, Pulse(launcher.workers)
         self._secret = ""
         self._came = self._lost = False
+        self._hung = ""
         self._hanging_up: Callable[[], None] = lambda: None
-        self._heard_s = 0.0
 
     async def run(self) -> None:
         """Keep a job running.
@@ -56,7 +63,15 @@ class Workers:
         Raises:
             WeftError: the first start failed.
         """
-        server = await asyncio.start_server(self._connected, "127.0.0.1", 0, limit=LINE_BYTES)
+        hearing: set[asyncio.Task[None]] = set()
+
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            # A task of ours: asyncio's own of Python 3.11 complains on stderr when it is cancelled.
+            task = asyncio.create_task(self._connected(reader, writer))
+            hearing.add(task)
+            task.add_done_callback(hearing.discard)
+
+        server = await asyncio.start_server(connected, "127.0.0.1", 0, limit=LINE_BYTES)
         port = int(server.sockets[0].getsockname()[1])
         pause_s = FIRST_PAUSE_S
         try:
@@ -74,65 +89,43 @@ class Workers:
                 self.restarts += 1
         finally:
             server.close()
-            await self._end()
+            self._hanging_up()
+            await self._launcher.end()
+            for task in hearing:
+                task.cancel()
 
     async def _once(self, port: int) -> WeftError:
         """One life of the job; what it died of."""
-        self._secret = secrets.token_urlsafe(32)
+        if self._launcher.gone:
+            self._launcher.close()
+            self._launcher = Launcher()
+        self._secret, self._hung = secrets.token_urlsafe(32), ""
         self._came = self._lost = False
-        process = self._process = self._process or await self._started()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        watch = asyncio.create_task(self._watch(process))
+        self._pulse = Pulse(self._launcher.workers)
+        watch = asyncio.create_task(self._watch())
         try:
-            process.stdin.write(line_of({"port": port, "secret": self._secret}))
-            said = await process.stdout.readline()
+            error = await self._launcher.run(self._job, {"port": port, "secret": self._secret})
         finally:
             watch.cancel()
-        if said:
-            found = json.loads(said)
-            text = found.get("error") or "the workers ended, as if they had been told to"
-            return InputError(text) if found.get("input") else JobError(text)
-        self._process = None
-        return JobError(f"the job {exit_cause(await process.wait())}")
+        return JobError(self._hung) if self._hung else error
 
-    async def _started(self) -> asyncio.subprocess.Process:
-        """A process for the job."""
-        process = await asyncio.create_subprocess_exec(
-            *job.command(),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the server, which then ends the job
-        )
-        assert process.stdin is not None
-        process.stdin.write(job.introduction(self._job))
-        return process
-
-    async def _end(self) -> None:
-        """End the job: by hanging up, by SIGTERM, by SIGKILL, after which the system ends its children."""
-        self._hanging_up()
-        process, self._process = self._process, None
-        if process is None:
-            return
-        assert process.stdin is not None
-        process.stdin.close()
-        ways: list[Callable[[], object]] = [lambda: None, process.terminate, process.kill]
-        for end in ways:
-            if process.returncode is not None:
-                return
-            end()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), GOODBYE_S)
-
-    async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        """End a job that has not done a step for long, or stays when rank 0 is gone."""
+    async def _watch(self) -> None:
+        """End workers that hang, and a job that stays when rank 0 is gone."""
+        gone_s = 0.0
         while True:
-            await asyncio.sleep(1)
-            now_s = time.monotonic()
-            if self._scheduler.running == 0 and not self._lost:
-                self._heard_s = now_s
-            elif now_s - self._heard_s > (2 * GOODBYE_S if self._lost else STALL_S):
-                process.kill()
+            await asyncio.sleep(LOOK_S)
+            if self._lost:
+                gone_s += LOOK_S
+                if gone_s > ORPHAN_S:
+                    self._launcher.kill()
+            elif self._scheduler.ready and self._scheduler.running == 0:
+                self._pulse.beat()
+            elif hung := self._pulse.look(SERVING_LOOKS if self._came else LOADING_LOOKS):
+                self._hung = hung
+                self._scheduler.down(hung, waiting=False)
+                for process in self._launcher.workers():
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Someone connected: rank 0, if it knows the secret."""
@@ -155,16 +148,17 @@ class Workers:
 
     async def _hear(self, facts: Facts, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Pass on what rank 0 says, until it is gone."""
-        self._came, self._hanging_up, self._heard_s = True, writer.close, time.monotonic()
+        self._came, self._hanging_up = True, writer.close
 
         def send(message: Message) -> None:
             writer.write(line_of(message))
 
         self._scheduler.up(facts, send)
+        self._pulse.beat()
         self._on_ready(facts)
         with contextlib.suppress(ConnectionError):
             while line := await reader.readline():
-                self._heard_s = time.monotonic()
+                self._pulse.beat()
                 self._scheduler.received(json.loads(line)["tokens"])
-        self._lost, self._heard_s = True, time.monotonic()
-        self._scheduler.down("a worker process died", waiting=False)
+        self._lost = True
+        self._scheduler.down(self._hung or "a worker process died", waiting=False)
