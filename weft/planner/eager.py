@@ -14,21 +14,29 @@ overheads, a forward of a stage besides its blocks 200; matrices of 0.3 to 17 MB
 
 from __future__ import annotations
 
-from weft.capture.profile import Operation
-from weft.cluster.topology import FLOP_KINDS, Device
+import math
 
-OVERHEADS = 2.8
+from weft.capture.profile import Operation
+from weft.cluster.topology import ITEM_BYTES, Device
+
+OVERHEADS = 2.4
 """Overheads that an operation of a forward takes, with its part of the modules around it."""
 
-FORWARD_OVERHEADS = 200.0
+FORWARD_OVERHEADS = 70.0
 """Overheads that a forward of a stage takes, however much it computes: its recording is looked up, masks are made."""
 
-READ, READ_BY_ONE, LOOKED_UP = 0.42, 0.55, 0.3
+STAGE_OVERHEADS = 400.0
+"""The same that it takes more on one of several stages: what arrives and leaves, stand-ins for the others' modules."""
+
+READ, READ_BY_ONE, LOOKED_UP = 0.7, 0.75, 0.6
 """Shares of the streaming rate at which a product reads its matrices, one with a single row does, and a single query
 its keys and values."""
 
 ONE = 0.75
 """Flops for each byte below which a product has a single row."""
+
+FLOPS_OF_A_KEY = 2.0
+"""Flops of a single query for each number of a key or a value."""
 
 FEW = 8.0
 """Flops for each byte below which an attention is of single queries."""
@@ -43,16 +51,25 @@ def eager_s(device: Device, op: Operation, flops: float, size: float, weights_by
         flops, size: operations and bytes of this rank's part.
         weights_bytes: of all products' operands that a forward reads whatever its batch.
     """
-    more = (OVERHEADS - 1) * device.overhead_s
-    if op.kind not in FLOP_KINDS or op.kind == "convolution":
-        return device.seconds(op.kind, flops, size, op.dtype) + more
-    stream = device.rates["pointwise"].at(weights_bytes)
+    overhead = OVERHEADS * device.overhead_s
+    reading = device.rates.get("reduction", device.rates["pointwise"])
     if op.kind == "attention" and flops < FEW * size:
-        return size / (LOOKED_UP * stream) + more + device.overhead_s
+        # Every query head reads keys and values, also those that it shares with others.
+        read = flops / FLOPS_OF_A_KEY * ITEM_BYTES.get(op.dtype, 4)
+        return read / (LOOKED_UP * reading.at(weights_bytes)) + overhead
+    if op.kind != "matmul":
+        return device.seconds(op.kind, flops, size, op.dtype) + overhead - device.overhead_s
+    # What every sample adds is there from the operation before, or is fresh; the rest are matrices.
+    samples = flops / op.flops.per_sample if op.flops.per_sample else 0.0
+    activations = min(size, op.bytes.per_sample * samples)
     share = READ_BY_ONE if flops < ONE * size else READ
-    return device.seconds(op.kind, flops, 0.0, op.dtype) + size / (share * stream) + more
+    arithmetic = flops / device.matmul.get(op.dtype, device.matmul["float32"]).at(math.inf)
+    read = (size - activations) / (share * reading.at(weights_bytes))
+    return arithmetic + read + activations / reading.at(activations) + overhead
 
 
-def forward_s(device: Device) -> float:
-    """Seconds of a forward of a stage besides its operations."""
-    return 0.0 if device.accelerator else FORWARD_OVERHEADS * device.overhead_s
+def forward_s(device: Device, stages: int) -> float:
+    """Seconds of a forward of one of so many stages besides its operations."""
+    if device.accelerator:
+        return 0.0
+    return (FORWARD_OVERHEADS + (STAGE_OVERHEADS if stages > 1 else 0.0)) * device.overhead_s
