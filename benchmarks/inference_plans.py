@@ -187,7 +187,7 @@ def main() -> None:
     if scenarios:
         people.print(table_of_scenarios(scenarios))
     people.print_json(json.dumps(summary))
-    if len(sys.argv) == 1:
+    if not given.small and given.only is None:
         kept = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),

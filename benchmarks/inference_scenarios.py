@@ -8,7 +8,7 @@ these, as times are over rounds. A plan that took much longer than the best in i
 
     first token    from the call of ``generate`` until the last stages have the first token of every sequence
     tokens/s       new tokens of all sequences by the seconds of the whole call, the prompts' included
-    token          seconds from token to token after the first, of every sequence
+    token          seconds from token to token after the first, until every sequence has its last
 """
 
 from __future__ import annotations
@@ -94,9 +94,10 @@ def costs_of(model: Model, request: Request) -> Generation:
 
 
 class Turn(NamedTuple):
-    """Seconds of a plan's call of ``generate``: to the first token, and in all."""
+    """Seconds of a plan's call of ``generate``: until all sequences have their first token, their last, and in all."""
 
     first_s: float
+    last_s: float
     total_s: float
 
 
@@ -104,11 +105,13 @@ def once(engine: InferenceEngine, request: Request) -> Turn:
     """One call, on the slowest process."""
     ids = torch.randint(3, 1000, (request.batch, request.prompt), generator=torch.Generator().manual_seed(0))
     seen: dict[int, float] = {}
+    last = 0.0
 
     def told(tokens: dict[int, int]) -> None:
-        now = time.perf_counter()
+        nonlocal last
+        last = time.perf_counter()
         for sequence in tokens:
-            seen.setdefault(sequence, now)
+            seen.setdefault(sequence, last)
 
     dist.barrier()
     began = time.perf_counter()
@@ -116,7 +119,8 @@ def once(engine: InferenceEngine, request: Request) -> Turn:
     total = time.perf_counter() - began
     # The other stages hear of a token when they have time to.
     chooses = engine.grid.stage == engine.plan.pp - 1
-    found = torch.tensor([max(seen.values()) - began if chooses else 0.0, total], dtype=torch.float64)
+    told_s = (max(seen.values()) - began, last - began) if chooses else (0.0, 0.0)
+    found = torch.tensor([*told_s, total], dtype=torch.float64)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return Turn(*found.tolist())
 
@@ -143,11 +147,11 @@ def in_turns(
 
 def contenders(firsts: Sequence[Turn]) -> list[int]:
     """The plans that a first round leaves a chance."""
-    batch, token = min(t.total_s for t in firsts), min(t.total_s - t.first_s for t in firsts)
+    batch, token = min(t.total_s for t in firsts), min(t.last_s - t.first_s for t in firsts)
     return [
         index
         for index, turn in enumerate(firsts)
-        if turn.total_s <= SITS_OUT * batch or turn.total_s - turn.first_s <= SITS_OUT * token
+        if turn.total_s <= SITS_OUT * batch or turn.last_s - turn.first_s <= SITS_OUT * token
     ]
 
 
@@ -191,7 +195,7 @@ class Row:
     @property
     def token_s(self) -> float:
         """Measured seconds from token to token."""
-        return median((turn.total_s - turn.first_s) / max(1, self.request.new - 1) for turn in self.turns)
+        return median((turn.last_s - turn.first_s) / max(1, self.request.new - 1) for turn in self.turns)
 
     @property
     def predicted_tokens_per_s(self) -> float:
