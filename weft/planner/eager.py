@@ -3,13 +3,15 @@
 A training step's products have many rows, so that their rate says all. A step of decoding has one row for each
 sequence: a product reads a matrix that has left the caches since the last step, and then computes little with it:
 
-    product    = flops / rate(flops) + bytes / (READ stream)
-    attention  = flops / rate(flops) + bytes / (READ stream), of one query bytes / (LOOKED_UP stream)
+    product    = flops / most flops/s + matrices / (READ reading) + activations / reading
+    attention  = as in a training step; of single queries, what every head reads / (LOOKED_UP reading)
     operation  = as in a training step, with OVERHEADS instead of one: modules are Python, and nothing outweighs that
+    forward    = its operations + FORWARD_OVERHEADS, on a stage of several + STAGE_OVERHEADS
 
-``stream`` is the rate at which one operation goes through as much memory as a forward reads of weights. The constants
-are ratios seen on a processor: the 36 operations of a block of Llama, with next to no numbers in them, took 100
-overheads, a forward of a stage besides its blocks 200; matrices of 0.3 to 17 MB with 1 to 128 rows gave READ.
+``reading`` is the rate of a reduction that goes through as much memory as a forward reads of matrices: operations that
+write as much are five times as slow in some runs of a process as in others, by whether their results' memory is fresh.
+Few rows are no slower to compute than many once the matrix is there. The constants are ratios to a cluster's file, so
+that they hold for other processors: ``python benchmarks/eager.py`` measures them, and checks what follows.
 """
 
 from __future__ import annotations
@@ -23,14 +25,15 @@ OVERHEADS = 2.4
 """Overheads that an operation of a forward takes, with its part of the modules around it."""
 
 FORWARD_OVERHEADS = 70.0
-"""Overheads that a forward of a stage takes, however much it computes: its recording is looked up, masks are made."""
+"""Overheads that a forward takes besides its operations, however much it computes: positions, the choice of tokens."""
 
 STAGE_OVERHEADS = 400.0
-"""The same that it takes more on one of several stages: what arrives and leaves, stand-ins for the others' modules."""
+"""What it takes more on one of several stages: its recording is looked up, tensors come and go, other stages' modules
+have stand-ins."""
 
 READ, READ_BY_ONE, LOOKED_UP = 0.7, 0.75, 0.6
-"""Shares of the streaming rate at which a product reads its matrices, one with a single row does, and a single query
-its keys and values."""
+"""Shares of a reduction's rate at which a product of few rows reads its matrices, one with a single row does, and a
+single query its keys and values (0.5 to 0.8 over widths of 32 to 128, the longer the faster)."""
 
 ONE = 0.75
 """Flops for each byte below which a product has a single row."""
@@ -50,11 +53,13 @@ def eager_s(device: Device, op: Operation, flops: float, size: float, weights_by
         op: what it is.
         flops, size: operations and bytes of this rank's part.
         weights_bytes: of all products' operands that a forward reads whatever its batch.
+
+    An attention's ``flops`` say what its heads read: keys and values that heads share (grouped queries) are read by
+    every one of them.
     """
     overhead = OVERHEADS * device.overhead_s
     reading = device.rates.get("reduction", device.rates["pointwise"])
     if op.kind == "attention" and flops < FEW * size:
-        # Every query head reads keys and values, also those that it shares with others.
         read = flops / FLOPS_OF_A_KEY * ITEM_BYTES.get(op.dtype, 4)
         return read / (LOOKED_UP * reading.at(weights_bytes)) + overhead
     if op.kind != "matmul":
