@@ -3,8 +3,8 @@ same processes as the others, beside what was predicted of a cluster measured th
 
 A race is a request (sequences, tokens of a prompt, new ones) in some surroundings, and the plans that run it. Every
 process makes an engine of each plan; then they take turns, in an order that changes from round to round, so that a
-disturbance hits no plan alone. Before each round the machine is measured again, and predictions are medians over
-these, as times are over rounds. A plan that took much longer than the best in its first round sits out the others.
+disturbance hits no plan alone. Times are medians of the faster half of the rounds, since disturbances only add. Before
+each round the machine is measured again, and predictions are medians over these. A plan that took much longer than the best in its first round sits out the others.
 
     first token    from the call of ``generate`` until the last stages have the first token of every sequence
     tokens/s       new tokens of all sequences by the seconds of the whole call, the prompts' included
@@ -14,7 +14,7 @@ these, as times are over rounds. A plan that took much longer than the best in i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -158,6 +158,12 @@ def contenders(firsts: Sequence[Turn]) -> list[int]:
 # -- what comes of it -------------------------------------------------------------------------------------------------
 
 
+def typical(seconds: Iterable[float]) -> float:
+    """The median of the faster half."""
+    found = sorted(seconds)
+    return median(found[: (len(found) + 1) // 2])
+
+
 @dataclass(kw_only=True)
 class Row:
     """A plan in a race, predicted and measured.
@@ -185,17 +191,17 @@ class Row:
     @property
     def tokens_per_s(self) -> float:
         """Measured."""
-        return self.request.batch * self.request.new / median(turn.total_s for turn in self.turns)
+        return self.request.batch * self.request.new / typical(turn.total_s for turn in self.turns)
 
     @property
     def first_s(self) -> float:
         """Measured seconds to the first token."""
-        return median(turn.first_s for turn in self.turns)
+        return typical(turn.first_s for turn in self.turns)
 
     @property
     def token_s(self) -> float:
         """Measured seconds from token to token."""
-        return median((turn.last_s - turn.first_s) / max(1, self.request.new - 1) for turn in self.turns)
+        return typical((turn.last_s - turn.first_s) / max(1, self.request.new - 1) for turn in self.turns)
 
     @property
     def predicted_tokens_per_s(self) -> float:
