@@ -4,7 +4,8 @@ same processes as the others, beside what was predicted of a cluster measured th
 A race is a request (sequences, tokens of a prompt, new ones) in some surroundings, and the plans that run it. Every
 process makes an engine of each plan; then they take turns, in an order that changes from round to round, so that a
 disturbance hits no plan alone. Times are medians of the faster half of the rounds, since disturbances only add. Before
-each round the machine is measured again, and predictions are medians over these. A plan that took much longer than the best in its first round sits out the others.
+each round the machine is measured again, and predictions are medians over these. A plan that took much longer than the
+best in its first round sits out the others.
 
     first token    from the call of ``generate`` until the last stages have the first token of every sequence
     tokens/s       new tokens of all sequences by the seconds of the whole call, the prompts' included
