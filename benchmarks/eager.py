@@ -24,7 +24,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from inference_scenarios import Model, Request, costs_of, workload
+from inference_rows import Request
+from inference_scenarios import Model, costs_of, workload
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor

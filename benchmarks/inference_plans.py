@@ -25,15 +25,12 @@ from typing import Any
 
 from hardware import machine
 from hosts import missing
+from inference_rows import VALUES, Request, Row, Scenario
 from inference_scenarios import (
     DEVICES,
     SCENARIOS,
-    VALUES,
     WITHIN,
     Model,
-    Request,
-    Row,
-    Scenario,
     costs_of,
     measured_in,
     race,

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import pytest
 from inference_plans import CASES, choices, errors
+from inference_rows import Request, Row, Scenario, Turn, typical
 from inference_scenarios import (
     SCENARIOS,
     SITS_OUT,
-    Request,
-    Row,
-    Scenario,
-    Turn,
     contenders,
     distinct,
     distinct_index,
-    typical,
 )
 
 from weft.estimate import INFERENCE_MEMORY_TERMS, INFERENCE_TIME_TERMS, InferenceEstimate
