@@ -283,6 +283,21 @@ def test_a_model_that_fits_is_copied_and_the_plan_says_by_how_much_that_is_bette
     assert f"2 copies of the model beat splitting it: {ahead:.1%} (tokens/s)" in choice.plan.explain()
 
 
+@pytest.mark.parametrize(("objective", "what"), [("throughput", "rate"), ("latency", "time per output token")])
+def test_where_one_device_is_faster_than_several_the_plan_says_by_how_much(objective: str, what: str):
+    one, slow = generation(llama, 1), linked(machine(2), 1e6, 1e-3)
+    choice = choose_inference(one, slow, objective=objective)
+    alone = choose_inference(one, machine(1), objective=objective).estimate
+    spent = [e.token_s if objective == "latency" else e.batch_s for e in (choice.estimate, alone)]
+    assert spent[0] > spent[1]
+    told = f"One device by itself would be {spent[0] / spent[1]:.2f} times as fast ({what})"
+    assert told in choice.plan.explain()
+    # Copies of a large batch are faster than one, and one device has no others to be compared with.
+    for other in (choose_inference(generation(llama, 32), machine(2)), choose_inference(one, machine(1))):
+        assert "One device by itself" not in other.plan.explain()
+    assert "One device by itself" not in choose_inference(one, slow, objective="memory").plan.explain()
+
+
 def test_a_model_that_does_not_fit_is_split_and_the_plan_says_so():
     what = generation(wide)
     cluster = Cluster.parse("h100-sxm:1x4").with_memory(20 * 2**30)

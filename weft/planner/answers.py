@@ -38,6 +38,7 @@ class Answer:
         cluster: its name.
         objective: what was to be best.
         fits_one: whether one device holds all of it.
+        one: what one device does by itself, if it can.
         fixed: what the user kept, in a line.
         refused: what was left out.
         prompt, new_tokens: of each sequence; 0 where none are generated.
@@ -51,6 +52,7 @@ class Answer:
     cluster: str
     objective: str
     fits_one: bool
+    one: InferenceEstimate | None
     fixed: str
     refused: Sequence[Refused]
     prompt: int
@@ -69,6 +71,7 @@ def answer(told: Answer) -> str:
         "",
         f"The fullest device holds {format_bytes(peaks[full])} of {format_bytes(told.limits[full])}.",
         verdict(told),
+        *fewer(told),
         "",
         "Time of the last stage's device for one batch:",
         *_terms({TIME_NAMES[k]: v for k, v in estimate.time.items()}, estimate.batch_s, format_seconds),
@@ -144,6 +147,21 @@ def verdict(told: Answer) -> str:
             "though it fits on one device."
         )
     return f"It is {_ahead(told, 0, 1)} ahead of {told.titles[1]}. {_alone(told)}".rstrip()
+
+
+def fewer(told: Answer) -> list[str]:
+    """That one device is faster than all of them, where it is: a line, or none."""
+    chosen, one = told.estimates[0], told.one
+    if one is None or told.objective in ("memory", "cost"):
+        return []
+    ratio = value(told.objective, chosen) / value(told.objective, one)
+    if ratio <= 1:
+        return []
+    what = "time per output token" if told.objective == "latency" and one.token_s is not None else "rate"
+    return [
+        f"One device by itself would be {ratio:.2f} times as fast ({what}): there is too little to divide. Plan for "
+        "one (--devices 1), or for more sequences at once (--batch)."
+    ]
 
 
 def _alone(told: Answer) -> str:

@@ -3,32 +3,43 @@
 A training step's products have many rows, so that their rate says all. A step of decoding has one row for each
 sequence: a product reads a matrix that has left the caches since the last step, and then computes little with it:
 
-    product    = flops / rate(flops) + bytes / (READ stream)
-    attention  = flops / rate(flops) + bytes / (READ stream), of one query bytes / (LOOKED_UP stream)
+    product    = flops / most flops/s + matrices / (READ reading) + activations / reading
+    attention  = as in a training step; of single queries, what every head reads / (LOOKED_UP reading)
     operation  = as in a training step, with OVERHEADS instead of one: modules are Python, and nothing outweighs that
+    forward    = its operations + FORWARD_OVERHEADS, on a stage of several + STAGE_OVERHEADS
 
-``stream`` is the rate at which one operation goes through as much memory as a forward reads of weights. The constants
-are ratios seen on a processor: the 36 operations of a block of Llama, with next to no numbers in them, took 100
-overheads, a forward of a stage besides its blocks 200; matrices of 0.3 to 17 MB with 1 to 128 rows gave READ.
+``reading`` is the rate of a reduction that goes through as much memory as a forward reads of matrices: operations that
+write as much are five times as slow in some runs of a process as in others, by whether their results' memory is fresh.
+Few rows are no slower to compute than many once the matrix is there. The constants are ratios to a cluster's file, so
+that they hold for other processors: ``python benchmarks/eager.py`` measures them, and checks what follows.
 """
 
 from __future__ import annotations
 
-from weft.capture.profile import Operation
-from weft.cluster.topology import FLOP_KINDS, Device
+import math
 
-OVERHEADS = 2.8
+from weft.capture.profile import Operation
+from weft.cluster.topology import ITEM_BYTES, Device
+
+OVERHEADS = 2.4
 """Overheads that an operation of a forward takes, with its part of the modules around it."""
 
-FORWARD_OVERHEADS = 200.0
-"""Overheads that a forward of a stage takes, however much it computes: its recording is looked up, masks are made."""
+FORWARD_OVERHEADS = 70.0
+"""Overheads that a forward takes besides its operations, however much it computes: positions, the choice of tokens."""
 
-READ, READ_BY_ONE, LOOKED_UP = 0.42, 0.55, 0.3
-"""Shares of the streaming rate at which a product reads its matrices, one with a single row does, and a single query
-its keys and values."""
+STAGE_OVERHEADS = 400.0
+"""What it takes more on one of several stages: its recording is looked up, tensors come and go, other stages' modules
+have stand-ins."""
+
+READ, READ_BY_ONE, LOOKED_UP = 0.7, 0.75, 0.6
+"""Shares of a reduction's rate at which a product of few rows reads its matrices, one with a single row does, and a
+single query its keys and values (0.5 to 0.8 over widths of 32 to 128, the longer the faster)."""
 
 ONE = 0.75
 """Flops for each byte below which a product has a single row."""
+
+FLOPS_OF_A_KEY = 2.0
+"""Flops of a single query for each number of a key or a value."""
 
 FEW = 8.0
 """Flops for each byte below which an attention is of single queries."""
@@ -42,17 +53,28 @@ def eager_s(device: Device, op: Operation, flops: float, size: float, weights_by
         op: what it is.
         flops, size: operations and bytes of this rank's part.
         weights_bytes: of all products' operands that a forward reads whatever its batch.
+
+    An attention's ``flops`` say what its heads read: keys and values that heads share (grouped queries) are read by
+    every one of them.
     """
-    more = (OVERHEADS - 1) * device.overhead_s
-    if op.kind not in FLOP_KINDS or op.kind == "convolution":
-        return device.seconds(op.kind, flops, size, op.dtype) + more
-    stream = device.rates["pointwise"].at(weights_bytes)
+    overhead = OVERHEADS * device.overhead_s
+    reading = device.rates.get("reduction", device.rates["pointwise"])
     if op.kind == "attention" and flops < FEW * size:
-        return size / (LOOKED_UP * stream) + more + device.overhead_s
+        read = flops / FLOPS_OF_A_KEY * ITEM_BYTES.get(op.dtype, 4)
+        return read / (LOOKED_UP * reading.at(weights_bytes)) + overhead
+    if op.kind != "matmul":
+        return device.seconds(op.kind, flops, size, op.dtype) + overhead - device.overhead_s
+    # What every sample adds is there from the operation before, or is fresh; the rest are matrices.
+    samples = flops / op.flops.per_sample if op.flops.per_sample else 0.0
+    activations = min(size, op.bytes.per_sample * samples)
     share = READ_BY_ONE if flops < ONE * size else READ
-    return device.seconds(op.kind, flops, 0.0, op.dtype) + size / (share * stream) + more
+    arithmetic = flops / device.matmul.get(op.dtype, device.matmul["float32"]).at(math.inf)
+    read = (size - activations) / (share * reading.at(weights_bytes))
+    return arithmetic + read + activations / reading.at(activations) + overhead
 
 
-def forward_s(device: Device) -> float:
-    """Seconds of a forward of a stage besides its operations."""
-    return 0.0 if device.accelerator else FORWARD_OVERHEADS * device.overhead_s
+def forward_s(device: Device, stages: int) -> float:
+    """Seconds of a forward of one of so many stages besides its operations."""
+    if device.accelerator:
+        return 0.0
+    return (FORWARD_OVERHEADS + (STAGE_OVERHEADS if stages > 1 else 0.0)) * device.overhead_s

@@ -203,7 +203,7 @@ class Forwards:
     def _pipe(self, candidate: Candidate, run: Run, then: Run | None) -> Pipe:
         stages, degrees = range(candidate.degrees.pp), candidate.degrees
         kinds, back = self.first.stages.kinds, dict[int, float]()
-        own_s = [max(forward_s(kinds[site.kind]) for site in at(run.line.sites, stage)) for stage in stages]
+        own_s = [max(forward_s(kinds[site.kind], degrees.pp) for site in at(run.line.sites, stage)) for stage in stages]
         lap = lap_of(run, own_s)
         later = lap_of(then, own_s) if then is not None else None
         if later is not None and degrees.pp > 1:

@@ -201,6 +201,7 @@ def search_inference(
             cluster=cluster.name,
             objective=objective,
             fits_one=alone is None or alone.full.fits,
+            one=None if alone is None or not alone.full.fits else _one(forwards, constraints, objective),
             fixed=constraints.describe(),
             refused=refused,
             prompt=0 if generation is None else generation.prompt,
@@ -265,11 +266,21 @@ def _least(forwards: Forwards, constraints: Constraints, degrees: Degrees) -> We
 
 
 def _alone(forwards: Forwards, constraints: Constraints) -> Weighed:
-    """All of it on one device, of unequal ones on that with most memory."""
+    """All of it on one device, in the least memory."""
+    return _least(_on_one(forwards), Constraints(microbatches=constraints.microbatches), Degrees())
+
+
+def _one(forwards: Forwards, constraints: Constraints, objective: str) -> InferenceEstimate | None:
+    """The best that one device does by itself; None if it cannot hold what is asked of it."""
+    found = Search(_on_one(forwards), Constraints(microbatches=constraints.microbatches), [Degrees()], objective)
+    return next((weighed.estimate for weighed in found), None)
+
+
+def _on_one(forwards: Forwards) -> Forwards:
+    """The same task on one device, of unequal ones on that with most memory."""
     cluster = forwards.cluster
     roomy = max(cluster.nodes, key=lambda nodes: nodes.device.memory_bytes)
-    alone = replace(cluster, nodes=(replace(roomy, count=1, devices=1),), links=())
-    return _least(Forwards(forwards.task, alone), Constraints(microbatches=constraints.microbatches), Degrees())
+    return Forwards(forwards.task, replace(cluster, nodes=(replace(roomy, count=1, devices=1),), links=()))
 
 
 def _needs(weighed: Weighed) -> str:
