@@ -8,7 +8,7 @@
                device_map places a model: one of them works at a time. Prompts are long, so that most of a step is
                reading the cache, which two groups of sequences share out; ``short`` ones let the reading of weights
                and Python weigh more, which they do not
-    replicas   samples/s of predictions on two replicas, against one process
+    replicas   samples/s of predictions of six batches on two replicas, against one process
     single     tokens/s of generation in one process, against transformers' generate
 
 The two sides take turns in the same processes, on the same weights and prompts, the order changing every round; a
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "inference.json"
 AIMS = {"pipeline": 1.6, "pipeline, short": 1.6, "replicas": 1.85, "single": 1.0}
 TABLE_WIDTH = 120  # where nobody says how wide: a pipe, a file
-SMALL = Sizes(layers=2, hidden=64, heads=4, sequences=4, prompt=16, tokens=8, samples=8, rounds=2)
+SMALL = Sizes(layers=2, hidden=64, heads=4, sequences=4, prompt=16, tokens=8, samples=8, batches=2, rounds=2)
 
 
 CASES: dict[str, tuple[Callable[..., Any], dict[str, int], dict[str, int]]] = {  # degrees, and other sizes

@@ -29,6 +29,7 @@ class Sizes:
     prompt: int = 1024
     tokens: int = 32
     samples: int = 16
+    batches: int = 6
     rounds: int = 7
 
 
@@ -178,18 +179,25 @@ def pipeline(sizes: Sizes, plan: weft.Plan) -> dict[str, list[float]]:
 
 
 def replicas(sizes: Sizes, plan: weft.Plan) -> dict[str, list[float]]:
-    """Predictions on two replicas; without, the first process does all of them."""
+    """Predictions of several batches on two replicas; without, the first process does all of them. Rank 0 has the
+    results; the other one says what they should be."""
     work = workload(sizes)
     engine = weft.parallelize(work, plan, purpose="inference")
-    model, batch = whole_model(work), work.sample_batch(sizes.samples)
-    of_nobody = engine.predict(batch)
+    model, batches = whole_model(work), [range(sizes.samples)] * sizes.batches
+    expected = torch.cat([engine.predict(work.batch_of(batch)) for batch in batches])
+
+    def together() -> Tensor:
+        found = list(engine.predictions(batches))
+        return torch.cat(found) if found else expected
 
     def alone() -> Tensor:
         assert work.predict is not None
+        if dist.get_rank() > 0:
+            return expected
         with torch.inference_mode():
-            return work.predict(model, batch) if dist.get_rank() == 0 else of_nobody
+            return torch.cat([work.predict(model, work.batch_of(batch)) for batch in batches])
 
-    return in_turns({"weft": lambda: engine.predict(batch), "without": alone}, sizes.rounds)
+    return in_turns({"weft": together, "without": alone}, sizes.rounds)
 
 
 def single(sizes: Sizes, plan: weft.Plan) -> dict[str, list[float]]:
