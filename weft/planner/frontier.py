@@ -149,6 +149,8 @@ class Frontier:
         """Those of some degrees, with equal shares, and with shares by speed where replicas are of unequal speed."""
         stages = self.evaluator.stages
         equal = list(space.candidates(self.evaluator.profile, degrees, self.constraints))
+        if stages.layouts.alike:
+            return equal
         return equal + [c for each in equal if (c := stages.with_shares(each)).shares]
 
     def _of_degrees(self, degrees: Degrees) -> list[Candidate]:
