@@ -9,7 +9,7 @@ from weft.capture.profile import Parameter
 from weft.cluster.presets import processes
 from weft.planner.compute import CallCost
 from weft.planner.holdings import Holding, Holdings, padded_share
-from weft.planner.memory import GATHER_COPIES, REDUCE_COPIES, STEP_COPIES, Alive, alive, stage_memory
+from weft.planner.memory import GATHER_COPIES, REDUCE_COPIES, STEP_COPIES, Alive, alive, footprint
 from weft.schedule import ORDERS, Kind, in_flight
 
 PROCESS = processes(1, memory_bytes=2**30, cores=1).device
@@ -27,8 +27,9 @@ def holding(gradients, shards=None, units=None):
 
 
 def memory(calls, held, **changes):
+    kept = changes.pop("alive", [Alive(1, 0)])
     settings = {
-        "alive": [Alive(1, 0)],
+        "several": any(of.later for of in kept),
         "sharded": False,
         "copied": False,
         "device": PROCESS,
@@ -36,7 +37,7 @@ def memory(calls, held, **changes):
         "boundary_bytes": 0.0,
         "kept_output_bytes": [0.0],
     }
-    return stage_memory([calls], held, **(settings | changes))
+    return footprint([calls], held, **(settings | changes)).terms(kept)
 
 
 def walked(saved, gradients, order, kept):

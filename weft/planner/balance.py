@@ -72,22 +72,35 @@ def packed(rows: Sequence[Sequence[float]], parts: int, allowed: Allowed, *, ste
     """
     every = _sums(rows, parts)
     n = len(rows[0])
+    known: dict[
+        tuple[int, int], tuple[int, int]
+    ] = {}  # of a part from its start: an end that is allowed, one that is not
+
+    def furthest(part: int, start: int, most: int, length: int) -> int:
+        """The furthest end up to ``most`` that is allowed, looked for about ``length`` items on; or the start."""
+        allows, refuses = known.get((part, start), (start, n + 1))
+        end, step = start + length, 1
+        while allows < (last := min(most, refuses - 1)):
+            end = max(allows + 1, min(end, last))
+            fits = allowed(part, start, end)
+            allows, refuses = (end, refuses) if fits else (allows, end)
+            if start < allows and refuses <= n:
+                end = (allows + refuses) // 2
+            else:
+                end, step = end + (step if fits else -step), 2 * step
+        known[part, start] = allows, refuses
+        return min(allows, most)
 
     def fill(limit: float) -> list[int] | None:
         found: list[int] = []
-        start = 0
+        start, length = 0, n // parts
         for part, sums in enumerate(every):
             most = min(bisect_right(sums, sums[start] + limit) - 1, n - (parts - part - 1))
-            # The furthest end that is allowed, from where the part before would have ended.
-            end = min(start + (found[-1] - (found[-2] if part > 1 else 0) if found else most), most)
-            while end > start and not allowed(part, start, end):
-                end = start + (end - start) // 2 if part == 0 else end - 1
-            while start < end < most and allowed(part, start, end + 1):
-                end += 1
+            end = furthest(part, start, most, length)
             if end <= start:
                 return None
             found.append(end)
-            start = end
+            start, length = end, end - start
         return found if start == n else None
 
     best, low, high = fill(math.inf), _pace(every, parts), max(sums[-1] for sums in every)
@@ -109,16 +122,18 @@ def _pace(every: Sequence[Sequence[float]], parts: int) -> float:
     low, high, n = 0.0, max(sums[-1] for sums in every), len(every[0]) - 1
     while high - low > ROUNDING * high / 4:
         limit = (low + high) / 2
-        start, largest = 0, 0.0
+        start, largest, more = 0, 0.0, math.inf
         for sums in every:
             end = bisect_right(sums, sums[start] + limit) - 1
+            if end < n:
+                more = min(more, sums[end + 1] - sums[start])
             if end == start:
                 break
             largest, start = max(largest, sums[end] - sums[start]), end
         if start == n:
             high = min(high, largest)
         else:
-            low = limit
+            low = max(limit, more)  # up to which no part takes more
     return high
 
 

@@ -2,7 +2,7 @@
 
 When a device's first backward begins, all of the calls on it keep what they saved, of ``first`` microbatches each:
 
-    parameters + optimizer + buffers + first * (sum of saved + outputs that wait) <= room          (memory.stage_memory)
+    parameters + optimizer + buffers + first * (sum of saved + outputs that wait) <= room          (memory.Footprint)
 
 in every mode of recomputation, of which only the saved bytes depend. What is too much has to be freed by recomputing:
 of every call some part, the best bargains first, is the least that can do it (the relaxation of a knapsack: Dantzig,

@@ -5,7 +5,7 @@
         transfers            tensors that one stage makes and another reads (Evaluator.flows)
         reduce               gradients averaged over the replicas, once a step or after every microbatch
         step                 optimizer, gradient norm and clipping (optimizer_s), gathers of a whole step
-    memory    = memory.stage_memory of every device (Stages.memory)
+    memory    = memory.Footprint of every device (Stages.memory)
 
 Where devices are accelerators, communication between replicas hides behind computation: gathers behind the forward and
 backward of their microbatch, the reduction behind the backward it follows. Processors hide nothing, since what

@@ -32,12 +32,11 @@ from weft.plan import listed
 from weft.planner import space
 from weft.planner.deficit import Deficit
 from weft.planner.evaluate import Evaluator
-from weft.planner.memory import Held
+from weft.planner.fitting import Cut, Fitting
 from weft.planner.recompute import recomputing
-from weft.planner.sites import Line, Site, at
-from weft.planner.space import Candidate, Constraints, Degrees, everywhere
+from weft.planner.sites import Line, Site
+from weft.planner.space import Candidate, Constraints, Degrees
 from weft.planner.stages import Ends
-from weft.quantity import format_bytes
 
 
 class Costed(NamedTuple):
@@ -74,22 +73,6 @@ def title(candidate: Candidate) -> str:
     return ", ".join(parts + ["recomputing"] * bool(candidate.recompute))
 
 
-class Cut(NamedTuple):
-    """A candidate with its stages cut, not yet costed, and what its fullest device holds; with its bound, where it is
-    known."""
-
-    candidate: Candidate
-    ends: Ends
-    full: Held
-    bound_s: float | None = None
-
-    @property
-    def needs(self) -> str:
-        """What its fullest device needs, in words."""
-        again = " with recomputation" if self.candidate.recompute else ""
-        return f"needs {format_bytes(self.full.bytes)} of {format_bytes(self.full.limit)}{again}"
-
-
 class Tight(NamedTuple):
     """A candidate whose bound counts the memory it lacks."""
 
@@ -114,10 +97,10 @@ class Frontier:
     fits: set[Degrees] = field(default_factory=set)
     costed: int = 0
     _floors: dict[object, tuple[float, float, list[float]]] = field(default_factory=dict)
-    _roomy: dict[object, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._deficit = Deficit(self.evaluator.stages)
+        self.fitting = Fitting(self.evaluator.stages, self.constraints)
 
     def __iter__(self) -> Iterator[Costed]:
         """The fastest that fits of each kind of plan, fastest first."""
@@ -142,12 +125,12 @@ class Frontier:
             if degrees.kind in settled:
                 continue
             if isinstance(what, Degrees):
-                if self.standing(what, 3) > 1:
+                if self.fitting.standing(what, 3) > 1:
                     continue
                 for candidate in self._of_degrees(what):
                     push(max(bound, self._floor(candidate)), candidate)
             elif isinstance(what, Candidate):
-                if self._may_fit(what) and (least := self._with_memory(what)) < math.inf:
+                if self.fitting.may(what) and (least := self._with_memory(what)) < math.inf:
                     push(max(bound, least), Tight(what))
             elif isinstance(what, Tight):
                 cut = self.cut(what.candidate)
@@ -166,6 +149,8 @@ class Frontier:
         """Those of some degrees, with equal shares, and with shares by speed where replicas are of unequal speed."""
         stages = self.evaluator.stages
         equal = list(space.candidates(self.evaluator.profile, degrees, self.constraints))
+        if stages.layouts.alike:
+            return equal
         return equal + [c for each in equal if (c := stages.with_shares(each)).shares]
 
     def _of_degrees(self, degrees: Degrees) -> list[Candidate]:
@@ -232,7 +217,9 @@ class Frontier:
         fastest = stages.fastest(candidate)
         if self.constraints.recompute is not None or candidate.chunks > 1 or stages.fullest(candidate, fastest).fits:
             return 0.0
-        full = candidate._replace(recompute=everywhere(stages.profile, "full"))
+        if not self.fitting.recomputing(candidate).full.fits:
+            return math.inf
+        full = candidate._replace(recompute=self.fitting.full)
         asked = (candidate, stages.cut(candidate)), (full, fastest), (full, stages.cut(full))
         cuts = dict.fromkeys(ends for which, ends in asked if stages.fullest(which, ends).fits)
         lines = [[stages.slowest(candidate, sites) for sites in line.sites] for line in stages.layout(candidate).lines]
@@ -255,7 +242,7 @@ class Frontier:
             options.append(found(candidate, ends))
         if self.constraints.recompute is None:
             # The stages as they would be with memory for everything, and as they can be with everything recomputed.
-            full = candidate._replace(recompute=everywhere(stages.profile, "full"))
+            full = candidate._replace(recompute=self.fitting.full)
             for ends in dict.fromkeys([fastest, stages.cut(full)]):
                 everything = found(full, ends)
                 fits = everything.full.fits
@@ -275,57 +262,11 @@ class Frontier:
         """The same with its bound."""
         return cut if cut.bound_s is not None else cut._replace(bound_s=self.evaluator.bound(cut.candidate, cut.ends))
 
-    def standing(self, degrees: Degrees, zero: int) -> float:
-        """Share of their memory that devices fill at least, in the optimizer's step: what the stages hold together, of
-        what those devices of each that can hold least can."""
-        stages = self.evaluator.stages
-        holding = stages.holding(degrees, [(0, len(stages.profile.calls))])
-        shards = holding.trainable_shard + holding.frozen_shard
-        whole = holding.trainable + holding.frozen if degrees.dp_shard > 1 and zero < 3 else 0.0
-        state = holding.trainable_shard * (1 + stages.profile.optimizer_state_bytes)  # and the gradients
-        kinds, sites = stages.kinds, stages.layout(Candidate(degrees, 1, "1f1b")).sites
-        rooms = [(k.memory_bytes - k.reserved_bytes) / (1 + k.allocator_share) for k in kinds]
-        room = sum(min(rooms[site.kind] for site in at(sites, stage)) for stage in range(degrees.pp))
-        return (shards + whole + state) / room if room > 0 else math.inf
-
-    def _may_fit(self, candidate: Candidate) -> bool:
-        """False where it is known at once that a candidate does not fit: by what it holds in any case, or because
-        smaller microbatches, ZeRO-3 or 1F1B would not, which need less: but for a single microbatch, which keeps no
-        gradients beside activations."""
-        if self.standing(candidate.degrees, candidate.zero) > 1:
-            return False
-        if candidate.microbatches == 1 or self.constraints.recompute is not None:
-            return True
-        if candidate.zero < 3 and not self._may_fit(candidate._replace(zero=3)):
-            return False
-        degrees = candidate.degrees
-        most = space.counts(self.evaluator.profile, degrees, self.constraints)[-1]
-        smallest = candidate._replace(microbatches=most)
-        # Whole copies need the same however many there are.
-        alike = degrees._replace(dp_replicate=min(degrees.dp_replicate, 2))
-        sites = tuple((s.kind, s.samples) for of in self.evaluator.stages.layout(smallest).sites for s in of)
-        key = (alike, candidate.zero, sites, min(most, 2 * degrees.pp))
-        if key not in self._roomy:
-            self._roomy[key] = self._least(smallest).full.fits
-        return self._roomy[key]
-
-    def _least(self, candidate: Candidate) -> Cut:
-        """A candidate with everything recomputed and few microbatches alive, cut by memory too if it must be."""
-        stages = self.evaluator.stages
-        if self.constraints.schedule is None:
-            candidate = candidate._replace(schedule="1f1b")
-        full = candidate._replace(recompute=everywhere(stages.profile, self.constraints.recompute or "full"))
-        fastest = stages.fastest(full)
-        held = stages.fullest(full, fastest)
-        if not held.fits:
-            fastest = stages.cut(full)
-            held = stages.fullest(full, fastest)
-        return Cut(full, fastest, held)
-
     def least(self, degrees: Degrees) -> Cut:
         """Of the candidates of some degrees the one that needs least memory, as far as their order tells: with one
         microbatch, or with the most."""
         counts = space.counts(self.evaluator.profile, degrees, self.constraints)
         every = [c for c in self._candidates(degrees) if c.microbatches in (1, counts[-1])]
         schedule = every[-1].schedule
-        return min((self._least(c) for c in every if c.schedule == schedule), key=lambda cut: cut.full.order)
+        least = (self.fitting.recomputing(c) for c in every if c.schedule == schedule)
+        return min(least, key=lambda cut: cut.full.order)

@@ -78,15 +78,19 @@ class Loads:
         stretches, pp = self.stages.stretches(ends), candidate.degrees.pp
         mixed = {"recompute": None, "schedule": candidate.schedule == "zero_bubble"}
         common = tuple((candidate._asdict() | mixed).values())
+        touching: dict[int, list[tuple[int, int]]] = {}
+        for pair in flows:
+            for end in pair:
+                touching.setdefault(end, []).append(pair)
         found = []
         for stage, stretch in enumerate(stretches):
-            own = stretches[stage % pp :: pp]
+            own, pairs = stretches[stage % pp :: pp], touching.get(stage, [])
             tied = 0.0
             if pp > 1 and stage < pp:
                 tied = self.stages.holdings.tied(stretches, set(range(stage, len(stretches), pp)))
-            forward_s = sum(sending[s, t] for s, t in flows if s == stage) if sending else 0.0
-            backward_s = sum(sending[t, s] for s, t in flows if t == stage) if sending else 0.0
-            messages = sum(stage in pair for pair in flows), sum(stage in p for p, f in flows.items() if f.gradient)
+            forward_s = sum(sending[s, t] for s, t in pairs if s == stage) if sending else 0.0
+            backward_s = sum(sending[t, s] for s, t in pairs if t == stage) if sending else 0.0
+            messages = len(pairs), sum(flows[pair].gradient > 0 for pair in pairs)
             content = tuple(self.stages.content(each, self.stages.modes(candidate, each)) for each in own)
             place, sites = at(line.places, stage % pp), at(line.sites, stage % pp)
             options = []
@@ -101,7 +105,7 @@ class Loads:
             load = max(options, key=lambda load: load.microbatch_s) if len(options) > 1 else options[0]
             if place.node:
                 load = load._replace(work=replace(load.work, node=place.node))
-            crossing = sum(f.activation * (s == stage) + f.gradient * (t == stage) for (s, t), f in flows.items())
+            crossing = sum(flows[pair].activation if stage == pair[0] else flows[pair].gradient for pair in pairs)
             found.append(load._replace(bytes_sent=load.bytes_sent + candidate.microbatches * crossing))
         return found
 

@@ -114,11 +114,52 @@ def _followed(schedule: str, device: int, devices: int, microbatches: int) -> tu
     return (Alive(first, later),)
 
 
-def stage_memory(
+class Footprint(NamedTuple):
+    """What a device holds, for any number of microbatches that it keeps.
+
+    Attributes:
+        saved: activations of one microbatch, by chunk.
+        backward: the fullest moment of the first backward: activations that are gone by then, gradients, workspace.
+        accumulate: gradients and workspace while a later microbatch is computed; None where there is none.
+        step: gradients and temporaries of the optimizer's step.
+        parameters, optimizer, buffers: bytes by term.
+        device: whose memory it is.
+    """
+
+    saved: tuple[float, ...]
+    backward: tuple[float, float, float]
+    accumulate: tuple[float, float] | None
+    step: tuple[float, float]
+    parameters: float
+    optimizer: float
+    buffers: float
+    device: Device
+
+    def terms(self, alive: Sequence[Alive]) -> dict[str, float]:
+        """Bytes by term of MEMORY_TERMS at the fullest moment, with so many microbatches kept by each chunk."""
+        gone, *others = self.backward
+        moments = [(sum([a.first * s for a, s in zip(alive, self.saved, strict=True)]) - gone, *others)]
+        if self.accumulate:
+            moments.append((sum([a.later * s for a, s in zip(alive, self.saved, strict=True)]), *self.accumulate))
+        moments.append((0.0, *self.step))
+        activations, gradients, workspace = max(moments, key=sum)
+        terms = {
+            "parameters": self.parameters,
+            "gradients": gradients,
+            "optimizer": self.optimizer,
+            "activations": activations,
+            "buffers": self.buffers,
+        }
+        asked = workspace + sum(terms.values())
+        terms["slack"] = workspace + self.device.reserved_bytes + self.device.allocator_share * asked
+        return terms
+
+
+def footprint(
     chunks: Sequence[Sequence[CallCost]],
     holding: Holding,
     *,
-    alive: Sequence[Alive],
+    several: bool,
     sharded: bool,
     copied: bool,
     device: Device,
@@ -128,13 +169,13 @@ def stage_memory(
     zero: int = 3,
     system: System = WEFT,
     item_bytes: float = 4.0,
-) -> dict[str, float]:
-    """Bytes by term of MEMORY_TERMS at the fullest moment of a device.
+) -> Footprint:
+    """What a device holds.
 
     Args:
         chunks: costs of the device's calls, in order, by chunk.
         holding: its parameters.
-        alive: how many microbatches each chunk keeps.
+        several: there are microbatches after the first backward.
         sharded: parameters' state is divided over ranks.
         copied: there are several replicas of it.
         device: whose memory it is.
@@ -145,8 +186,6 @@ def stage_memory(
         system: whose conventions.
         item_bytes: of an element of a trainable parameter.
     """
-    several = any(chunk.later for chunk in alive)
-    saved = [sum(c.saved_bytes for c in calls) + k for calls, k in zip(chunks, kept_output_bytes, strict=True)]
     kept = 1.0 if system.gradient_bytes is None else system.gradient_bytes / item_bytes
     whole = kept * holding.trainable
     # The reducer's buckets are there from the start, and gradients are views of them.
@@ -157,21 +196,15 @@ def stage_memory(
     everything = kept * holding.trainable_shard if shards else whole
     grown = holding.gradient_shards if shards else holding.gradients
 
-    moments: list[tuple[float, float, float]] = []  # activations, gradients, workspace
-    first = sum(a.first * s for a, s in zip(alive, saved, strict=True))
-    done = gone = 0.0
     last = chunks[-1]  # whose backward is the first
+    moments: list[tuple[float, float, float]] = []
+    done = gone = 0.0
     for call, gradient in zip(reversed(last), reversed(grown[len(grown) - len(last) :]), strict=True):
         # The call's activations are still held while its gradients are made.
         done += kept * gradient
-        moments.append((first - gone, everything if standing else done, call.workspace_bytes))
+        moments.append((gone, everything if standing else done, call.workspace_bytes))
         gone += call.saved_bytes
-    if several:
-        workspace = max(call.workspace_bytes for calls in chunks for call in calls)
-        moments.append((sum(a.later * s for a, s in zip(alive, saved, strict=True)), everything, workspace))
     step = STEP_COPIES * holding.largest if system.step_bytes is None else 0.0
-    moments.append((0.0, kept * holding.trainable_shard if sharded and not standing else everything, step))
-    activations, gradients, workspace = max(moments, key=sum)
 
     buffers, largest = boundary_bytes, max((*holding.units.values(), *holding.experts.values()), default=0.0)
     gathered = 1.0 if system.gather_bytes is None else system.gather_bytes / item_bytes
@@ -183,12 +216,13 @@ def stage_memory(
     if sharded and not standing:
         buffers += REDUCE_COPIES * (system.reduce_bytes or item_bytes) / item_bytes * largest
     state = optimizer_state if system.state_bytes is None else system.state_bytes / item_bytes
-    terms = {
-        "parameters": parameters,
-        "gradients": gradients,
-        "optimizer": state * holding.trainable_shard,
-        "activations": activations,
-        "buffers": buffers,
-    }
-    asked = workspace + sum(terms.values())
-    return {**terms, "slack": workspace + device.reserved_bytes + device.allocator_share * asked}
+    return Footprint(
+        saved=tuple(sum(c.saved_bytes for c in calls) + k for calls, k in zip(chunks, kept_output_bytes, strict=True)),
+        backward=max(moments, key=lambda moment: moment[1] + moment[2] - moment[0]),
+        accumulate=(everything, max(c.workspace_bytes for calls in chunks for c in calls)) if several else None,
+        step=(kept * holding.trainable_shard if sharded and not standing else everything, step),
+        parameters=parameters,
+        optimizer=state * holding.trainable_shard,
+        buffers=buffers,
+        device=device,
+    )

@@ -25,8 +25,8 @@ transfer that a device posts its end of, or the number of a work (``action``) th
 ``after`` have arrived. ``way`` and ``pair`` are those of a transfer whose other end is posted already, ``way`` is -1 of
 others."""
 
-Ready = tuple[int, int, int, tuple[int, ...] | None, Action | None]
-"""``(what, source, target, after, action)`` of a device."""
+Ready = tuple[int, int, tuple[int, ...] | None, Action | None]
+"""``(what, way, after, action)`` of a device; ``way`` is -1 of works."""
 
 FORWARD, BACKWARD, SEND_ACTIVATION, SEND_GRADIENT, RECEIVE_ACTIVATION = (
     Kind.FORWARD,
@@ -61,63 +61,63 @@ class Program:
 def compiled(lists: Sequence[Sequence[Action]]) -> Program:
     """The program of some lists of actions, one per device."""
     devices = len(lists)
-    program = Program(devices, works=[Counter() for _ in lists])
-    numbers: dict[tuple[int, int, int], int] = {}
+    microbatches = 1 + max((action.microbatch for own in lists for action in own), default=0)
     ways: dict[tuple[int, int], int] = {}
-    pairs: dict[tuple[int, int], int] = {}
-    queues = [iter(_ready(own, device, devices, numbers)) for device, own in enumerate(lists)]
-    following = [next(queue, None) for queue in queues]
-    posted, travels = [False] * len(numbers), [False] * len(numbers)
-    add, moved = program.steps.append, True
+    queues = [_ready(own, device, devices, microbatches, ways) for device, own in enumerate(lists)]
+    works = [Counter([what for what, way, _, _ in queue if way < 0]) for queue in queues]
+    transfers, pairs = len(ways) * microbatches, dict[tuple[int, int], int]()
+    pair_of = [pairs.setdefault((source % devices, target % devices), len(pairs)) for source, target in ways]
+    program = Program(devices, [], list(ways), transfers, len(pairs), works)
+    posted, travels = [False] * transfers, [False] * transfers
+    places, add, moved = [0] * devices, program.steps.append, True
     while moved:
         moved = False
         for device, queue in enumerate(queues):
-            ready, works = following[device], program.works[device]
-            first = ready
-            while ready is not None:
-                what, source, target, after, action = ready
+            first = place = places[device]
+            while place < len(queue):
+                what, way, after, action = queue[place]
                 if after is not None:
-                    if not all([travels[number] for number in after]):
+                    if after and not all([travels[number] for number in after]):
                         break
-                    works[what] += 1
                     add((device, what, -1, -1, after, action))
-                elif not posted[what]:
+                elif posted[what]:
+                    travels[what] = True
+                    add((device, what, way, pair_of[way], None, None))
+                else:
                     posted[what] = True
                     add((device, what, -1, -1, None, None))
-                else:
-                    travels[what] = True
-                    way = ways.setdefault((source, target), len(ways))
-                    pair = pairs.setdefault((source % devices, target % devices), len(pairs))
-                    add((device, what, way, pair, None, None))
-                ready = next(queue, None)
-            following[device] = ready
-            moved = moved or ready is not first
-    assert following == [None] * devices, "the schedule is stuck"
-    program.ways, program.transfers, program.pairs = list(ways), len(numbers), len(pairs)
+                place += 1
+            places[device] = place
+            moved = moved or place > first
+    assert places == [len(queue) for queue in queues], "the schedule is stuck"
     return program
 
 
 def _ready(
-    actions: Sequence[Action], device: int, devices: int, numbers: dict[tuple[int, int, int], int]
+    actions: Sequence[Action], device: int, devices: int, microbatches: int, ways: dict[tuple[int, int], int]
 ) -> list[Ready]:
-    """A device's actions in order. ``numbers`` gives a number to every transfer, by source, target and microbatch."""
+    """A device's actions in order. ``ways`` gives a number to every direction; a transfer's is that of its way and its
+    microbatch."""
     found: list[Ready] = []
-    awaited: dict[tuple[bool, int, int], list[int]] = {}
+    awaited: dict[tuple[bool, int, int], tuple[int, ...]] = {}
+    add = found.append
     for action in actions:
         kind, microbatch, peer, chunk = action
         stage = device + chunk * devices
         if peer < 0:
             after: tuple[int, ...] = ()
             if kind is FORWARD or kind is BACKWARD:
-                after = tuple(awaited.pop((kind is FORWARD, microbatch, chunk), ()))
-            found.append((stage * len(WORKS) + WORKS.index(kind), -1, -1, after, action))
+                after = awaited.pop((kind is FORWARD, microbatch, chunk), ())
+            add((stage * len(WORKS) + WORKS.index(kind), -1, after, action))
         elif kind is SEND_ACTIVATION or kind is SEND_GRADIENT:
-            number = numbers.setdefault((stage, peer, microbatch), len(numbers))
-            found.append((number, stage, peer, None, None))
+            way = ways.setdefault((stage, peer), len(ways))
+            add((way * microbatches + microbatch, way, None, None))
         else:
-            number = numbers.setdefault((peer, stage, microbatch), len(numbers))
-            awaited.setdefault((kind is RECEIVE_ACTIVATION, microbatch, chunk), []).append(number)
-            found.append((number, peer, stage, None, None))
+            way = ways.setdefault((peer, stage), len(ways))
+            number = way * microbatches + microbatch
+            key = kind is RECEIVE_ACTIVATION, microbatch, chunk
+            awaited[key] = (*awaited[key], number) if key in awaited else (number,)
+            add((number, way, None, None))
     return found
 
 

@@ -20,7 +20,8 @@ from weft.plan import RECOMPUTE, Plan, lowest
 from weft.planner import space
 from weft.planner.evaluate import Evaluator, StageRow
 from weft.planner.explain import explain, remarks, unequal
-from weft.planner.frontier import Costed, Cut, Frontier, title
+from weft.planner.fitting import Cut
+from weft.planner.frontier import Costed, Frontier, title
 from weft.planner.later import Later, later_of
 from weft.planner.prices import Cost
 from weft.planner.recompute import pruned
@@ -229,10 +230,10 @@ def _without_room(frontier: Frontier, possible: list[Degrees], known: set[frozen
     for kind, members in kinds.items():
         if kind in fitting:
             continue
-        members.sort(key=lambda degrees: frontier.standing(degrees, 3))
+        members.sort(key=lambda degrees: frontier.fitting.standing(degrees, 3))
         least = frontier.least(members[0])
         for degrees in members[1:]:
-            if not least.full.fits and frontier.standing(degrees, 3) <= 1:
+            if not least.full.fits and frontier.fitting.standing(degrees, 3) <= 1:
                 least = min(least, frontier.least(degrees), key=lambda cut: cut.full.order)
         if not least.full.fits:
             names = " x ".join(name for name in space.DEGREES if name in kind)

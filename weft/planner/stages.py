@@ -17,7 +17,7 @@ from weft.planner.communication import Mesh
 from weft.planner.compute import CallCost, CallCosts, Division
 from weft.planner.exchange import call_s
 from weft.planner.holdings import Holding, Holdings
-from weft.planner.memory import Alive, Held, alive, stage_memory
+from weft.planner.memory import Footprint, Held, alive, footprint
 from weft.planner.sites import Layout, Layouts, Site, at
 from weft.planner.space import Candidate, Degrees
 from weft.planner.system import WEFT, System
@@ -68,7 +68,9 @@ class Stages:
         self._modes: tuple[Mapping[str, str] | None, tuple[str | None, ...] | None] = None, None  # asked for last
         self._tables: dict[tuple[int, Division, str | None], list[CallCost]] = {}
         self._shares: dict[tuple[Degrees, int], tuple[int, ...]] = {}
+        self._rows_of: dict[tuple[object, ...], list[float]] = {}
         self._seconds: dict[tuple[int, Division], float] = {}
+        self._footprints: dict[tuple[object, ...], Footprint] = {}
         self._memories: dict[tuple[object, ...], Held] = {}
         self._asked: tuple[Candidate | None, list[list[tuple[Site, object]]]] = None, []
         self._numbers: dict[tuple[int, ...], int] = {}
@@ -159,14 +161,13 @@ class Stages:
 
     def row(self, candidate: Candidate, site: Site) -> list[float]:
         """Seconds of every call on a site."""
-        mesh = self.mesh(candidate.degrees)
-        known: dict[int, float] = {}
-        costs = []
-        for call in self.calls(candidate, 0, len(self.profile.calls), site):
-            if id(call) not in known:
-                known[id(call)] = call_s(call, mesh)
-            costs.append(known[id(call)])
-        return costs
+        everything = 0, len(self.profile.calls)
+        key = (site.kind, self.division(candidate, site.samples), self.modes(candidate, everything))
+        if key not in self._rows_of:
+            calls, mesh = self.calls(candidate, *everything, site), self.mesh(candidate.degrees)
+            seconds = {id(call): call_s(call, mesh) for call in {id(call): call for call in calls}.values()}
+            self._rows_of[key] = [seconds[id(call)] for call in calls]
+        return self._rows_of[key]
 
     # -- cutting ------------------------------------------------------------------------------------------------------
 
@@ -193,7 +194,7 @@ class Stages:
 
     def fastest(self, candidate: Candidate) -> Ends:
         """Where each stage ends, balanced by time alone."""
-        again = tuple(candidate.recompute.items())
+        again = self.modes(candidate, (0, len(self.profile.calls)))
         paces = tuple(
             (site.kind, site.speed, self.division(candidate, site.samples)) for site in self._paces(candidate)
         )
@@ -272,24 +273,25 @@ class Stages:
         content = [self.content(stretch, self.modes(candidate, stretch) if modes else None) for stretch in stretches]
         key = (*content, kept, depends)
         if key not in self._memories:
-            terms, kind = self._memory(candidate, stretches, kept, site), self.kinds[site.kind]
-            batch = self.profile.sample_bytes * site.batch
+            several, kind = any([of.later for of in kept]), self.kinds[site.kind]
+            of_any = (*content, several, depends)
+            if of_any not in self._footprints:
+                self._footprints[of_any] = self._footprint(candidate, stretches, several, site)
+            terms, batch = self._footprints[of_any].terms(kept), self.profile.sample_bytes * site.batch
             terms |= {"buffers": terms["buffers"] + batch, "slack": terms["slack"] + kind.allocator_share * batch}
             self._memories[key] = Held(sum(terms.values()), kind.memory_bytes, terms)
         return self._memories[key]
 
-    def _memory(
-        self, candidate: Candidate, stretches: Sequence[Stretch], kept: Sequence[Alive], site: Site
-    ) -> dict[str, float]:
+    def _footprint(self, candidate: Candidate, stretches: Sequence[Stretch], several: bool, site: Site) -> Footprint:
         arriving, leaving = 0.0, []
         for stretch in stretches:
             came, goes = self.crossing_bytes(candidate, stretch, site)
             arriving += came
             leaving.append(goes)
-        return stage_memory(
+        return footprint(
             [self.calls(candidate, *stretch, site) for stretch in stretches],
             self.holding(candidate.degrees, stretches),
-            alive=kept,
+            several=several,
             sharded=self.shards(candidate.degrees) > 1,
             copied=candidate.degrees.dp_replicate > 1,
             device=self.kinds[site.kind],
