@@ -8,7 +8,8 @@
                device_map places a model: one of them works at a time. Prompts are long, so that most of a step is
                reading the cache, which two groups of sequences share out; ``short`` ones let the reading of weights
                and Python weigh more, which they do not
-    replicas   samples/s of predictions of six batches on two replicas, against one process
+    replicas   samples/s of predictions of six batches on two replicas, against one process; each batch is cut into the
+               microbatches that weft chooses for the machine as it measures it
     single     tokens/s of generation in one process, against transformers' generate
 
 The two sides take turns in the same processes, on the same weights and prompts, the order changing every round; a
@@ -29,6 +30,8 @@ from inference_sides import Sizes, pipeline, plan_of, replicas, single
 from rich.console import Console
 from rich.table import Table
 
+import weft.cluster
+from weft.cluster import Cluster
 from weft.runtime.pool import Pool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,17 +71,23 @@ class Row:
         return self.ratio >= self.aim
 
 
+def measure_cluster() -> Cluster:
+    """Run by every process: what it computes on."""
+    return weft.cluster.measure()
+
+
 def measure(name: str, sizes: Sizes, pool: Pool) -> Row:
     """One case."""
     case, degrees, other = CASES[name]
     if sizes != SMALL:
         sizes = replace(sizes, **other)
-    plan = plan_of(sizes, **degrees)
+    cluster = pool.run(measure_cluster)[0] if name == "replicas" else None
+    plan = plan_of(sizes, cluster, **degrees)
     seconds = pool.run(case, sizes, plan, ranks=plan.devices)[0]
     ratio = statistics.median(b / a for a, b in zip(seconds["weft"], seconds["without"], strict=True))
     return Row(
         name=name,
-        plan=plan.describe(),
+        plan=f"{plan.describe()} x{plan.microbatches}",
         weft_s=seconds["weft"],
         without_s=seconds["without"],
         ratio=ratio,
@@ -102,7 +111,7 @@ def main() -> None:
     for row in rows:
         seconds = (f"{statistics.median(s):.3f}" for s in (row.weft_s, row.without_s))
         met = "yes" if row.met else "no"
-        table.add_row(row.name, row.plan or "one process", *seconds, f"{row.ratio:.2f}", f"{row.aim:.2f}", met)
+        table.add_row(row.name, row.plan, *seconds, f"{row.ratio:.2f}", f"{row.aim:.2f}", met)
     console.print(table)
     if not given.small and given.only is None:
         kept = {

@@ -69,9 +69,11 @@ def workload(sizes: Sizes) -> weft.Workload:
     )
 
 
-def plan_of(sizes: Sizes, **degrees: int) -> weft.Plan:
-    """The plan of these degrees and groups."""
+def plan_of(sizes: Sizes, cluster: Cluster | None = None, **degrees: int) -> weft.Plan:
+    """The plan of these degrees; for a measured cluster, with the groups that weft chooses for it."""
     work = workload(sizes)
+    if cluster is not None:
+        return weft.plan(work, cluster, purpose="inference", **degrees)
     devices = degrees.get("pp", 1) * degrees.get("dp_replicate", 1)
     return make_plan(capture(work), Cluster.local(devices), **degrees)
 

@@ -34,8 +34,9 @@ from weft.jobs.lockstep import run_together
 from weft.plan import Plan
 from weft.precision import in_precision
 from weft.runtime.batches import Sampler, layout
+from weft.runtime.loss import split_loss
 from weft.runtime.optimizer import make_optimizer, make_scheduler
-from weft.runtime.placement import Placement, Run, split_loss
+from weft.runtime.placement import Placement, Run
 from weft.runtime.randomness import Seeds
 from weft.runtime.recordings import Recordings
 from weft.runtime.routes import Routes

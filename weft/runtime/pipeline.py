@@ -26,7 +26,8 @@ from weft.runtime.buffers import Buffers
 from weft.runtime.data import DataParallel
 from weft.runtime.ending import Ending
 from weft.runtime.grid import Grid
-from weft.runtime.placement import Placement, Run, split_loss
+from weft.runtime.loss import split_loss
+from weft.runtime.placement import Placement, Run
 from weft.runtime.randomness import Seeds
 from weft.runtime.routes import Routes
 from weft.runtime.stopwatch import Stopwatch
