@@ -68,7 +68,7 @@ class ReferenceDecoder:
             self.requests[request.id] = request
             self.tokens[request.id] = list(request.prompt)
             self.caches[request.id] = DynamicCache()
-            self.generators[request.id] = torch.Generator().manual_seed(request.seed)
+            self.generators[request.id] = torch.Generator().manual_seed(request.sampling.seed)
         assert sum(request.positions for request in self.requests.values()) <= self.capacity_tokens
 
     def leave(self, ids: Collection[int]) -> None:
@@ -88,13 +88,13 @@ class ReferenceDecoder:
         return found
 
     def choose(self, request: Request, logits_V: torch.Tensor) -> int:
-        if not request.do_sample:
+        if not request.sampling.do_sample:
             return int(logits_V.argmax())
-        chances_V = (logits_V / request.temperature).softmax(-1)
-        if request.top_k:
-            chances_V[chances_V.topk(request.top_k).values.min() > chances_V] = 0
+        chances_V = (logits_V / request.sampling.temperature).softmax(-1)
+        if request.sampling.top_k:
+            chances_V[chances_V.topk(request.sampling.top_k).values.min() > chances_V] = 0
         sorted_V, order_V = chances_V.sort(descending=True)
-        chances_V[order_V[sorted_V.cumsum(-1) - sorted_V > request.top_p * sorted_V.sum()]] = 0
+        chances_V[order_V[sorted_V.cumsum(-1) - sorted_V > request.sampling.top_p * sorted_V.sum()]] = 0
         return int(torch.multinomial(chances_V, 1, generator=self.generators[request.id]))
 
 

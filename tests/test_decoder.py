@@ -13,6 +13,7 @@ from test_equality import plan_for
 import weft
 from weft.inference.caches import Kept
 from weft.inference.decoder import make_decoder
+from weft.inference.sampling import Sampling
 from weft.runtime.pool import Pool
 from weft.serving.decoder import Request
 
@@ -33,8 +34,7 @@ def requests(count: int) -> list[Request]:
             id=i,
             prompt=tuple(generator.randrange(VOCABULARY) for _ in range(generator.randint(1, 24))),
             max_new_tokens=generator.randint(1, 30),
-            do_sample=i % 3 == 0,
-            seed=i,
+            sampling=Sampling(do_sample=i % 3 == 0, seed=i),
         )
         for i in range(count)
     ]
@@ -66,7 +66,7 @@ def one_by_one(name: str, plan: weft.Plan, count: int) -> dict[int, list[int]]:
     engine = weft.parallelize(GENERATIVE[name](), plan, purpose="inference")
     found = {}
     for r in requests(count):
-        settings: Any = {"do_sample": r.do_sample, "seed": r.seed, "max_new_tokens": r.max_new_tokens}
+        settings: Any = {"do_sample": r.sampling.do_sample, "seed": r.sampling.seed, "max_new_tokens": r.max_new_tokens}
         found[r.id] = engine.generate([r.prompt], eos_token_id=(), **settings).sequences[0, len(r.prompt) :].tolist()
     return found
 

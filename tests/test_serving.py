@@ -14,6 +14,7 @@ from reference_decoder import CountingDecoder, ReferenceDecoder, alone
 from serving import Bytes
 
 from weft.errors import TargetError
+from weft.inference.sampling import Sampling
 from weft.runtime.pool import Pool
 from weft.serving.decoder import Request
 from weft.serving.driver import Leader, Order, drive, shared
@@ -165,7 +166,9 @@ def request(id: int, prompt: Sequence[int], new: int, **more: Any) -> Request:
 
 
 def test_a_request_crosses_as_json():
-    one = request(3, [1, 2], 5, do_sample=True, temperature=0.5, top_k=4, seed=9, stop_token_ids=frozenset({1}))
+    one = request(
+        3, [1, 2], 5, sampling=Sampling(do_sample=True, temperature=0.5, top_k=4, seed=9), stop_token_ids=frozenset({1})
+    )
     assert Request.from_json(one.to_json()) == one
 
 
@@ -334,6 +337,6 @@ def test_the_reference_is_the_library_itself():
         torch.tensor([one.prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     assert alone(decoder, one) == library[0, 20:].tolist()
-    decoder.join([one, request(2, [9], 30, do_sample=True, seed=3)])
+    decoder.join([one, request(2, [9], 30, sampling=Sampling(do_sample=True, seed=3))])
     together = [decoder.step()[1] for _ in range(30)]
     assert together == library[0, 20:].tolist()

@@ -12,6 +12,7 @@ from reference_decoder import ReferenceDecoder, alone
 from serving import KEY, MODEL, Bytes, Running, job_processes, server
 
 from weft.errors import InputError
+from weft.inference.sampling import Sampling
 from weft.serving.decoder import Request
 
 TOKENIZER = Bytes()
@@ -37,7 +38,10 @@ def decoder() -> ReferenceDecoder:
 
 def expected(decoder: ReferenceDecoder, prompt: str, new: int, **more: Any) -> str:
     """The text of one request that one process decodes by itself."""
-    request = Request(id=0, prompt=tuple(prompt.encode()), max_new_tokens=new, stop_token_ids=TOKENIZER.ends, **more)
+    sampling = Sampling(**more)
+    request = Request(
+        id=0, prompt=tuple(prompt.encode()), max_new_tokens=new, sampling=sampling, stop_token_ids=TOKENIZER.ends
+    )
     tokens = alone(decoder, request)
     return TOKENIZER.decode(tokens[:-1] if tokens[-1] in TOKENIZER.ends else tokens)
 

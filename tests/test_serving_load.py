@@ -16,6 +16,7 @@ import pytest
 from reference_decoder import CountingDecoder, ReferenceDecoder, alone
 from serving import KEY, MODEL, Bytes, Running, server, workers
 
+from weft.inference.sampling import Sampling
 from weft.serving.decoder import Request
 
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -60,9 +61,7 @@ def test_two_hundred_at_once_of_whom_some_leave():
             id=n,
             prompt=tuple(drawn.choices(range(1, 256), k=drawn.randint(1, 40))),
             max_new_tokens=drawn.randint(1, 24),
-            do_sample=n % 2 == 0,
-            temperature=0.8 if n % 2 == 0 else 1.0,
-            seed=n,
+            sampling=Sampling(do_sample=n % 2 == 0, temperature=0.8 if n % 2 == 0 else 1.0, seed=n),
             stop_token_ids=frozenset({0}),
         )
         for n in range(200)
@@ -73,8 +72,8 @@ def test_two_hundred_at_once_of_whom_some_leave():
         body = {
             "prompt": list(request.prompt),
             "max_tokens": request.max_new_tokens,
-            "temperature": request.temperature if request.do_sample else 0,
-            "seed": request.seed,
+            "temperature": request.sampling.temperature if request.sampling.do_sample else 0,
+            "seed": request.sampling.seed,
         }
         if request.id % 4 == 1 and request.id not in leaving:
             found = await http.post("/v1/completions", json={"model": MODEL, **body})

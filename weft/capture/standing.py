@@ -14,16 +14,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    EncoderDecoderCache,
-)
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from weft.errors import ModelError
+from weft.capture.keeping import Keeping, cache_of
 
 ROOM = 32
 """Tokens that there is room for beside those kept."""
@@ -61,7 +54,7 @@ class Filled:
     cross: bool
 
 
-class Standing(CacheLayerMixin):  # type: ignore[no-untyped-call]  # in transformers
+class Standing(Keeping):  # type: ignore[no-untyped-call]  # in transformers
     """One layer's keys and values, (sequences, heads, tokens, head_dim).
 
     Args:
@@ -70,13 +63,9 @@ class Standing(CacheLayerMixin):  # type: ignore[no-untyped-call]  # in transfor
     """
 
     def __init__(self, within: Within, window: int | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # in transformers
-        self.within, self.window, self.is_sliding = within, window, window is not None
-        self.seen, self.unit = 0, ""
+        super().__init__(window)
+        self.within, self.unit = within, ""
         self.buffers: tuple[Tensor, ...] = ()
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do before the first update."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write tokens where there is room; the keys and values that they attend to."""
@@ -89,22 +78,6 @@ class Standing(CacheLayerMixin):  # type: ignore[no-untyped-call]  # in transfor
         self.seen, self.is_initialized = self.seen + new, True
         self.keys, self.values = (buffer[:, :, : before + new] for buffer in self.buffers)
         return self.keys, self.values
-
-    def kept(self, tokens: int) -> int:
-        """How many of so many tokens are kept."""
-        return tokens if self.window is None else min(tokens, self.window - 1)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many keys there will be with so many more tokens, and how many were let go before them."""
-        return self.kept(self.seen) + query_length, self.seen - self.kept(self.seen)
-
-    def get_seq_length(self) -> int:
-        """Tokens seen."""
-        return self.seen
-
-    def get_max_length(self) -> int:
-        """No limit."""
-        return -1 if self.window is None else self.window
 
     def after(self, mode: FakeTensorMode, sequences: int, tokens: int) -> Standing:
         """The same layer when it has seen so many tokens of so many sequences, on fake tensors."""
@@ -120,26 +93,8 @@ class Standing(CacheLayerMixin):  # type: ignore[no-untyped-call]  # in transfor
 
 
 def standing_cache(config: Any, within: Within) -> Cache:
-    """An empty cache for a model of transformers.
-
-    Raises:
-        ModelError: a layer keeps something else than keys and values.
-    """
-    layers: list[Any] = []
-    for number, layer in enumerate(DynamicCache(config=config.get_text_config(decoder=True)).layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise ModelError(
-                f"layer {number} of {config.model_type} keeps a {type(layer).__name__}, not keys and values of tokens; "
-                "weft generates with attention only: use transformers on one device"
-            )
-        layers.append(Standing(within, getattr(layer, "sliding_window", None)))
-    if not config.is_encoder_decoder:
-        return Cache(layers=layers)
-    # Where encoder and decoder are of different depth, a cache is made for the encoder's.
-    depths = (getattr(config, name, None) for name in ("num_decoder_layers", "decoder_layers"))
-    depth = next((depth for depth in depths if depth), len(layers))
-    own, cross = (Cache(layers=[Standing(within) for _ in range(depth)]) for _ in range(2))
-    return EncoderDecoderCache(own, cross)
+    """An empty cache for a model of transformers: see ``cache_of``."""
+    return cache_of(config, lambda window: Standing(within, window))
 
 
 def parts(cache: Cache) -> list[Sequence[Standing]]:

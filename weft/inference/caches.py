@@ -17,26 +17,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    EncoderDecoderCache,
-)
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from weft.errors import ModelError
-
-GROWTH, ROOM = 1.5, 32
-"""A full buffer becomes so many times as long, and has room for so many tokens at least."""
+from weft.capture.keeping import Keeping, cache_of
+from weft.inference.room import length_for
 
 SMALL_BYTES = 2**22
 """Keys and values of a layer that are no larger are copied with every token: so they are in the processor's cache when
 one query reads them, which takes as long as that longer where they are not (a tenth of a step of a small model)."""
 
 
-class Kept(CacheLayerMixin):  # type: ignore[no-untyped-call]  # in transformers
+class Kept(Keeping):  # type: ignore[no-untyped-call]  # in transformers
     """One layer's keys and values, (sequences, heads, tokens, head_dim).
 
     Args:
@@ -44,14 +35,9 @@ class Kept(CacheLayerMixin):  # type: ignore[no-untyped-call]  # in transformers
     """
 
     def __init__(self, window: int | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # in transformers
-        self.window, self.seen = window, 0
-        self.is_sliding = window is not None
+        super().__init__(window)
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._start = self._end = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do before the first update."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add tokens; the keys and values that they attend to."""
@@ -79,7 +65,7 @@ class Kept(CacheLayerMixin):  # type: ignore[no-untyped-call]  # in transformers
         if self._buffers is not None and self._end + new <= self._buffers[0].shape[-2]:
             return
         kept = self._end - self._start
-        length = int(GROWTH * (kept + new)) + ROOM
+        length = length_for(kept + new)
         made = []
         for index, like in enumerate(states):
             buffer = like.new_empty((*like.shape[:2], length, like.shape[-1]))
@@ -87,19 +73,6 @@ class Kept(CacheLayerMixin):  # type: ignore[no-untyped-call]  # in transformers
                 buffer[:, :, :kept] = self._buffers[index][:, :, self._start : self._end]
             made.append(buffer)
         self._buffers, self._start, self._end = (made[0], made[1]), 0, kept
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many keys there will be with so many more tokens, and how many were let go before them."""
-        gone = 0 if self.window is None else max(0, self.seen - self.window + 1)
-        return self.seen - gone + query_length, gone
-
-    def get_seq_length(self) -> int:
-        """Tokens seen."""
-        return self.seen
-
-    def get_max_length(self) -> int:
-        """No limit."""
-        return -1 if self.window is None else self.window
 
     def select(self, rows: Tensor) -> None:
         """Keep some of the sequences, by their numbers."""
@@ -155,29 +128,8 @@ class Kept(CacheLayerMixin):  # type: ignore[no-untyped-call]  # in transformers
 
 
 def make_cache(config: Any) -> Cache:
-    """An empty cache for a model of transformers.
-
-    Raises:
-        ModelError: a layer keeps something else than keys and values.
-    """
-    layers: list[Any] = []
-    for number, layer in enumerate(DynamicCache(config=config.get_text_config(decoder=True)).layers):
-        if type(layer) is DynamicSlidingWindowLayer:
-            layers.append(Kept(layer.sliding_window))
-        elif type(layer) is DynamicLayer:
-            layers.append(Kept())
-        else:
-            raise ModelError(
-                f"layer {number} of {config.model_type} keeps a {type(layer).__name__}, not keys and values of tokens; "
-                "weft generates with attention only: use transformers on one device"
-            )
-    if not config.is_encoder_decoder:
-        return Cache(layers=layers)
-    # Where encoder and decoder are of different depth, a cache is made for the encoder's.
-    depths = (getattr(config, name, None) for name in ("num_decoder_layers", "decoder_layers"))
-    depth = next((depth for depth in depths if depth), len(layers))
-    own, cross = (Cache(layers=[Kept() for _ in range(depth)]) for _ in range(2))
-    return EncoderDecoderCache(own, cross)
+    """An empty cache for a model of transformers: see ``cache_of``."""
+    return cache_of(config, Kept)
 
 
 def seen(cache: Cache) -> int:

@@ -39,15 +39,7 @@ class Wanted(Protocol):
     @property
     def positions(self) -> int: ...
     @property
-    def do_sample(self) -> bool: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def top_p(self) -> float: ...
-    @property
-    def seed(self) -> int: ...
+    def sampling(self) -> Sampling: ...
 
 
 @dataclass
@@ -55,7 +47,6 @@ class Row:
     """A request that takes part."""
 
     request: Wanted
-    sampling: Sampling
     generated: int = 0
 
 
@@ -149,14 +140,7 @@ class BatchedDecoder:
         """These take part from the next step on, each in the batch that has least to do."""
         for request in requests:
             batch = min((b for batches in self._batches for b in batches), key=lambda b: b.load)
-            sampling = Sampling(
-                do_sample=request.do_sample,
-                temperature=request.temperature,
-                top_k=request.top_k,
-                top_p=request.top_p,
-                seed=request.seed,
-            )
-            batch.waiting.append(Row(request, sampling))
+            batch.waiting.append(Row(request))
 
     def leave(self, ids: Collection[int]) -> None:
         """These take part no longer; their cache is let go."""
@@ -231,7 +215,7 @@ class BatchedDecoder:
         if not self.generator.is_last:
             return None
         places = [row.generated for row in batch.rows]
-        return choose(logits, [row.sampling for row in batch.rows], [0] * len(places), places)
+        return choose(logits, [row.request.sampling for row in batch.rows], [0] * len(places), places)
 
     def _told(self, mine: Tensor, everybody: list[list[list[Row]]]) -> dict[int, int]:
         """Every request's token, of all replicas."""

@@ -48,6 +48,9 @@ class Sampling:
             raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
 
+GREEDY = Sampling()
+
+
 def choose(logits_RV: Tensor, settings: Sequence[Sampling], rows: Sequence[int], places: Sequence[int]) -> Tensor:
     """The next token of each sequence, (R) int64.
 

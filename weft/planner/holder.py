@@ -13,13 +13,11 @@ from typing import NamedTuple
 
 from weft.capture.profile import NO_GROUP, Generation
 from weft.cluster.topology import Device
+from weft.inference.room import length_for
 from weft.planner.memory import GATHER_COPIES, Held
 from weft.planner.sites import Site, at
 from weft.planner.space import Candidate
 from weft.planner.stages import Ends, Stages, Stretch
-
-GROWTH, SPARE = 1.5, 32
-"""A cache's buffer becomes so many times as long, with room for so many tokens more, when it is full."""
 
 SENDS = 2
 """Tensors of a forward that wait to be sent at once, while the next group computes."""
@@ -124,7 +122,7 @@ def spare_share(generation: Generation | None) -> float:
     """Room that a cache's buffers have at the end, as a share of what is kept in them."""
     if generation is None:
         return 0.0
-    length = int(GROWTH * (1 if generation.encodes else generation.prompt)) + SPARE
+    length = length_for(1 if generation.encodes else generation.prompt)
     while length < generation.length:
-        length = int(GROWTH * (length + 1)) + SPARE
+        length = length_for(length + 1)
     return length / generation.length - 1

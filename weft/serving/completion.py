@@ -7,6 +7,7 @@ import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
+from weft.inference import sampling
 from weft.serving.decoder import Request
 from weft.serving.growth import Growth
 from weft.serving.protocol import ChatBody, CompletionBody, Sampling, Usage
@@ -50,11 +51,13 @@ async def request_of(body: CompletionBody | ChatBody, scheduler: Scheduler, toke
         id=scheduler.number(),
         prompt=tuple(prompt),
         max_new_tokens=_room(body, len(prompt), facts),
-        do_sample=sampled,
-        temperature=temperature if sampled else 1.0,
-        top_k=min(body.top_k or 0, facts.vocabulary),
-        top_p=1.0 if body.top_p is None else body.top_p,
-        seed=secrets.randbits(63) if body.seed is None else body.seed % 2**63,
+        sampling=sampling.Sampling(
+            do_sample=sampled,
+            temperature=temperature if sampled else 1.0,
+            top_k=min(body.top_k or 0, facts.vocabulary),
+            top_p=1.0 if body.top_p is None else body.top_p,
+            seed=secrets.randbits(63) if body.seed is None else body.seed % 2**63,
+        ),
         stop_token_ids=ends | _known(body.stop_token_ids or (), facts, "stop_token_ids"),
     )
 

@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from weft.inference.sampling import GREEDY, Sampling
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -15,23 +17,14 @@ class Request:
         id: tells it from all others of the server's life.
         prompt: token ids, at least one.
         max_new_tokens: at least 1.
-        do_sample: draw tokens; otherwise the most likely one.
-        temperature: what logits are divided by; above 0.
-        top_k: draw among the k most likely; 0: all.
-        top_p: draw among the most likely that together have this probability; 1: all.
-        seed: of its draws, from 0 to 2**63 - 1; the same request with the same seed gives the same tokens, in any
-            company.
+        sampling: how its tokens are chosen; the same request with the same seed gets the same ones, in any company.
         stop_token_ids: tokens that end it; the one that does is returned by ``Decoder.step`` too.
     """
 
     id: int
     prompt: tuple[int, ...]
     max_new_tokens: int
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    sampling: Sampling = GREEDY
     stop_token_ids: frozenset[int] = frozenset()
 
     @property
@@ -46,8 +39,12 @@ class Request:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Request:
         """What ``to_json`` gave."""
-        lists = {"prompt": tuple(data["prompt"]), "stop_token_ids": frozenset(data["stop_token_ids"])}
-        return cls(**{**data, **lists})
+        made = {
+            "prompt": tuple(data["prompt"]),
+            "sampling": Sampling(**data["sampling"]),
+            "stop_token_ids": frozenset(data["stop_token_ids"]),
+        }
+        return cls(**{**data, **made})
 
 
 class Decoder(Protocol):
