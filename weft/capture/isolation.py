@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from weft.adapters import running
 from weft.capture.blocks import FUNCTIONS, PLAIN
 
-COLLECTED = 100_000
+COLLECTED = 1_000_000
 """Objects more than there were, before Python looks for garbage among the new ones."""
 
 
