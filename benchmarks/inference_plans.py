@@ -5,7 +5,7 @@ processes of this machine, against the estimates of a cluster measured there.
     python benchmarks/inference_plans.py --only plans      tokens/s and time to first token of eight plans of a Llama
     python benchmarks/inference_plans.py --only scenarios  weft's choice among all plans of two processes: batches of 1
                                                            and 32, short and long prompts, a fast and a slow link
-    python benchmarks/inference_plans.py --small           a tiny model, a request and a link of each kind: a minute
+    python benchmarks/inference_plans.py --small           a tiny model, a request and a link of each kind: two minutes
 
 The fast link is this machine's memory; the slow one is of 100 Mbit/s between two hosts (``hosts``, which needs root on
 Linux; elsewhere these are left out). That is where a choice matters: the activations of a prompt of 256 tokens take
