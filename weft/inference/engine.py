@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,15 +48,17 @@ class InferenceEngine:
         self.part = part.build(first.hand_over(), units, recording, stage_of, plan, self.grid)
         self.model: nn.Module = self.part.model
         placement = Placement(self.model, units, stage=self.grid.stage, mode=self.part.mode, device=self.grid.device)
-        self.inferring = Inferring(
-            workload,
-            plan,
-            self.grid,
+        forwards = partial(
+            Forwards,
+            workload=workload,
+            plan=plan,
+            grid=self.grid,
             placement=placement,
             whole=self.part.whole,
             units=units,
             trained=False,
         )
+        self.inferring = Inferring(self.model, workload, plan, self.grid, forwards)
 
     def predict(self, batch: Any) -> Any:
         """What the workload predicts for a batch: see ``Predictor.predict``. All ranks call it with the same batch."""

@@ -72,9 +72,8 @@ def packed(rows: Sequence[Sequence[float]], parts: int, allowed: Allowed, *, ste
     """
     every = _sums(rows, parts)
     n = len(rows[0])
-    known: dict[
-        tuple[int, int], tuple[int, int]
-    ] = {}  # of a part from its start: an end that is allowed, one that is not
+    # of a part from its start: an end that is allowed, one that is not
+    known: dict[tuple[int, int], tuple[int, int]] = {}
 
     def furthest(part: int, start: int, most: int, length: int) -> int:
         """The furthest end up to ``most`` that is allowed, looked for about ``length`` items on; or the start."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from weft.runtime import checkpoint, part, totals
 from weft.runtime.batches import Batch, Sampler, divide
 from weft.runtime.buffers import Buffers
 from weft.runtime.ending import Ending
+from weft.runtime.forwards import Forwards
 from weft.runtime.gather import gather
 from weft.runtime.grid import Grid
 from weft.runtime.inferring import Inferring
@@ -112,15 +114,18 @@ class Engine:
             ending=ending,
         )
         self.loss_scale = LossScale() if plan.precision == "fp16" else None
-        self.inferring = Inferring(
-            replace(self.workload, loss=no_loss),
-            plan,
-            self.grid,
+        plain = replace(self.workload, loss=no_loss)
+        forwards = partial(
+            Forwards,
+            workload=plain,
+            plan=plan,
+            grid=self.grid,
             placement=placement,
             whole=self.part.whole,
             units=units,
             trained=True,
         )
+        self.inferring = Inferring(self.model, plain, plan, self.grid, forwards)
 
     def batches(self, epochs: int | None = 1) -> Iterator[Batch]:
         """This rank's part of every batch from where training stands to the end of the epoch (``epochs=None``: for

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from weft.plan import Plan
 from weft.runtime.ending import Function
 from weft.runtime.forwards import Forwards
 from weft.runtime.grid import Grid
-from weft.runtime.placement import Placement
 from weft.runtime.predictor import Predictor, predict_of
-from weft.runtime.whole import Whole
 from weft.workload import Workload
 
 if TYPE_CHECKING:
@@ -23,26 +23,16 @@ class Inferring:
     """One rank of a job that infers. What is needed for it is made when it is first asked for.
 
     Args:
+        model: the user's.
         workload, plan, grid: of the job.
-        placement: this stage's view of the model.
-        whole: the root of what is gathered, if anything is.
-        units: names of the units that the plan places.
-        trained: whether the model is trained too.
+        forwards: makes what computes a function of the model.
     """
 
     def __init__(
-        self,
-        workload: Workload,
-        plan: Plan,
-        grid: Grid,
-        *,
-        placement: Placement,
-        whole: Whole | None,
-        units: list[str],
-        trained: bool,
+        self, model: nn.Module, workload: Workload, plan: Plan, grid: Grid, forwards: Callable[[Function], Forwards]
     ) -> None:
-        self.workload, self.plan, self.grid = workload, plan, grid
-        self.placement, self.whole, self.units, self.trained = placement, whole, units, trained
+        self.model, self.workload, self.plan, self.grid = model, workload, plan, grid
+        self._forwards = forwards
 
     def predict(self, batch: Any) -> Any:
         """What the workload predicts for a batch, the same on every rank: see ``Predictor.predict``."""
@@ -66,16 +56,4 @@ class Inferring:
         """What generates with the model."""
         from weft.inference.generation import Generator  # needs transformers
 
-        return Generator(self.placement.model, self.plan, self.grid, self._forwards)
-
-    def _forwards(self, function: Function) -> Forwards:
-        return Forwards(
-            function,
-            self.workload,
-            self.plan,
-            self.grid,
-            placement=self.placement,
-            whole=self.whole,
-            units=self.units,
-            trained=self.trained,
-        )
+        return Generator(self.model, self.plan, self.grid, self._forwards)
