@@ -18,6 +18,7 @@ import typer
 from weft import options
 from weft.capture import capture, capture_inference
 from weft.capture.inference import Tokens
+from weft.checkpoint import verbs as checkpoints
 from weft.cluster import Cluster, measure
 from weft.cluster.file import write_cluster
 from weft.errors import InputError, PlanError, WeftError, WorkerError
@@ -41,6 +42,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Tr
 app.command()(generate)
 app.command()(verbs.serve)
 app.add_typer(verbs.bench, name="bench")
+app.add_typer(checkpoints.checkpoint, name="checkpoint")
+app.command("export")(checkpoints.export_weights)
+app.command("import")(checkpoints.import_weights)
 
 QUICK_S = 3.0
 """Seconds of a search that ``weft plan`` repeats without being asked, to tell what would change its answer."""
@@ -109,6 +113,7 @@ def train(
     steps: Annotated[int | None, typer.Option(min=1, help="in all; default: one epoch")] = None,
     checkpoint: Annotated[Path | None, typer.Option(metavar="DIR", help="save here at the end")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(min=1, metavar="N", help="and every N steps")] = None,
+    keep: Annotated[int, typer.Option(min=1, metavar="K", help="checkpoints that stay")] = training.KEPT,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
     log_every: Annotated[int, typer.Option(min=1, metavar="N", help="steps per logged line")] = 10,
     as_json: options.Json = False,
@@ -130,6 +135,7 @@ def train(
             memory_bytes=parse_sizes(memory),
             checkpoint=None if checkpoint is None else str(checkpoint),
             checkpoint_every=checkpoint_every,
+            keep=keep,
             resume=resume,
             log_every=log_every,
         )

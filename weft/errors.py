@@ -11,7 +11,8 @@
     │   ├── MemoryLimitError    nothing fits in the memory given
     │   └── CheckpointError     a checkpoint that is missing, broken or another model's
     └── JobError                the work itself failed: exit code 1
-        └── WorkerError         a process of the job died (rank, stage, cause)
+        ├── WorkerError         a process of the job died (rank, stage, cause)
+        └── SaveError           a checkpoint could not be written
 
 Each message says what we got, what we expected and what to type instead.
 """
@@ -63,6 +64,10 @@ class CheckpointError(InputError):
 
 class JobError(WeftError):
     """The work itself failed."""
+
+
+class SaveError(JobError):
+    """A checkpoint that could not be written; those before it are as they were."""
 
 
 class WorkerError(JobError):

@@ -79,7 +79,7 @@ class InferenceEngine:
         Raises:
             CheckpointError: there is none, or it is of another model.
         """
-        checkpoint.load_model(Path(directory), self.part)
+        checkpoint.load_model(checkpoint.open_newest(Path(directory)), self.part)
 
 
 def forward_of(workload: Workload) -> Function:

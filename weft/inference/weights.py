@@ -8,61 +8,23 @@ becomes the other, and which names are read over; here it is done for the part o
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from weft.checkpoint.tensors import BrokenFileError, Entry, read_header
 from weft.errors import ModelError
 from weft.workload import Box, Stored
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-"""By their names in safetensors files."""
-
 TOLD = 5
 """Names that a message lists."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor in a file.
-
-    Attributes:
-        content: the file's bytes, mapped to be read only: what is looked at is in the system's cache of files, and no
-            memory of this process.
-        begin: where its numbers begin there.
-    """
-
-    content: np.ndarray[Any, np.dtype[np.uint8]] = field(repr=False)
-    begin: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def read(self, box: Box) -> Tensor:
-        """The values in a box of it: no more is read."""
-        size = self.dtype.itemsize
-        numbers = self.content[self.begin : self.begin + size * math.prod(self.shape)].view(f"u{size}")
-        part = np.array(numbers.reshape(self.shape)[box])  # numpy does not know all dtypes, but how to copy their bytes
-        return torch.from_numpy(part).view(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -118,7 +80,7 @@ def entries_of(directory: Path) -> dict[str, Entry]:
     """
     entries: dict[str, Entry] = {}
     for path in files_of(directory):
-        entries |= read_header(path)
+        entries |= header_of(path)
     return entries
 
 
@@ -141,27 +103,16 @@ def files_of(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a file: eight bytes that say how long the header is, the header as JSON, and the numbers.
+def header_of(path: Path) -> dict[str, Entry]:
+    """The tensors of a file.
 
     Raises:
         ModelError: it is no such file, or it is not whole.
     """
     try:
-        content = np.memmap(path, np.uint8, mode="r")
-        begin = 8 + int(content[:8].view("<u8")[0])
-        header = json.loads(bytes(content[8:begin]))
-        header.pop("__metadata__", None)
-        entries = {
-            name: Entry(content, begin + told["data_offsets"][0], tuple(told["shape"]), DTYPES[told["dtype"]])
-            for name, told in header.items()
-        }
-        missing = max([begin + told["data_offsets"][1] for told in header.values()], default=0) - len(content)
-    except (OSError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path}: cannot be read as safetensors: {error!r}; download it again") from error
-    if missing > 0:
-        raise ModelError(f"{path}: its last {missing} bytes are missing; download it again")
-    return entries
+        return read_header(path)
+    except (OSError, BrokenFileError) as error:
+        raise ModelError(f"{path}: cannot be read as safetensors: {error}; download it again") from error
 
 
 def match(model: Any, entries: Mapping[str, Entry], *, where: object) -> dict[str, Stored]:

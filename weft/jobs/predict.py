@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
+from weft.checkpoint.folder import candidates
 from weft.cluster import Cluster
 from weft.engines import parallelize
 from weft.errors import InputError
@@ -24,7 +25,7 @@ from weft.inference.columns import Kind
 from weft.inference.formats import format_of
 from weft.plan import Plan
 from weft.planner import plan
-from weft.runtime import checkpoint, memory
+from weft.runtime import memory
 from weft.runtime.launch import launch
 from weft.runtime.predictor import predict_of
 from weft.runtime.worker import join
@@ -84,8 +85,7 @@ class Order:
         """The checkpoint to load. Raises CheckpointError if the folder has none."""
         if self.checkpoint is None:
             return None
-        folder = Path(self.checkpoint).resolve()
-        return str(folder if (folder / checkpoint.MARK).exists() else checkpoint.newest(folder))
+        return str(candidates(Path(self.checkpoint).resolve())[0])
 
 
 @dataclass(frozen=True, kw_only=True)

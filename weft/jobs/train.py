@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -13,7 +15,7 @@ import torch.distributed as dist
 from weft.capture import capture
 from weft.cluster import Cluster, measure
 from weft.engines import parallelize
-from weft.errors import InputError
+from weft.errors import InputError, SaveError
 from weft.estimate import Difference, Estimate, Measurement, differences
 from weft.plan import Plan
 from weft.planner import Refused, estimate, search
@@ -24,6 +26,9 @@ from weft.runtime.launch import launch
 from weft.runtime.meter import Meter
 from weft.runtime.worker import join
 from weft.target import Target
+
+KEPT = 3
+"""Checkpoints of a folder that stay, where nothing else is asked for."""
 
 SETTLE_STEPS = 6
 """Steps after which prediction and measurement are compared; the first warms up and does not count."""
@@ -78,6 +83,7 @@ class Order:
         memory_bytes: limit of each device, or of one after the other; empty: none.
         checkpoint: folder to save into; None does not.
         checkpoint_every: save every N steps too; None only at the end.
+        keep: how many checkpoints of the folder stay.
         resume: continue from the newest checkpoint of the folder.
         log_every: steps per logged line.
     """
@@ -89,11 +95,12 @@ class Order:
     memory_bytes: tuple[int, ...] = ()
     checkpoint: str | None = None
     checkpoint_every: int | None = None
+    keep: int = KEPT
     resume: bool = False
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "checkpoint_every", "log_every"):
+        for name in ("steps", "checkpoint_every", "keep", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
@@ -150,7 +157,8 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
     engine = parallelize(workload, plan)
     if order.resume:
         assert order.checkpoint is not None
-        engine.load(order.checkpoint)
+        with heard(watcher):
+            engine.load(order.checkpoint)
     begin = engine.step_count
     end = order.steps if order.steps is not None else engine.steps_per_epoch
     if end <= begin:
@@ -164,10 +172,8 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
         warm = step > begin + 1
         if warm:
             meter.start()
-        with warnings.catch_warnings(record=True) as caught:
+        with heard(watcher):
             losses.append(engine.step(batch, gradient_norm=logged))
-        for warning in caught:
-            watcher.say(f"warning: {warning.message}")
         if warm:
             meter.stop()
         if logged:
@@ -183,10 +189,12 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
             if first:
                 watcher.compared(predicted, seen)
         if order.checkpoint and order.checkpoint_every and step % order.checkpoint_every == 0:
-            engine.save(order.checkpoint)
-            saved = step
-    if order.checkpoint and saved != end:
-        engine.save(order.checkpoint)
+            go_on_without(engine.finish_saving, watcher)
+            if go_on_without(partial(engine.save, order.checkpoint, keep=order.keep, wait=False), watcher):
+                saved = step
+    if order.checkpoint:
+        if not (go_on_without(engine.finish_saving, watcher) and saved == end):
+            engine.save(order.checkpoint, keep=order.keep)
     measurement = meter.measurement() if meter.steps else None
     if first:
         if predicted and measurement:
@@ -204,6 +212,27 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
         measurement=measurement,
         differences=differences(predicted, measurement) if predicted and measurement else [],
     )
+
+
+@contextlib.contextmanager
+def heard(watcher: Watcher) -> Iterator[None]:
+    """Tell people of what is warned of inside."""
+    with warnings.catch_warnings(record=True) as caught:
+        yield
+    for warning in caught:
+        watcher.say(f"warning: {warning.message}")
+
+
+def go_on_without(save: Callable[[], object], watcher: Watcher) -> bool:
+    """Save a checkpoint, or say why not: training is worth more than one checkpoint, and the next one may succeed.
+    Whether it was saved, on which all ranks agree."""
+    try:
+        save()
+    except SaveError as error:
+        if dist.get_rank() == 0:
+            watcher.say(f"warning: {error}; training goes on, with the checkpoints that are there")
+        return False
+    return True
 
 
 def make_plan(target: Target, order: Order, watcher: Watcher | None) -> tuple[Plan, Estimate | None]:

@@ -1,226 +1,284 @@
-"""Checkpoint: model and optimizer through ``torch.distributed.checkpoint``, under single-device names.
+"""Checkpoint: what a rank has for one, and what it takes from one.
 
-    DIR/step-00000040/        one checkpoint; complete once training.json is there
-        *.distcp, .metadata   torch.distributed.checkpoint: "model.<name>", "optimizer.<name>.<key>"
-        training.json         step, the plan, the plain settings of the optimizer's groups and scheduler, the loss scale
-
-Every rank writes its own pieces; what several ranks hold is written once. A name says nothing of the plan.
+Every rank has boxes of whole tensors under single-device names (``pieces``), so that any plan reads what any other has
+written. What several ranks hold is written by one of them, by turns, so that all write alike.
 """
 
 from __future__ import annotations
 
-import json
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
-from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from weft.checkpoint.checkpoint import Checkpoint
+from weft.checkpoint.folder import candidates
+from weft.checkpoint.tensors import NAMES
 from weft.errors import CheckpointError
-from weft.plan import Plan
-from weft.runtime.division import Division
 from weft.runtime.optimizer import plain
 from weft.runtime.part import Part
-from weft.runtime.pieces import Pieces
+from weft.runtime.pieces import boxes
+from weft.workload import Box
 
-MARK = "training.json"
+T = TypeVar("T")
+MODEL, OPTIMIZER = "model.", "optimizer."
 
 
 @dataclass(frozen=True)
-class Training:
-    """The plain part of a checkpoint: the step it was made after, the plan, the optimizer's settings per parameter
-    group, the scheduler's state as far as it is plain data, and the loss scale of a float16 plan."""
+class Piece:
+    """A box that a rank has of a whole tensor.
 
-    step: int
-    plan: Plan
-    groups: list[dict[str, Any]]
-    scheduler: dict[str, Any]
-    loss_scale: dict[str, Any] | None = None
+    Attributes:
+        name: of the tensor in checkpoints.
+        shape: of the whole tensor.
+        kind: see ``weft.checkpoint.index.KINDS``.
+        offsets: where the box begins.
+        values: sharing memory with what is trained.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    offsets: tuple[int, ...]
+    values: Tensor
 
 
-def newest(directory: Path) -> Path:
-    """The complete checkpoint with the highest step.
+def pieces_of(part: Part, optimizer: torch.optim.Optimizer | None) -> list[Piece]:
+    """Everything this rank has for a checkpoint that is a tensor.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: optimizer state of another shape than its parameter's, of a parameter this rank has a piece
+            of: nothing says what it is of. Or a dtype that files cannot have.
     """
-    complete = sorted(mark.parent for mark in directory.glob(f"step-*/{MARK}"))
-    if not complete:
-        raise CheckpointError(f"{directory}: holds no complete checkpoint; start without --resume")
-    return complete[-1]
+    found = list(_model(part))
+    if optimizer is not None:
+        found += _optimizer(part, optimizer)
+    for piece in found:
+        if piece.values.dtype not in NAMES:
+            raise CheckpointError(f"{piece.name} is of {piece.values.dtype}, which no checkpoint can hold; convert it")
+    return found
 
 
-def save(
-    directory: Path,
-    step: int,
-    plan: Plan,
-    part: Part,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler | None = None,
-    *,
-    loss_scale: dict[str, Any] | None = None,
-) -> Path:
-    """Write a checkpoint; all ranks call it. Returns the folder made for it."""
-    path = directory / f"step-{step:08d}"
-    write_tensors({**model_state(part), **optimizer_state(part, optimizer)}, checkpoint_id=path)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        groups = [{k: v for k, v in group.items() if is_plain(v) and k != "params"} for group in optimizer.param_groups]
-        state = plain(scheduler.state_dict()) if scheduler is not None else {}
-        training = {
-            "step": step,
-            "plan": plan.to_json(),
-            "groups": groups,
-            "scheduler": state,
-            "loss_scale": loss_scale,
-        }
-        text = json.dumps(training, indent=2)
-        partial = path / f"{MARK}.partial"
-        partial.write_text(text + "\n")
-        partial.replace(path / MARK)  # in one go: a reader sees a whole checkpoint or none
-    dist.barrier()
-    return path
-
-
-def load(directory: Path, plan: Plan, part: Part, optimizer: torch.optim.Optimizer) -> Training:
-    """Read the newest checkpoint of a folder, or the one given, into a part and its optimizer; all ranks call it.
-
-    Raises:
-        CheckpointError: there is none, or it is of another model or optimizer.
-    """
-    path = directory if (directory / MARK).exists() else newest(directory)
-    training = read_training(path)
-    reader = FileSystemReader(path)
-    stored = reader.read_metadata().state_dict_metadata
-    model = _stored_model(path, part, stored)
-    moments = blank_optimizer_state(part, stored)
-    read_tensors({**model, **_in_pieces(part, moments)}, storage_reader=reader)
-    states: dict[str, dict[str, Tensor]] = {}
-    for name, value in moments.items():
-        owner, _, key = name.rpartition(".")
-        states.setdefault(owner, {})[key] = value
+def _model(part: Part) -> Iterator[Piece]:
+    computed = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in part.model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
     for held in part.held:
-        if state := states.get(f"optimizer.{held.name}"):
-            optimizer.state[held.parameter] = state
-    if len(training.groups) != len(optimizer.param_groups):
-        raise CheckpointError(
-            f"{path}: its optimizer has {len(training.groups)} parameter groups, "
-            f"the workload's has {len(optimizer.param_groups)}"
-        )
-    for group, settings in zip(optimizer.param_groups, training.groups, strict=True):
-        group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in settings.items()})
-    return training
+        yield from _pieces(part, MODEL + held.name, held.name, "parameter", held.parameter)
+    for name, buffer in part.buffers.items():
+        yield from _pieces(part, MODEL + name, name, "computed" if name in computed else "buffer", buffer)
 
 
-def load_model(directory: Path, part: Part) -> None:
-    """Read parameters and buffers alone of the newest checkpoint of a folder, or of the one given; all ranks call it.
+def _optimizer(part: Part, optimizer: torch.optim.Optimizer) -> Iterator[Piece]:
+    """State that is shaped as its parameter is divided as that is."""
+    for held in part.held:
+        parameter = held.parameter
+        divided = isinstance(parameter, DTensor) or held.name in part.divisions
+        for key, value in optimizer.state.get(parameter, {}).items():
+            name = f"{OPTIMIZER}{held.name}.{key}"
+            if not isinstance(value, Tensor):
+                continue
+            if value.shape == parameter.shape and isinstance(value, DTensor) == isinstance(parameter, DTensor):
+                yield from _pieces(part, name, held.name, "optimizer", value)
+            elif value.numel() > 1 and divided:
+                raise CheckpointError(
+                    f"the optimizer keeps {key!r} of shape {tuple(value.shape)} for {held.name}, of which every rank "
+                    "has a piece; use an optimizer whose state has its parameters' shapes, or tp=1 and dp_shard=1"
+                )
+            else:
+                yield Piece(name, tuple(value.shape), "optimizer", (0,) * value.dim(), value)
+
+
+def _pieces(part: Part, name: str, owner: str, kind: str, tensor: Tensor) -> Iterator[Piece]:
+    division = part.divisions.get(owner)
+    shape = tuple(division.whole(tensor.shape) if division else tensor.shape)
+    for box in boxes(tensor.detach(), division):
+        yield Piece(name, shape, kind, tuple(box.offsets), box.values)
+    if not math.prod(shape):
+        yield Piece(name, shape, kind, (0,) * len(shape), torch.empty(shape, dtype=tensor.dtype))
+
+
+def plain_values(part: Part, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What this rank's optimizer keeps besides tensors.
 
     Raises:
-        CheckpointError: there is none, or it is of another model.
+        CheckpointError: something that is no plain data.
     """
-    path = directory if (directory / MARK).exists() else newest(directory)
-    reader = FileSystemReader(path)
-    read_tensors(_stored_model(path, part, reader.read_metadata().state_dict_metadata), storage_reader=reader)
-
-
-def _stored_model(path: Path, part: Part, stored: dict[str, Any]) -> dict[str, Tensor]:
-    """This rank's parameters and buffers by checkpoint name.
-
-    Raises:
-        CheckpointError: one of them is not stored, or not in this shape.
-    """
-    model = model_state(part)
-    for name, tensor in model.items():
-        entry = stored.get(name)
-        if not isinstance(entry, TensorStorageMetadata):
-            raise CheckpointError(f"{path}: has no {name}; it is a checkpoint of another model")
-        if entry.size != tensor.shape:
-            raise CheckpointError(f"{path}: {name} has shape {tuple(entry.size)}, the model's is {tuple(tensor.shape)}")
-    return model
-
-
-def model_state(part: Part) -> dict[str, Tensor]:
-    """This rank's parameters and buffers by checkpoint name, sharing memory with the model."""
-    tensors = {held.name: held.parameter.detach() for held in part.held} | part.buffers
-    return {f"model.{name}": _pieces(tensor, part.divisions.get(name)) for name, tensor in tensors.items()}
-
-
-def optimizer_state(part: Part, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """This rank's optimizer state by checkpoint name; plain numbers as scalar tensors."""
-    state = {}
+    found = {}
     for held in part.held:
         for key, value in optimizer.state.get(held.parameter, {}).items():
-            state[f"optimizer.{held.name}.{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
-    return _in_pieces(part, state)
+            if isinstance(value, Tensor):
+                continue
+            if not is_plain(value):
+                raise CheckpointError(
+                    f"the optimizer keeps {key!r} of type {type(value).__name__} for {held.name}; a checkpoint holds "
+                    "tensors, numbers and text"
+                )
+            found[f"{OPTIMIZER}{held.name}.{key}"] = value
+    return found
 
 
-def _in_pieces(part: Part, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Optimizer state for the checkpoint: what is shaped as its parameter is divided as it is.
-
-    Raises:
-        CheckpointError: state of another shape, of a parameter this rank has a piece of: nothing says what it is of.
-    """
-    held = {f"optimizer.{entry.name}": entry for entry in part.held}
-    result = {}
-    for name, value in state.items():
-        owner, _, key = name.rpartition(".")
-        parameter, division = held[owner].parameter, part.divisions.get(held[owner].name)
-        sharded = isinstance(parameter, DTensor)
-        if value.shape == parameter.shape and isinstance(value, DTensor) == sharded:
-            result[name] = _pieces(value, division)
-        elif value.numel() > 1 and (sharded or division):
-            raise CheckpointError(
-                f"the optimizer keeps {key!r} of shape {tuple(value.shape)} for {held[owner].name}, of which every "
-                "rank has a piece; use an optimizer whose state has its parameters' shapes, or tp=1 and dp_shard=1"
-            )
-        else:
-            result[name] = value
-    return result
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The plain settings of an optimizer's groups."""
+    return [{k: v for k, v in group.items() if is_plain(v) and k != "params"} for group in optimizer.param_groups]
 
 
-def _pieces(tensor: Tensor, division: Division | None) -> Tensor:
-    return Pieces(tensor, division) if division or isinstance(tensor, DTensor) else tensor
+def schedule_of(scheduler: LRScheduler | None) -> dict[str, Any]:
+    """A scheduler's state, as far as it is plain data."""
+    state: dict[str, Any] = plain(scheduler.state_dict()) if scheduler is not None else {}
+    return state
 
 
-def blank_optimizer_state(part: Part, stored: dict[str, Any]) -> dict[str, Tensor]:
-    """Room for the stored optimizer state of what this rank holds: shaped as the parameter is held, or a whole small
-    tensor."""
-    blank: dict[str, Tensor] = {}
-    held = {f"optimizer.{entry.name}": entry for entry in part.held}
-    for name, entry in stored.items():
-        owner = held.get(name.rpartition(".")[0])
-        if owner is None or not isinstance(entry, TensorStorageMetadata):
-            continue
-        dtype, division = entry.properties.dtype, part.divisions.get(owner.name)
-        whole = division.whole(owner.parameter.shape) if division else owner.parameter.shape
-        if entry.size == whole:
-            blank[name] = torch.zeros_like(owner.parameter, dtype=dtype).detach()
-        else:
-            blank[name] = torch.zeros(entry.size, dtype=dtype)
-    return blank
+def configuration_of(model: nn.Module) -> dict[str, Any] | None:
+    """The configuration of a transformers model; None of another."""
+    if "transformers" not in sys.modules:
+        return None
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return None
+    described: dict[str, Any] = plain(model.config.to_dict())
+    return described | {"architectures": [type(model).__name__]}
 
 
-def read_training(path: Path) -> Training:
-    """The plain part of a checkpoint.
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def open_newest(directory: Path) -> Checkpoint:
+    """The newest checkpoint of a directory that is whole, or the one it is; all ranks call it and look at a part each.
+
+    One that is damaged is passed over with a warning, for the one before.
 
     Raises:
-        CheckpointError: it is not what ``save`` wrote.
+        CheckpointError: there is none that is whole.
     """
-    try:
-        data = json.loads((path / MARK).read_text())
-        plan = Plan.from_json(data["plan"], source=str(path / MARK))
-        scheduler = dict(data["scheduler"])
-        return Training(int(data["step"]), plan, list(data["groups"]), scheduler, data.get("loss_scale"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / MARK}: cannot be read as a checkpoint: {error}") from error
+    refused: CheckpointError | None = None
+    for path in _agreed(lambda: candidates(directory)):
+        error: CheckpointError | None = None
+        found: Checkpoint | None = None
+        try:
+            found = Checkpoint.open(path)
+            found.verify(dist.get_rank(), dist.get_world_size())
+        except CheckpointError as raised:
+            error = raised
+        told: list[CheckpointError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, error)
+        error = next((each for each in told if each is not None), None)
+        if error is None:
+            assert found is not None
+            if refused is not None and dist.get_rank() == 0:
+                warnings.warn(f"{refused}; going on from {path.name}", RuntimeWarning, stacklevel=2)
+            return found
+        refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+def _agreed(make: Callable[[], T]) -> T:
+    """What rank 0 makes, on every rank; and what it raises."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except CheckpointError as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    made: T = box[0]
+    return made
+
+
+def load_model(checkpoint: Checkpoint, part: Part) -> None:
+    """Take parameters and buffers from a checkpoint.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
+    path = checkpoint.path
+    for piece in _model(part):
+        stored = checkpoint.index.tensors.get(piece.name)
+        if stored is None and piece.kind == "computed" and checkpoint.index.plan is None:
+            continue  # state dicts do not have it: the model's constructor has made it
+        if stored is None:
+            raise CheckpointError(f"{path}: has no {piece.name}; it is a checkpoint of another model")
+        if stored.form.shape != piece.shape:
+            raise CheckpointError(f"{path}: {piece.name} has shape {stored.form.shape}, the model's is {piece.shape}")
+    with torch.no_grad():
+        for piece in _model(part):
+            if piece.name in checkpoint.index.tensors:
+                _take(checkpoint, piece)
+
+
+def load_optimizer(checkpoint: Checkpoint, part: Part, optimizer: torch.optim.Optimizer) -> None:
+    """Take the optimizer's state and its groups' settings from a checkpoint.
+
+    Raises:
+        CheckpointError: it is of another optimizer.
+    """
+    index = checkpoint.index
+    if index.plan is None:
+        return  # weights that were brought from elsewhere: training begins with them
+    if len(index.groups) != len(optimizer.param_groups):
+        raise CheckpointError(
+            f"{checkpoint.path}: its optimizer has {len(index.groups)} parameter groups, "
+            f"the workload's has {len(optimizer.param_groups)}"
+        )
+    keys: dict[str, list[str]] = {}
+    for name in (*index.tensors, *index.values):
+        if name.startswith(OPTIMIZER):
+            owner, _, key = name.removeprefix(OPTIMIZER).rpartition(".")
+            keys.setdefault(owner, []).append(key)
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+    for held in part.held:
+        optimizer.state.pop(held.parameter, None)
+        state = {
+            key: _state(checkpoint, part, held.name, held.parameter, key, group_of.get(held.parameter, {}))
+            for key in keys.get(held.name, [])
+        }
+        if state:
+            optimizer.state[held.parameter] = state
+    for group, settings in zip(optimizer.param_groups, index.groups, strict=True):
+        group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in settings.items()})
+
+
+def _state(
+    checkpoint: Checkpoint, part: Part, owner: str, parameter: nn.Parameter, key: str, group: Mapping[str, Any]
+) -> Any:
+    """One value of a parameter's state."""
+    name = f"{OPTIMIZER}{owner}.{key}"
+    if name in checkpoint.index.values:
+        return checkpoint.index.values[name]
+    stored = checkpoint.stored(name)
+    division = part.divisions.get(owner)
+    whole = tuple(division.whole(parameter.shape) if division else parameter.shape)
+    if stored.shape == whole and not (key == "step" and not whole):
+        value = torch.zeros_like(parameter, dtype=stored.dtype).detach()
+        for piece in _pieces(part, name, owner, "optimizer", value):
+            _take(checkpoint, piece)
+        return value
+    # As Optimizer.load_state_dict places it: a count of steps is on the device only for kernels that read it there.
+    there = key != "step" or group.get("capturable") or group.get("fused")
+    value = torch.zeros(stored.shape, dtype=stored.dtype, device=parameter.device if there else "cpu")
+    _take(checkpoint, Piece(name, stored.shape, "optimizer", (0,) * len(stored.shape), value))
+    return value
+
+
+def _take(checkpoint: Checkpoint, piece: Piece) -> None:
+    ends = zip(piece.offsets, piece.values.shape, strict=True)
+    box: Box = tuple(slice(start, start + length) for start, length in ends)
+    checkpoint.stored(piece.name).read_into(box, piece.values)
 
 
 def is_plain(value: Any) -> bool:
@@ -230,3 +288,11 @@ def is_plain(value: Any) -> bool:
         or isinstance(value, bool | int | float | str)
         or (isinstance(value, tuple | list) and all(map(is_plain, value)))
     )
+
+
+Signature = Sequence[tuple[str, tuple[int, ...], str, tuple[int, ...], tuple[int, ...], str]]
+
+
+def signature_of(pieces: Sequence[Piece]) -> Signature:
+    """What some pieces are, without their values."""
+    return [(p.name, p.shape, p.kind, p.offsets, tuple(p.values.shape), NAMES[p.values.dtype]) for p in pieces]

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from weft.checkpoint.index import Index
 from weft.containers import opened
 from weft.errors import PlanError
 from weft.plan import Plan
@@ -30,6 +31,7 @@ from weft.runtime.pipeline import Pipeline
 from weft.runtime.placement import Placement
 from weft.runtime.recordings import Recordings
 from weft.runtime.routes import Routes
+from weft.runtime.saver import Saver
 from weft.runtime.scaling import LossScale
 from weft.runtime.stopwatch import Stopwatch
 from weft.runtime.worker import describe_stage, join
@@ -72,6 +74,7 @@ class Engine:
         self.stopwatch = Stopwatch(self.grid.device, inside=max(plan.tp, plan.dp_shard) > 1)
         self.gradient_norm: Tensor | None = None
         self._sampler = Sampler(workload)
+        self._saver = Saver()
         self.recordings = Recordings(workload)
         self._first = self.recordings.longest(workload.sample_batch(plan.samples_per_microbatch))
         units = list(self._first.units)
@@ -220,25 +223,59 @@ class Engine:
         mine = {h.name: h.parameter.grad for h in self.part.held if h.parameter.grad is not None}
         return gather(mine, self.part.divisions, self.grid)
 
-    def save(self, directory: str | Path) -> Path:
-        """Write a checkpoint into ``directory/step-N``; all ranks call it. Returns its folder."""
-        scale = None if self.loss_scale is None else self.loss_scale.state()
-        return checkpoint.save(
-            Path(directory), self.step_count, self.plan, self.part, self.optimizer, self.scheduler, loss_scale=scale
+    def save(self, directory: str | Path, *, keep: int | None = None, wait: bool = True) -> Path:
+        """Write a checkpoint into ``directory/step-N``; all ranks call it. The folder appears when it is complete.
+
+        Args:
+            directory: of checkpoints, the same for all ranks.
+            keep: how many of its checkpoints stay, this one included; None: all.
+            wait: until it is written. False goes on with training beside a thread that writes copies; the next
+                ``save``, or ``finish_saving``, waits for it. Under a limit of memory it waits all the same.
+
+        Returns:
+            its folder.
+
+        Raises:
+            SaveError: it, or the one on its way before it, could not be written. Earlier ones are as they were.
+            CheckpointError: the optimizer keeps what no checkpoint can hold.
+        """
+        index = Index(
+            step=self.step_count,
+            plan=self.plan,
+            groups=checkpoint.settings_of(self.optimizer),
+            scheduler=checkpoint.schedule_of(self.scheduler),
+            loss_scale=None if self.loss_scale is None else self.loss_scale.state(),
+            values=checkpoint.plain_values(self.part, self.optimizer),
+            model=checkpoint.configuration_of(self.model),
+            files={},
+            tensors={},
         )
+        pieces = checkpoint.pieces_of(self.part, self.optimizer)
+        return self._saver.save(Path(directory), pieces, index, keep=keep, wait=wait)
+
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint on its way is written, if there is one.
+
+        Raises:
+            SaveError: it could not be.
+        """
+        self._saver.wait()
 
     def load(self, directory: str | Path) -> None:
-        """Continue from the newest checkpoint in ``directory`` (or from the one it is); all ranks call it.
+        """Continue from the newest checkpoint in ``directory`` (or from the one it is), whatever plan wrote it; all
+        ranks call it. One that is damaged is passed over with a warning.
 
         Raises:
             CheckpointError: there is none, or it is of another model.
         """
-        training = checkpoint.load(Path(directory), self.plan, self.part, self.optimizer)
-        self.step_count = training.step
-        if self.loss_scale is not None and training.loss_scale is not None:
-            self.loss_scale.restore(training.loss_scale)
+        found = checkpoint.open_newest(Path(directory))
+        checkpoint.load_model(found, self.part)
+        checkpoint.load_optimizer(found, self.part, self.optimizer)
+        self.step_count = found.index.step
+        if self.loss_scale is not None and found.index.loss_scale is not None:
+            self.loss_scale.restore(found.index.loss_scale)
         if self.scheduler is not None:
-            self.scheduler.load_state_dict(restored(self.scheduler.state_dict(), training.scheduler))
+            self.scheduler.load_state_dict(restored(self.scheduler.state_dict(), found.index.scheduler))
 
     def _warn_unless_finite(self, unfinite: int | None) -> None:
         """Warn if the first step met a value that is not finite, naming the first unit that gave one."""

@@ -116,6 +116,13 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, OSError)) and any(said in str(error) for said in OUT_OF_MEMORY)
 
 
+def read_failure(job: Path, exits: dict[int, int]) -> Exception:
+    """The one error of a failed job, from what its processes left."""
+    failures = [Failure.load(path) for path in job.glob("*.failure")]
+    stages = {int(path.stem): int(path.read_text()) for path in job.glob("*.stage")}
+    return first(failures, exits, stages)
+
+
 def first(failures: Sequence[Failure], exits: Mapping[int, int], stages: Mapping[int, int]) -> WeftError:
     """The error to raise for a job of which some processes failed.
 

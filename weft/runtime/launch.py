@@ -15,7 +15,6 @@ import signal
 import sys
 import tempfile
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,19 +22,16 @@ from typing import Any
 
 import cloudpickle
 import torch
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.multiprocessing import SignalException
 
 from weft.errors import InputError
 from weft.quantity import Sizes, each_of, parse_sizes
-from weft.runtime.failure import Failure, first
+from weft.runtime import agent
+from weft.runtime.agent import Nodes
+from weft.runtime.restarts import Restarts
 from weft.runtime.worker import JOB, TIMEOUT_S, Settings, call_of, describe_stage, device_type
 
 __all__ = ["describe_stage", "launch", "launch_script"]
-
-SHUTDOWN_S = 5
-"""Seconds the processes get to end by themselves after Ctrl-C."""
 
 # Before the first import: Ctrl-C during start-up is quiet, and OpenMP and Gloo read their variables when they load.
 BOOTSTRAP = (
@@ -72,16 +68,44 @@ def launch(
         WorkerError: a process died. It names the first: rank, stage and cause.
     """
     settings = settings_for(devices, memory, device, timeout_s)
-    with _interruptible(), _job(settings) as job:
-        try:
-            (job / "call").write_bytes(call_of(fn, args))
-        except Exception as error:  # whatever an object of the user's raises when it is pickled
-            raise InputError(
-                f"launch: {getattr(fn, '__qualname__', fn)} cannot be sent to other processes: {error}; "
-                f"make what cannot be pickled inside the function"
-            ) from error
-        _run(job, len(settings), environment_for(len(settings)))
-        return [cloudpickle.loads((job / f"{rank}.result").read_bytes()) for rank in range(len(settings))]
+    with _interruptible(), _job(fn, args) as job:
+        _run(job, settings, environment_for(len(settings)), Nodes(), Restarts())
+        return results(job)
+
+
+def launch_again(
+    fn: Callable[..., Any],
+    *args: Any,
+    restarts: Restarts,
+    nodes: Nodes,
+    devices: int | None = None,
+    memory: Sizes = None,
+    device: str | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> list[Any]:
+    """As ``launch``, of a function that goes on where it was when its processes are started again.
+
+    Args:
+        restarts: what becomes of it when they die.
+        nodes: machines in the job; each makes this same call and starts its own share.
+
+    Returns:
+        what the ranks of this node returned, by rank.
+
+    Raises:
+        InputError, WorkerError: as ``launch``.
+        JobError: it was given up.
+    """
+    settings = settings_for(devices, memory, device, timeout_s)
+    with _interruptible(), _job(fn, args) as job:
+        _run(job, settings, environment_for(len(settings), nodes.most), nodes, restarts)
+        return results(job)
+
+
+def results(job: Path) -> list[Any]:
+    """What the processes of a job here returned, by rank."""
+    found = sorted((int(path.stem), path) for path in job.glob("*.result"))
+    return [cloudpickle.loads(path.read_bytes()) for _, path in found]
 
 
 def launch_script(
@@ -109,9 +133,10 @@ def launch_script(
     if nodes > 1 and rendezvous is None:
         raise InputError(f"{nodes} nodes need a place to meet; add --rendezvous HOST:PORT of one of them")
     settings = settings_for(devices, memory, device, TIMEOUT_S)
-    with _interruptible(), _job(settings) as job:
+    with _interruptible(), _directory() as job:
         (job / "script").write_bytes(cloudpickle.dumps((str(path), list(arguments))))
-        _run(job, len(settings), environment_for(len(settings), nodes), nodes=nodes, rendezvous=rendezvous)
+        environment = environment_for(len(settings), nodes)
+        _run(job, settings, environment, Nodes(least=nodes, most=nodes, rendezvous=rendezvous), Restarts())
 
 
 def settings_for(devices: int | None, memory: Sizes, device: str | None, timeout_s: float) -> list[Settings]:
@@ -154,43 +179,53 @@ def command(module: str, environment: dict[str, str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _job(settings: Sequence[Settings]) -> Iterator[Path]:
+def _directory() -> Iterator[Path]:
     """A directory for what passes between this process and the job's."""
     with tempfile.TemporaryDirectory(prefix="weft-") as name:
-        job = Path(name)
-        (job / "settings").write_bytes(cloudpickle.dumps(list(map(asdict, settings))))
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _job(fn: Callable[..., Any], args: tuple[Any, ...]) -> Iterator[Path]:
+    """A directory with a call for the job's processes."""
+    with _directory() as job:
+        try:
+            (job / "call").write_bytes(call_of(fn, args))
+        except Exception as error:  # whatever an object of the user's raises when it is pickled
+            raise InputError(
+                f"launch: {getattr(fn, '__qualname__', fn)} cannot be sent to other processes: {error}; "
+                f"make what cannot be pickled inside the function"
+            ) from error
         yield job
 
 
-def _run(job: Path, count: int, environment: dict[str, str], *, nodes: int = 1, rendezvous: str | None = None) -> None:
-    """Run the processes of a job to their end, under one elastic agent."""
-    config = LaunchConfig(
-        min_nodes=nodes,
-        max_nodes=nodes,
-        nproc_per_node=count,
-        run_id="weft" if rendezvous else uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint=rendezvous or "127.0.0.1:0",
-        local_addr=None if rendezvous else "127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.1,
-        logs_specs=DefaultLogsSpecs(log_dir=str(job)),
-        shutdown_timeout=SHUTDOWN_S,
+def _run(
+    job: Path, settings: Sequence[Settings], environment: dict[str, str], nodes: Nodes, restarts: Restarts
+) -> None:
+    """Run the processes of a job here to their end, under one elastic agent."""
+
+    def write_settings(devices: Sequence[int]) -> None:
+        (job / "settings").write_bytes(cloudpickle.dumps([asdict(settings[device]) for device in devices]))
+
+    def command_for(devices: Sequence[int]) -> list[str]:
+        seen = {} if len(devices) == len(settings) else visible(settings[0].device, devices)
+        return command("worker", {**environment, **seen, JOB: str(job)})
+
+    every = range(len(settings))
+    start = agent.Start(
+        job=job, devices=every, command=command_for, write_settings=write_settings, nodes=nodes, restarts=restarts
     )
-    arguments = command("worker", {**environment, JOB: str(job)})
-    try:
-        with _quiet(), _own_signals():
-            elastic_launch(config, sys.executable)(*[argument.replace("$", "$$") for argument in arguments])
-    except ChildFailedError as error:
-        exits = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        raise read_failure(job, exits) from None
+    with _quiet(), _own_signals():
+        agent.run(start)
 
 
-def read_failure(job: Path, exits: dict[int, int]) -> Exception:
-    """The one error of a failed job, from what its processes left."""
-    failures = [Failure.load(path) for path in job.glob("*.failure")]
-    stages = {int(path.stem): int(path.read_text()) for path in job.glob("*.stage")}
-    return first(failures, exits, stages)
+def visible(kind: str, devices: Sequence[int]) -> dict[str, str]:
+    """Variables that leave a process only some of the accelerators it would see (those of CUDA and ROCm)."""
+    if kind != "cuda":
+        return {}
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = list(map(str, range(device_count(kind)))) if not before else before.split(",")
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[device] for device in devices)}
 
 
 @contextlib.contextmanager

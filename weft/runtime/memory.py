@@ -14,7 +14,7 @@ Found on Linux 6.18, glibc 2.36, torch 2.13, training the example (hidden=512) i
   measured under the same limit.
 - A thread's stack counts whole: 8 MiB, of which Gloo starts three per process group. They get 1 MiB instead.
 - One malloc arena, or every thread that allocates keeps its own.
-- Modules that training imports late (fully_shard, DTensor, checkpoints, what optimizers pull in) come to 75 MiB. They
+- Modules that training imports late (fully_shard, DTensor, what optimizers pull in) come to 75 MiB. They
   are imported before the baseline is taken.
 
 What is left between the sum of tensors and the limit is then 1 to 3 %, and 3 MiB for every process group.
@@ -48,7 +48,6 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 IMPORTED_LATE = (
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
-    "torch.distributed.checkpoint",
     "torch._dynamo",
 )
 
@@ -71,6 +70,11 @@ class Memory(ABC):
     @abstractmethod
     def peak(self) -> int:
         """Most bytes used at once since ``reset``, above the baseline."""
+
+
+def is_limited() -> bool:
+    """Whether this process is held to a limit."""
+    return resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
 
 
 def of(device: torch.device) -> Memory:

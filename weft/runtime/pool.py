@@ -34,8 +34,8 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.dis
 from weft.errors import InputError
 from weft.quantity import Sizes
 from weft.runtime import worker
-from weft.runtime.failure import Failure
-from weft.runtime.launch import command, environment_for, read_failure, settings_for
+from weft.runtime.failure import Failure, read_failure
+from weft.runtime.launch import command, environment_for, settings_for
 from weft.runtime.worker import JOB, TIMEOUT_S, Settings, call_of, join, prepare
 
 GRACE_S = 5.0
