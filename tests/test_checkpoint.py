@@ -139,4 +139,5 @@ def test_every_plan_continues_what_any_other_saved(pool: Pool, tmp_path: Path, o
             told = f"saved under {kind}, continued under {under}"
             assert losses == pytest.approx(expected[SAVED:], rel=1e-10), told
             for name, tensor in found.items():
-                assert (tensor - state[name]).norm() <= 1e-10 * max(1.0, float(state[name].norm())), f"{told}: {name}"
+                difference = (tensor - state[name]).double().norm()
+                assert difference <= 1e-10 * max(1.0, float(state[name].double().norm())), f"{told}: {name}"

@@ -62,9 +62,7 @@ class Checkpoint:
         bounds = [0, *(bisect_right(ends, total * number // parts) for number in range(1, parts)), len(chunks)]
         for name, tensor, chunk in chunks[bounds[part] : bounds[part + 1]]:
             if self._entry(name, tensor, chunk).checksum() != chunk.checksum:
-                raise self._broken(
-                    chunk.file, f"does not hold {chunk.key(name)} as it was written: its checksum differs"
-                )
+                raise self._broken(chunk.file, f"does not hold {chunk.key(name)} as written: its checksum differs")
 
     def stored(self, name: str) -> StoredTensor:
         """One of its tensors. Raises KeyError if it has none of this name."""

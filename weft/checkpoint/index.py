@@ -169,16 +169,20 @@ class _Reader:
             raise self.error(f"{what} {said} {different[0]!r}")
 
     def mapping(self, value: Any, what: str) -> dict[str, Any]:
-        return self._of(value, what, "an object", lambda x: isinstance(x, dict))
+        found: dict[str, Any] = self._of(value, what, "an object", lambda x: isinstance(x, dict))
+        return found
 
     def sequence(self, value: Any, what: str) -> list[Any]:
-        return self._of(value, what, "a list", lambda x: isinstance(x, list))
+        found: list[Any] = self._of(value, what, "a list", lambda x: isinstance(x, list))
+        return found
 
     def count(self, value: Any, what: str) -> int:
-        return self._of(value, what, "a whole number", lambda x: type(x) is int and x >= 0)
+        found: int = self._of(value, what, "a whole number", lambda x: type(x) is int and x >= 0)
+        return found
 
     def text(self, value: Any, what: str) -> str:
-        return self._of(value, what, "text", lambda x: isinstance(x, str))
+        found: str = self._of(value, what, "text", lambda x: isinstance(x, str))
+        return found
 
     def shape(self, value: Any, what: str) -> tuple[int, ...]:
         return tuple(self._of(value, what, "a list of whole numbers", is_shape))
@@ -190,10 +194,9 @@ class _Reader:
 
 
 def _index(data: dict[str, Any], read: _Reader, path: Path) -> Index:
-    files = {
-        name: read.count(size, f"the length of {name}") for name, size in read.mapping(data["files"], "files").items()
-    }
-    for name in files:
+    files: dict[str, int] = {}
+    for name, size in read.mapping(data["files"], "files").items():
+        files[name] = read.count(size, f"the length of {name}")
         if not FILE.fullmatch(name):
             raise read.error(f"{name!r} is no name of a file of tensors; they are called rank-00000.safetensors")
     try:

@@ -210,7 +210,7 @@ def write(
         file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         for form, value in zip(forms.values(), values, strict=True):
             assert Form.of(value) == form
-            content = memoryview(value.detach().reshape(-1).view(torch.uint8).numpy())
+            content = value.detach().reshape(-1).view(torch.uint8).numpy().data
             for start in range(0, len(content), WRITTEN_AT_ONCE):
                 _write_all(file, content[start : start + WRITTEN_AT_ONCE])
             found.append(checksum(content))

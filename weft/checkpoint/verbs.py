@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Group
 from rich.table import Table
 
 from weft import options
@@ -32,27 +33,17 @@ def show(
     """Tell what is in a directory of checkpoints, and look each one through for damage."""
     with output(as_json) as show:
         found = list(described(candidates(directory)))
-        table = Table("step", "plan", "parameters", "tensors", "size", "state")
-        rows = []
+        table, rows = Table("step", "plan", "parameters", "tensors", "size", "state"), []
         for path, each in found:
-            row = {"path": str(path)} | (
-                {"state": str(each)}
-                if isinstance(each, CheckpointError)
-                else {"state": "whole", **contents(each.index)}
-            )
-            rows.append(row)
             if isinstance(each, CheckpointError):
-                table.add_row(path.name.removeprefix("step-").lstrip("0") or "0", "", "", "", "", f"damaged: {each}")
-            else:
-                plan = "none: brought from elsewhere" if each.index.plan is None else each.index.plan.describe()
-                table.add_row(
-                    str(each.index.step),
-                    plan,
-                    format_count(row["parameters"]),
-                    str(row["tensors"]),
-                    format_bytes(row["bytes"]),
-                    "whole",
-                )
+                table.add_row(path.name, "", "", "", "", f"damaged: {each}")
+                rows.append({"path": str(path), "state": str(each)})
+                continue
+            held = contents(each.index)
+            plan = "none: brought from elsewhere" if each.index.plan is None else each.index.plan.describe()
+            counts = format_count(held["parameters"]), str(held["tensors"]), format_bytes(held["bytes"])
+            table.add_row(str(held["step"]), plan, *counts, "whole")
+            rows.append({"path": str(path), "state": "whole", **held})
         whole = [each for _, each in found if isinstance(each, Checkpoint)]
         show(_with_tensors(table, whole[0].index) if tensors and whole else table, {"checkpoints": rows})
 
@@ -75,8 +66,6 @@ def contents(index: Index) -> dict[str, Any]:
 
 
 def _with_tensors(table: Table, index: Index) -> Any:
-    from rich.console import Group
-
     each = Table("tensor", "kind", "dtype", "shape", "chunks")
     for name, tensor in index.tensors.items():
         shape = " x ".join(map(str, tensor.form.shape)) or "one number"

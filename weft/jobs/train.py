@@ -192,9 +192,8 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
             go_on_without(engine.finish_saving, watcher)
             if go_on_without(partial(engine.save, order.checkpoint, keep=order.keep, wait=False), watcher):
                 saved = step
-    if order.checkpoint:
-        if not (go_on_without(engine.finish_saving, watcher) and saved == end):
-            engine.save(order.checkpoint, keep=order.keep)
+    if order.checkpoint and not (go_on_without(engine.finish_saving, watcher) and saved == end):
+        engine.save(order.checkpoint, keep=order.keep)
     measurement = meter.measurement() if meter.steps else None
     if first:
         if predicted and measurement:

@@ -127,14 +127,12 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """How the processes are; when all is well, lost devices are asked whether they are there again."""
-        result = super()._monitor_workers(worker_group)
+        result: RunResult = super()._monitor_workers(worker_group)
         if result.is_failed():
             self.exits = {rank: failure.exitcode for rank, failure in result.failures.items()}
-        elif result.state == WorkerState.HEALTHY:
-            if back := self._start.restarts.more(self._start.devices, self._running):
-                self._start.restarts.say(f"device {', '.join(map(str, back))} is there again: starting with it")
-                worker_group.state = WorkerState.HEALTHY
-                self._restart_workers(worker_group)
+        elif back := self._start.restarts.more(self._start.devices, self._running):
+            self._start.restarts.say(f"device {', '.join(map(str, back))} is there again: starting with it")
+            self._restart_workers(worker_group)
         return result
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:

@@ -116,7 +116,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, OSError)) and any(said in str(error) for said in OUT_OF_MEMORY)
 
 
-def read_failure(job: Path, exits: dict[int, int]) -> Exception:
+def read_failure(job: Path, exits: Mapping[int, int]) -> Exception:
     """The one error of a failed job, from what its processes left."""
     failures = [Failure.load(path) for path in job.glob("*.failure")]
     stages = {int(path.stem): int(path.read_text()) for path in job.glob("*.stage")}
