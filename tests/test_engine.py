@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from test_equality import plan_for
 from torch import nn
 
 import weft
+from weft.checkpoint.index import Index
 from weft.errors import BatchError, CheckpointError, LossError, PlanError, WorkerError
 from weft.jobs.reference import SingleDevice
 from weft.plan import Plan
@@ -89,8 +89,7 @@ def test_a_resumed_run_continues_exactly(pool: Pool, tmp_path: Path, degrees: di
     expected = pool.run(whole, ranks=plan.devices)[0]
     assert pool.run(first_half, ranks=plan.devices)[0] == expected[:3]
     assert pool.run(second_half, ranks=plan.devices)[0] == expected[3:]
-    metadata = json.loads((tmp_path / "step-00000003" / "training.json").read_text())
-    assert metadata["step"] == 3
+    assert Index.load(tmp_path / "step-00000003").step == 3
 
 
 def test_a_checkpoint_of_another_model_is_refused(pool: Pool, tmp_path: Path) -> None:
