@@ -115,6 +115,12 @@ def train(
     checkpoint_every: Annotated[int | None, typer.Option(min=1, metavar="N", help="and every N steps")] = None,
     keep: Annotated[int, typer.Option(min=1, metavar="K", help="checkpoints that stay")] = training.KEPT,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
+    restarts: Annotated[int, typer.Option(min=0, metavar="N", help="start again when a process dies, N times")] = 0,
+    device_check: Annotated[
+        str | None, typer.Option(metavar="COMMAND", help="fails where device $WEFT_DEVICE is lost: go on without it")
+    ] = None,
+    nodes: Annotated[str, typer.Option(metavar="N|MIN:MAX", help="machines in the job; run this on each")] = "1",
+    rendezvous: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="where the machines meet")] = None,
     log_every: Annotated[int, typer.Option(min=1, metavar="N", help="steps per logged line")] = 10,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
@@ -137,6 +143,9 @@ def train(
             checkpoint_every=checkpoint_every,
             keep=keep,
             resume=resume,
+            restarts=restarts,
+            device_check=device_check,
+            nodes=options.nodes_of(nodes, rendezvous),
             log_every=log_every,
         )
         count = options.devices_of(devices, given, known)

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from weft.cluster import Cluster
-from weft.errors import PlanError, TargetError
+from weft.errors import InputError, PlanError, TargetError
 from weft.plan import Plan
 from weft.planner import Constraints
 from weft.quantity import parse_sizes
+from weft.runtime.agent import Nodes
 from weft.runtime.launch import device_count
 from weft.runtime.worker import device_type
 from weft.target import Target
@@ -73,3 +74,20 @@ def devices_of(devices: int | None, plan: Plan | None = None, cluster: Cluster |
     if devices not in (None, plan.devices):
         raise PlanError(f"the plan is for {plan.devices} devices and --devices is {devices}; leave --devices out")
     return plan.devices
+
+
+def nodes_of(text: str, rendezvous: str | None) -> Nodes:
+    """The machines of a job: ``4``, or ``2:4`` for as many as are there.
+
+    Raises:
+        InputError: that is no number of machines, or there is no place where they meet.
+    """
+    parts = text.split(":")
+    if len(parts) > 2 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise InputError(f"--nodes {text}: write a number of machines, or the least and the most, as in 2:4")
+    least, most = int(parts[0]), int(parts[-1])
+    if least > most:
+        raise InputError(f"--nodes {text}: the least is more than the most; write {most}:{least}")
+    if most > 1 and rendezvous is None:
+        raise InputError(f"{most} nodes need a place to meet; add --rendezvous HOST:PORT of one of them")
+    return Nodes(least=least, most=most, rendezvous=rendezvous)

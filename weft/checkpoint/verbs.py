@@ -100,7 +100,7 @@ def import_weights(
     """Make a checkpoint of weights from elsewhere; `weft train --checkpoint DIR --resume` goes on from it."""
     with output(as_json) as show:
         try:
-            path = bring.run(options.target_of(target, arguments), weights, to)
+            path = bring.run(options.target_of(target, arguments).load(), weights, to)
         except OSError as error:
             raise SaveError(f"{to}: cannot be written: {error.strerror or error}") from error
         show(f"{path}: step 0, of {weights}", {"path": str(path)})

@@ -13,15 +13,14 @@ from weft.checkpoint.exchange import bring
 from weft.errors import ModelError
 from weft.inference.weights import SINGLE, entries_of, header_of, match
 from weft.runtime.checkpoint import configuration_of
-from weft.target import Target
-from weft.workload import Stored
+from weft.workload import Stored, Workload
 
 
-def run(target: Target, weights: Path, directory: Path) -> Path:
-    """Make a checkpoint of step 0 for a TARGET.
+def run(workload: Workload, weights: Path, directory: Path) -> Path:
+    """Make a checkpoint of step 0 for a workload.
 
     Args:
-        target: whose model it is for.
+        workload: whose model it is for.
         weights: a safetensors file, or a directory as ``save_pretrained`` writes it.
         directory: of checkpoints; it must hold none.
 
@@ -30,7 +29,7 @@ def run(target: Target, weights: Path, directory: Path) -> Path:
         CheckpointError: there are checkpoints already.
     """
     with torch.device("meta"):
-        model = adapt(target.load().model())
+        model = adapt(workload.model())
     found = stored_for(model, weights)
     first = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     held = model.state_dict(keep_vars=True)

@@ -6,24 +6,27 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from weft.capture import capture
-from weft.cluster import Cluster, measure
+from weft.checkpoint.folder import complete
+from weft.cluster import Cluster
 from weft.engines import parallelize
-from weft.errors import InputError, SaveError
+from weft.errors import CheckpointError, InputError, SaveError
 from weft.estimate import Difference, Estimate, Measurement, differences
+from weft.jobs.planned import Wanted, make_plan
 from weft.plan import Plan
-from weft.planner import Refused, estimate, search
-from weft.precision import dtypes_of
 from weft.runtime import memory
+from weft.runtime.agent import Nodes
 from weft.runtime.engine import Engine
-from weft.runtime.launch import launch
+from weft.runtime.launch import launch_again
+from weft.runtime.logbook import Logbook
 from weft.runtime.meter import Meter
+from weft.runtime.restarts import Death, Restarts
 from weft.runtime.worker import join
 from weft.target import Target
 
@@ -85,6 +88,9 @@ class Order:
         checkpoint_every: save every N steps too; None only at the end.
         keep: how many checkpoints of the folder stay.
         resume: continue from the newest checkpoint of the folder.
+        restarts: how often processes are started again after they died.
+        device_check: a command that fails for a device that is lost, whose number is in WEFT_DEVICE.
+        nodes: machines of the job.
         log_every: steps per logged line.
     """
 
@@ -97,6 +103,9 @@ class Order:
     checkpoint_every: int | None = None
     keep: int = KEPT
     resume: bool = False
+    restarts: int = 0
+    device_check: str | None = None
+    nodes: Nodes = field(default_factory=Nodes)
     log_every: int = 10
 
     def __post_init__(self) -> None:
@@ -106,16 +115,20 @@ class Order:
                 raise InputError(f"{name} must be at least 1, got {value}")
         if self.checkpoint is None and (self.resume or self.checkpoint_every):
             raise InputError("--resume and --checkpoint-every need a folder: add --checkpoint DIR")
+        if self.restarts and not self.checkpoint_every:
+            raise InputError("--restarts goes on from checkpoints: add --checkpoint DIR --checkpoint-every N")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What training did. ``losses`` are those of this run's steps; ``first_step`` is where it began;
-    ``differences`` are the terms of the estimate that were off."""
+    """What training did. ``losses`` are those of this run's steps, since processes were last started; ``first_step`` is
+    where it began then, ``deaths`` why they were started again; ``differences`` are the terms of the estimate that were
+    off."""
 
     first_step: int
     steps: int
     losses: list[float]
+    deaths: list[Death] = field(default_factory=list, kw_only=True)
     samples_per_s: float | None
     measured_step_s: float | None
     measured_peak_bytes: list[int]
@@ -141,24 +154,54 @@ def run(target: Target, order: Order, watcher: Watcher, *, devices: int) -> Trai
         InputError: what was asked for cannot be.
         WorkerError: a process died.
     """
-    result = launch(train_here, target, order, watcher, devices=devices, memory=order.memory_bytes)[0]
+    if order.checkpoint is not None and not order.resume and complete(Path(order.checkpoint)):
+        raise CheckpointError(
+            f"{order.checkpoint}: holds checkpoints already; add --resume to go on from the newest, or give another "
+            "directory"
+        )
+    restarts = Restarts(limit=order.restarts, command=order.device_check, say=watcher.say)
+    found = launch_again(
+        train_here,
+        target,
+        order,
+        watcher,
+        restarts=restarts,
+        nodes=order.nodes,
+        devices=devices,
+        memory=order.memory_bytes,
+    )
+    result = replace(found[0], deaths=restarts.deaths)
     assert isinstance(result, Training)
     return result
 
 
 def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
-    """Train inside a launched job; every rank calls it and gets the result."""
-    device = join()
+    """Train inside a launched job; every rank calls it and gets the result.
+
+    It may be called again after processes died: then it goes on from the newest checkpoint, with a plan for the devices
+    that there are now.
+    """
+    device, logbook = join(), Logbook.here()
     with memory.uncounted():  # the libraries and the data it brings are no memory of the plan
         workload = target.load()
     first = dist.get_rank() == 0
-    plan, predicted = make_plan(target, order, watcher if first else None)
+    wanted = Wanted(
+        plan=order.plan,
+        cluster=order.cluster,
+        constraints=order.constraints,
+        memory_bytes=order.memory_bytes,
+        goes_on=Path(order.checkpoint) if order.restarts and order.checkpoint is not None else None,
+    )
+    planned = make_plan(target, wanted, watcher.say)
+    plan, predicted = planned.plan, planned.estimate
+    if first:
+        for what, reason in planned.refused:
+            watcher.say(f"left out: {what} {reason}")
+        watcher.planned(plan, predicted)
     used = memory.of(device)  # after measuring and planning, which are no part of training
     engine = parallelize(workload, plan)
-    if order.resume:
-        assert order.checkpoint is not None
-        with heard(watcher):
-            engine.load(order.checkpoint)
+    with heard(watcher):
+        resume(engine, order)
     begin = engine.step_count
     end = order.steps if order.steps is not None else engine.steps_per_epoch
     if end <= begin:
@@ -168,6 +211,7 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
     interval = time.perf_counter()
     saved = -1
     for step, batch in zip(range(begin + 1, end + 1), engine.batches(epochs=None), strict=False):
+        logbook.begin_step(step)
         logged = step % order.log_every == 0 or step == end
         warm = step > begin + 1
         if warm:
@@ -213,6 +257,20 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
     )
 
 
+def resume(engine: Engine, order: Order) -> None:
+    """Go on from the newest checkpoint, where that is asked for; one that is to be there, unless processes may be
+    started again: then there may be none yet."""
+    if order.checkpoint is None:
+        return
+    if order.restarts:
+        there = [bool(complete(Path(order.checkpoint)))]
+        dist.broadcast_object_list(there, src=0)
+        if there[0]:
+            engine.load(order.checkpoint)
+    elif order.resume:
+        engine.load(order.checkpoint)
+
+
 @contextlib.contextmanager
 def heard(watcher: Watcher) -> Iterator[None]:
     """Tell people of what is warned of inside."""
@@ -232,47 +290,6 @@ def go_on_without(save: Callable[[], object], watcher: Watcher) -> bool:
             watcher.say(f"warning: {error}; training goes on, with the checkpoints that are there")
         return False
     return True
-
-
-def make_plan(target: Target, order: Order, watcher: Watcher | None) -> tuple[Plan, Estimate | None]:
-    """The plan to run and its estimate, on every rank; rank 0 plans."""
-    cluster = order.cluster
-    if cluster is None and order.plan is None:
-        if watcher:
-            watcher.say(f"measuring {dist.get_world_size()} devices")
-        precision = order.constraints.get("precision", "float32")
-        cluster = measure(memory_bytes=order.memory_bytes, dtypes=dtypes_of(precision))
-    chosen: list[Any] = [None]
-    if dist.get_rank() == 0:
-        assert watcher is not None
-        try:
-            chosen = [plan_alone(target, order, cluster)]
-        except InputError as error:  # all ranks must raise it, or they would wait for rank 0
-            chosen = [error]
-    dist.broadcast_object_list(chosen, src=0)
-    if isinstance(chosen[0], InputError):
-        raise chosen[0]
-    plan, predicted, refused = chosen[0]
-    if watcher:
-        for what, reason in refused:
-            watcher.say(f"left out: {what} {reason}")
-        watcher.planned(plan, predicted)
-    return plan, predicted
-
-
-def plan_alone(
-    target: Target, order: Order, cluster: Cluster | None
-) -> tuple[Plan, Estimate | None, tuple[Refused, ...]]:
-    """Capture and search, in one process: the plan, its estimate, and what was left out."""
-    if order.plan is not None and cluster is None:
-        return order.plan, None, ()
-    assert cluster is not None
-    if order.plan is not None:
-        profile = capture(target.load(), order.plan.precision)
-        return order.plan, estimate(profile, cluster, order.plan), ()
-    profile = capture(target.load(), order.constraints.get("precision", "float32"))
-    choice = search(profile, cluster, **order.constraints)
-    return choice.plan, choice.estimate, choice.refused
 
 
 def log_line(engine: Engine, meter: Meter, loss: Any, step: int, steps: int, done: int, elapsed_s: float) -> Line:
