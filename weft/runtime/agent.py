@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -152,6 +153,10 @@ class Agent(LocalElasticAgent):
         for pattern in LEFT:
             for path in start.job.glob(pattern):
                 path.unlink()
+        # The store where processes meet would be the one before, with the addresses of those that are gone: Gloo calls
+        # them. And a node that was not the first would look for it where the first one was (found in torch 2.13).
+        handler: Any = worker_group.spec.rdzv_handler
+        handler._bootstrap_store_info = handler._shared_tcp_store_server = None
         self._running = running
         start.write_settings(running)
         worker_group.spec.local_world_size = len(running)
