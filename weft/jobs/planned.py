@@ -7,6 +7,7 @@ others it plans again; the batch stays as it is, so the trajectory does too.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,10 @@ from weft.fixed import WITHOUT_DEGREES
 from weft.plan import Plan
 from weft.planner import Refused, estimate, search
 from weft.precision import dtypes_of
+from weft.runtime.worker import JOB
 from weft.target import Target
+
+MEASURED = "measured.toml"
 
 T = TypeVar("T")
 
@@ -65,10 +69,13 @@ def make_plan(target: Target, wanted: Wanted, say: Callable[[str], None]) -> Pla
     wanted = _agreed(lambda: fitting(wanted, dist.get_world_size(), say))
     cluster = wanted.cluster
     if cluster is None and wanted.plan is None:
-        if dist.get_rank() == 0:
-            say(f"measuring {dist.get_world_size()} devices")
-        precision = wanted.constraints.get("precision", "float32")
-        cluster = measure(memory_bytes=wanted.memory_bytes, dtypes=dtypes_of(precision))
+        cluster = _agreed(lambda: measured_before(dist.get_world_size()))
+        if cluster is None:
+            if dist.get_rank() == 0:
+                say(f"measuring {dist.get_world_size()} devices")
+            precision = wanted.constraints.get("precision", "float32")
+            cluster = measure(memory_bytes=wanted.memory_bytes, dtypes=dtypes_of(precision))
+            keep(cluster)
     return _agreed(lambda: plan_alone(target, wanted, cluster, say))
 
 
@@ -85,6 +92,23 @@ def _agreed(make: Callable[[], T]) -> T:
         raise made[0]
     found: T = made[0]
     return found
+
+
+def measured_before(devices: int) -> Cluster | None:
+    """The devices of this job as they were measured before its processes were started again, where there are no more
+    of them now: measuring again would keep training waiting."""
+    job = os.environ.get(JOB)
+    if job is None or not Path(job, MEASURED).exists():
+        return None
+    known = Cluster.load(Path(job, MEASURED))
+    return known.with_devices(devices) if devices <= known.devices else None
+
+
+def keep(cluster: Cluster) -> None:
+    """Keep what was measured for as long as the job lasts."""
+    job = os.environ.get(JOB)
+    if job is not None and dist.get_rank() == 0:
+        cluster.save(Path(job, MEASURED))
 
 
 def fitting(wanted: Wanted, devices: int, say: Callable[[str], None]) -> Wanted:

@@ -49,7 +49,8 @@ class Death:
 
     def describe(self) -> str:
         """In a line."""
-        return f"{place(self.step)} on {len(self.devices)} devices: {self.cause}"
+        count = len(self.devices)
+        return f"{place(self.step)} on {count} device{'s' if count != 1 else ''}: {self.cause}"
 
 
 def place(step: int | None) -> str:
