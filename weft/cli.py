@@ -132,7 +132,10 @@ def train(
         work = options.target_of(target, arguments)
         work.load()  # what is wrong with it shows before any process starts
         given = None if plan_file is None else options.plan_of(plan_file, fixed)
-        known = None if cluster is None else options.cluster_of(cluster, devices, memory)
+        machines = options.nodes_of(nodes, rendezvous)
+        known = None
+        if cluster is not None:  # a file is of the whole job, --devices of this machine
+            known = options.cluster_of(cluster, devices if machines.most == 1 else None, memory)
         order = training.Order(
             steps=steps,
             plan=given,
@@ -145,10 +148,10 @@ def train(
             resume=resume,
             restarts=restarts,
             device_check=device_check,
-            nodes=options.nodes_of(nodes, rendezvous),
+            nodes=machines,
             log_every=log_every,
         )
-        count = options.devices_of(devices, given, known)
+        count = options.devices_of(devices, given, known, machines)
         show("", training.run(work, order, TrainingLog(), devices=count).to_json())
 
 

@@ -13,8 +13,8 @@ from weft.errors import InputError, PlanError, TargetError
 from weft.plan import Plan
 from weft.planner import Constraints
 from weft.quantity import parse_sizes
-from weft.runtime.agent import Nodes
 from weft.runtime.launch import device_count
+from weft.runtime.meeting import Nodes
 from weft.runtime.worker import device_type
 from weft.target import Target
 
@@ -67,8 +67,13 @@ def precision_of(fixed: dict[str, Any]) -> str:
     return Constraints(precision=fixed.get("precision")).precision or "float32"
 
 
-def devices_of(devices: int | None, plan: Plan | None = None, cluster: Cluster | None = None) -> int:
-    """How many devices a job takes: as asked, as the plan or the cluster says, or all there are."""
+def devices_of(
+    devices: int | None, plan: Plan | None = None, cluster: Cluster | None = None, nodes: Nodes | None = None
+) -> int:
+    """How many devices a job takes here: as asked, as the plan or the cluster says, or all there are; those of several
+    machines are no plan's or cluster's."""
+    if nodes is not None and nodes.most > 1:
+        return devices or device_count(device_type())
     if plan is None:
         return devices or (device_count(device_type()) if cluster is None else cluster.devices)
     if devices not in (None, plan.devices):

@@ -21,10 +21,10 @@ from weft.estimate import Difference, Estimate, Measurement, differences
 from weft.jobs.planned import Wanted, make_plan
 from weft.plan import Plan
 from weft.runtime import memory
-from weft.runtime.agent import Nodes
 from weft.runtime.engine import Engine
 from weft.runtime.launch import launch_again
 from weft.runtime.logbook import Logbook
+from weft.runtime.meeting import Nodes
 from weft.runtime.meter import Meter
 from weft.runtime.restarts import Death, Restarts
 from weft.runtime.worker import join

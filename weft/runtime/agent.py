@@ -9,15 +9,15 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.rendezvous import RendezvousParameters
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.elastic.rendezvous import RendezvousError
 
+from weft.errors import JobError
 from weft.runtime.failure import read_failure
+from weft.runtime.meeting import Meeting, Nodes
 from weft.runtime.restarts import Restarts
 
 SHUTDOWN_S = 5
@@ -25,19 +25,6 @@ SHUTDOWN_S = 5
 
 LEFT = ("*.failure", "*.stage", "*.log", "*.result")
 """What processes leave in a job's directory, for those who ask why they died."""
-
-LAST_CALL_S, ALIVE_EVERY_S, ALIVE_MISSED = 5, 2, 3
-"""How long nodes that could be more wait for another; how often each says that it is there; and how many of these it
-may miss before the others go on without it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Nodes:
-    """The machines of a job: so many at least and at most, and ``host:port`` where they meet; None: this one only."""
-
-    least: int = 1
-    most: int = 1
-    rendezvous: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +55,8 @@ def run(start: Start) -> None:
         InputError, WorkerError: what they ended of.
         JobError: it was given up, or no device is left.
     """
-    nodes, alone = start.nodes, start.nodes.rendezvous is None
-    meeting = RendezvousParameters(
-        backend="c10d",
-        endpoint=nodes.rendezvous or "127.0.0.1:0",
-        run_id=uuid.uuid4().hex if alone else "weft",
-        min_nodes=nodes.least,
-        max_nodes=nodes.most,
-        local_addr="127.0.0.1" if alone else None,
-        **({} if nodes.least == nodes.most else _impatient()),
-    )
+    nodes = start.nodes
+    meeting = Meeting.of(nodes, uuid.uuid4().hex if nodes.rendezvous is None else "weft")
     running = start.restarts.there(start.devices)
     start.write_settings(running)
     spec = WorkerSpec(
@@ -85,10 +64,10 @@ def run(start: Start) -> None:
         local_world_size=len(running),
         entrypoint=sys.executable,
         args=_escaped(start.command(running)),
-        rdzv_handler=get_rendezvous_handler(meeting),
+        rdzv_handler=meeting,
         max_restarts=start.restarts.limit,
         monitor_interval=0.1,
-        local_addr=meeting.local_addr,
+        local_addr=nodes.address,
     )
     agent = Agent(spec, start, running)
     closes = True
@@ -97,19 +76,17 @@ def run(start: Start) -> None:
     except SignalException:
         closes = False  # the others may go on: closing the meeting would end it for ever
         raise
+    except RendezvousError as error:
+        closes = False
+        raise JobError(
+            f"the machines of this job cannot be met any more at {nodes.rendezvous}: it is over, or the machine there "
+            "is gone; start it again with --resume"
+        ) from error
     finally:
         if closes:
-            spec.rdzv_handler.shutdown()
+            meeting.shutdown()
     if result.is_failed():
         raise read_failure(start.job, agent.exits)
-
-
-def _impatient() -> dict[str, int]:
-    return {
-        "last_call_timeout": LAST_CALL_S,
-        "keep_alive_interval": ALIVE_EVERY_S,
-        "keep_alive_max_attempt": ALIVE_MISSED,
-    }
 
 
 def _escaped(arguments: Sequence[str]) -> tuple[str, ...]:
@@ -153,10 +130,9 @@ class Agent(LocalElasticAgent):
         for pattern in LEFT:
             for path in start.job.glob(pattern):
                 path.unlink()
-        # The store where processes meet would be the one before, with the addresses of those that are gone: Gloo calls
-        # them. And a node that was not the first would look for it where the first one was (found in torch 2.13).
-        handler: Any = worker_group.spec.rdzv_handler
-        handler._bootstrap_store_info = handler._shared_tcp_store_server = None
+        meeting = worker_group.spec.rdzv_handler
+        assert isinstance(meeting, Meeting)
+        meeting.forget_processes()
         self._running = running
         start.write_settings(running)
         worker_group.spec.local_world_size = len(running)

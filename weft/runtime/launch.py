@@ -27,7 +27,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from weft.errors import InputError
 from weft.quantity import Sizes, each_of, parse_sizes
 from weft.runtime import agent
-from weft.runtime.agent import Nodes
+from weft.runtime.meeting import Nodes, card_of
 from weft.runtime.restarts import Restarts
 from weft.runtime.worker import JOB, TIMEOUT_S, Settings, call_of, describe_stage, device_type
 
@@ -98,7 +98,7 @@ def launch_again(
     """
     settings = settings_for(devices, memory, device, timeout_s)
     with _interruptible(), _job(fn, args) as job:
-        _run(job, settings, environment_for(len(settings), nodes.most), nodes, restarts)
+        _run(job, settings, environment_for(len(settings), nodes), nodes, restarts)
         return results(job)
 
 
@@ -135,8 +135,8 @@ def launch_script(
     settings = settings_for(devices, memory, device, TIMEOUT_S)
     with _interruptible(), _directory() as job:
         (job / "script").write_bytes(cloudpickle.dumps((str(path), list(arguments))))
-        environment = environment_for(len(settings), nodes)
-        _run(job, settings, environment, Nodes(least=nodes, most=nodes, rendezvous=rendezvous), Restarts())
+        every = Nodes(least=nodes, most=nodes, rendezvous=rendezvous)
+        _run(job, settings, environment_for(len(settings), every), every, Restarts())
 
 
 def settings_for(devices: int | None, memory: Sizes, device: str | None, timeout_s: float) -> list[Settings]:
@@ -164,11 +164,12 @@ def device_count(kind: str) -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def environment_for(count: int, nodes: int = 1) -> dict[str, str]:
+def environment_for(count: int, nodes: Nodes | None = None) -> dict[str, str]:
     """Variables that libraries read when they load; the user's own values stay."""
     wanted = {"OMP_NUM_THREADS": str(max(1, device_count("cpu") // count)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    if nodes == 1 and sys.platform == "linux":
-        wanted["GLOO_SOCKET_IFNAME"] = "lo"  # Gloo looks up the machine's own name otherwise, which need not resolve
+    card = card_of((nodes or Nodes()).address)
+    if card is not None and sys.platform == "linux":
+        wanted["GLOO_SOCKET_IFNAME"] = card  # Gloo looks up the machine's own name otherwise, which need not resolve
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
 
 

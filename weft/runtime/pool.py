@@ -36,6 +36,7 @@ from weft.quantity import Sizes
 from weft.runtime import worker
 from weft.runtime.failure import Failure, read_failure
 from weft.runtime.launch import command, environment_for, settings_for
+from weft.runtime.meeting import store_at
 from weft.runtime.worker import JOB, TIMEOUT_S, Settings, call_of, join, prepare
 
 GRACE_S = 5.0
@@ -86,7 +87,7 @@ class Pool:
         self._runs = 0
         self._directory = tempfile.TemporaryDirectory(prefix="weft-")
         self._workers: list[_Worker] = []
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = store_at(address)
 
     def run(self, fn: Callable[..., Any], *args: Any, ranks: int | None = None) -> list[Any]:
         """Run ``fn(*args)`` in the first ``ranks`` processes (None: all), joined in a process group of their own.
