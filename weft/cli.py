@@ -116,6 +116,9 @@ def train(
     keep: Annotated[int, typer.Option(min=1, metavar="K", help="checkpoints that stay")] = training.KEPT,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
     log_every: Annotated[int, typer.Option(min=1, metavar="N", help="steps per logged line")] = 10,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="that ranks wait for one another before training fails")
+    ] = training.TIMEOUT_S,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
     *,
@@ -138,6 +141,7 @@ def train(
             keep=keep,
             resume=resume,
             log_every=log_every,
+            timeout_s=timeout,
         )
         count = options.devices_of(devices, given, known)
         show("", training.run(work, order, TrainingLog(), devices=count).to_json())

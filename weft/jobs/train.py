@@ -20,7 +20,7 @@ from weft.estimate import Difference, Estimate, Measurement, differences
 from weft.plan import Plan
 from weft.planner import Refused, estimate, search
 from weft.precision import dtypes_of
-from weft.runtime import memory
+from weft.runtime import memory, worker
 from weft.runtime.engine import Engine
 from weft.runtime.launch import launch
 from weft.runtime.meter import Meter
@@ -29,6 +29,9 @@ from weft.target import Target
 
 KEPT = 3
 """Checkpoints of a folder that stay, where nothing else is asked for."""
+
+TIMEOUT_S = 120.0
+"""Seconds that ranks wait for one another once training runs, where nothing else is asked for."""
 
 SETTLE_STEPS = 6
 """Steps after which prediction and measurement are compared; the first warms up and does not count."""
@@ -86,6 +89,7 @@ class Order:
         keep: how many checkpoints of the folder stay.
         resume: continue from the newest checkpoint of the folder.
         log_every: steps per logged line.
+        timeout_s: seconds a rank waits for another one once training runs, before the job fails.
     """
 
     steps: int | None = None
@@ -98,12 +102,15 @@ class Order:
     keep: int = KEPT
     resume: bool = False
     log_every: int = 10
+    timeout_s: float = TIMEOUT_S
 
     def __post_init__(self) -> None:
         for name in ("steps", "checkpoint_every", "keep", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
+        if not self.timeout_s > 0:
+            raise InputError(f"timeout_s must be above 0, got {self.timeout_s:g}; leave it out for {TIMEOUT_S:g}")
         if self.checkpoint is None and (self.resume or self.checkpoint_every):
             raise InputError("--resume and --checkpoint-every need a folder: add --checkpoint DIR")
 
@@ -141,7 +148,10 @@ def run(target: Target, order: Order, watcher: Watcher, *, devices: int) -> Trai
         InputError: what was asked for cannot be.
         WorkerError: a process died.
     """
-    result = launch(train_here, target, order, watcher, devices=devices, memory=order.memory_bytes)[0]
+    # Measuring, planning and recording take one rank longer than another: until training runs, ranks are patient.
+    patience = max(worker.TIMEOUT_S, order.timeout_s)
+    arguments = target, order, watcher
+    result = launch(train_here, *arguments, devices=devices, memory=order.memory_bytes, timeout_s=patience)[0]
     assert isinstance(result, Training)
     return result
 
@@ -159,6 +169,7 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
         assert order.checkpoint is not None
         with heard(watcher):
             engine.load(order.checkpoint)
+    engine.limit_waiting(order.timeout_s)
     begin = engine.step_count
     end = order.steps if order.steps is not None else engine.steps_per_epoch
     if end <= begin:
