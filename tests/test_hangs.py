@@ -98,7 +98,7 @@ def test_a_stage_that_hangs_in_its_forward(own: Pool, stuck: int, how: str) -> N
     assert error.action == "step 4, forward of microbatch 0"
     assert ("stopped by a signal" in error.cause) == (how == "stops")
     assert f"rank {1 - stuck} (stage {1 - stuck}) on {error.host} gave up after 3 s" in error.cause
-    assert error.tensor == ("1" if stuck == 0 else "the gradient of 1")
+    assert error.tensor == ("2" if stuck == 0 else "the gradient of 2")
 
 
 @pytest.mark.parametrize(("degrees", "stuck"), [({"dp_replicate": 2}, 1), ({"dp_shard": 2}, 0), ({"tp": 2}, 1)])

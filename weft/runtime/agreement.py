@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -73,21 +74,18 @@ def on_batch(batch: Batch, replica: int) -> None:
             tensor = isinstance(leaf, Tensor)
             structure[name] = f"{leaf.dtype} of {leaf.ndim} dimensions" if tensor else type(leaf).__name__
             shapes[f"{name} of microbatch {m}"] = _form(leaf) if tensor else str(describe(leaf))
-    replicas = _gathered([replica])
-    _compare({"batch": structure})
-    _compare({"batch": shapes}, lambda rank: int(replicas[rank, 0]))
+    _compare({"batch": structure, "part of the batch": shapes}, {"part of the batch": replica})
 
 
-def _compare(facts: Mapping[str, Facts], part: Callable[[int], int] = lambda rank: 0) -> None:
-    """Compare facts among the ranks of one part of the job."""
-    names = list(facts)
-    every = _gathered([_hash(facts[name]) for name in names])
-    first: dict[int, int] = {}
-    for rank in range(len(every)):
-        against = first.setdefault(part(rank), rank)
-        for kind, theirs, ours in zip(names, every[rank].tolist(), every[against].tolist(), strict=True):
-            if theirs != ours:
-                _tell(kind, facts[kind], against, rank)
+def _compare(facts: Mapping[str, Facts], parts: Mapping[str, int] = MappingProxyType({})) -> None:
+    """Compare facts of some kinds: among all ranks, or those in the same of several parts of the job."""
+    every = _gathered([(parts.get(kind, 0), _hash(facts[kind])) for kind in facts])
+    for kind, rows in zip(facts, every, strict=True):
+        first: dict[int, tuple[int, int]] = {}
+        for rank, (part, found) in enumerate(rows):
+            one, expected = first.setdefault(part, (rank, found))
+            if found != expected:
+                _tell(kind, facts[kind], one, rank)
 
 
 def _tell(kind: str, facts: Facts, one: int, other: int) -> None:
@@ -123,9 +121,10 @@ def _hash(facts: Facts) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def _gathered(numbers: Sequence[int]) -> Tensor:
-    """Every rank's numbers, a row for each rank."""
-    mine = torch.tensor([numbers], device=current_device())
+def _gathered(numbers: Sequence[tuple[int, int]]) -> list[list[list[int]]]:
+    """Every rank's pairs of numbers: for each of the pairs, one for each rank."""
+    mine = torch.tensor(numbers, device=current_device())
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
-    return torch.cat(every).cpu()
+    found: list[list[list[int]]] = torch.stack(every, 1).tolist()
+    return found
