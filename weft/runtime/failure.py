@@ -99,6 +99,8 @@ class Failure:
         part = path.with_suffix(".part")
         part.write_bytes(cloudpickle.dumps(self))
         part.rename(path)
+        if self.stuck is not None:
+            hang.wake(path.parent)
 
     @classmethod
     def load(cls, path: Path) -> Failure:

@@ -12,7 +12,9 @@ watchdog aborts the process, which leaves no record: then the logbooks are read 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import time
 from collections.abc import Collection, Mapping
@@ -101,6 +103,15 @@ def is_stopped(who: Who) -> bool:
     except OSError:
         return False
     return state in ("T", "t")
+
+
+def wake(job: Path) -> None:
+    """Let processes of a failed job go on that are stopped: they would take no SIGTERM, by which the agent ends them,
+    and it would wait half a minute."""
+    for note in read_all(job).values():
+        if is_stopped(note.who):
+            with contextlib.suppress(OSError):  # it is gone
+                os.kill(note.who.pid, signal.SIGCONT)
 
 
 def world_size() -> int:
