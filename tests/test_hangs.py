@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -23,8 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 import weft
 from weft.errors import StuckError
 from weft.runtime.agent import SHUTDOWN_S
-from weft.runtime.hang import SETTLE_S
+from weft.runtime.failure import first
+from weft.runtime.hang import SETTLE_S, Stuck, find
+from weft.runtime.logbook import Logbook, Note, Who, give_up, read, step_of
 from weft.runtime.pool import Pool
+from weft.schedule import Kind
 
 TIMEOUT_S, GRACE_S = 2.0, 2.5
 """The pool's own grace is for machines that are busier."""
@@ -183,8 +187,83 @@ def test_a_process_of_weft_train_that_is_stopped_at_any_moment(tmp_path: Path) -
         said = job.stderr.read()
         assert job.wait() == 1
         assert time.monotonic() - before < TIMEOUT_S + SETTLE_S + SHUTDOWN_S + 5
-    print(said)
     last = said.splitlines()[-1]
     assert last.startswith(f"weft: rank 1 (stage 1) on {os.uname().nodename} is stuck: stopped by a signal (step ")
     assert "; rank 0 (stage 0) on " in last
     assert not any(each.is_running() for each in workers)
+
+
+def note(rank: int, **settings: Any) -> Note:
+    """What a rank of three stages noted ten seconds ago, waiting unless said otherwise."""
+    host = settings.pop("host", "here")
+    who = Who(rank=rank, host=host, pid=0, stage=rank, pipeline=(0, 1, 2), timeout_s=5.0)
+    default = {"moment": 90.0, "step": 6, "kind": Kind.RECEIVE_ACTIVATION, "microbatch": 1, "peer": rank - 1}
+    return Note(**{"who": who, "waiting": True, "what": "block.1", **default, **settings})
+
+
+def found(*notes: Note, mine: int = 0, world: int = 3) -> Stuck:
+    known = {each.who.rank: each for each in notes}
+    return find(known[mine], known, world=world, now=100.0)
+
+
+def test_the_rank_that_computes_is_stuck_and_not_one_that_waits_for_it() -> None:
+    first = note(0, kind=Kind.RECEIVE_GRADIENT, peer=1, gave_up=True)
+    stuck = found(first, note(1, moment=80.0), note(2, kind=Kind.FORWARD, waiting=False, what="", moment=85.0))
+    assert (stuck.rank, stuck.stage, stuck.action) == (2, 2, "step 7, forward of microbatch 1")
+    assert stuck.tensor == "the gradient of block.1"
+    assert stuck.cause.startswith("nothing new for 15 s (step 7, forward of microbatch 1); rank 0 (stage 0) on here ")
+
+
+def test_the_rank_that_is_a_step_behind_is_stuck_whatever_it_does() -> None:
+    stuck = found(note(0, gave_up=True), note(1, step=5), note(2, kind=Kind.FORWARD, waiting=False))
+    assert stuck.rank == 1
+
+
+def test_a_rank_of_another_host_is_named_by_who_waits_for_it() -> None:
+    first = note(0, kind=Kind.RECEIVE_GRADIENT, peer=1, gave_up=True)
+    stuck = found(first)
+    assert (stuck.rank, stuck.stage, stuck.host) == (1, 1, "another host")
+    assert stuck.cause.endswith("waiting for the gradient of block.1 of microbatch 1 from stage 1")
+    assert found(first, note(2)).rank == 1  # which waits as well
+    assert found(first, note(2, kind=Kind.FORWARD, waiting=False)).rank == 2
+
+
+def test_ranks_that_all_wait_for_one_another() -> None:
+    stuck = found(note(0, gave_up=True), note(1, gave_up=True), note(2, gave_up=True))
+    assert "all ranks wait for one another, or the link between them is dead, or they disagree" in stuck.cause
+
+
+def test_an_abort_of_a_rank_that_waited_too_long_names_the_one_it_waited_for() -> None:
+    now = time.monotonic()
+    waits = note(0, kind=Kind.RECEIVE_GRADIENT, peer=1, moment=now - 6)
+    works = note(1, kind=Kind.BACKWARD, waiting=False, what="", moment=now - 7)
+    error = first([], {0: -signal.SIGABRT}, {}, {0: waits, 1: works})
+    assert isinstance(error, StuckError)
+    assert (error.rank, error.action, error.tensor) == (
+        1,
+        "step 7, backward of microbatch 1",
+        "the gradient of block.1",
+    )
+    recent = dataclasses.replace(waits, moment=now)
+    assert not isinstance(first([], {0: -signal.SIGABRT}, {}, {0: recent, 1: works}), StuckError)
+
+
+def test_what_is_noted_can_be_read_by_others(tmp_path: Path) -> None:
+    path = tmp_path / "5.log"
+    log = Logbook(path, 5)
+    assert log.last().describe() == "starting"
+    log.introduce(stage=1, pipeline=(2, 5), timeout_s=30.0)
+    log.begin_step(6)
+    log.wait(Kind.RECEIVE_GRADIENT, 3, 1, "block.1" * 30)
+    give_up(path)
+    last = read(path)
+    assert last is not None
+    assert last.who == Who(rank=5, host=os.uname().nodename, pid=os.getpid(), stage=1, pipeline=(2, 5), timeout_s=30.0)
+    assert (last.step, last.kind, last.microbatch, last.peer) == (6, Kind.RECEIVE_GRADIENT, 3, 1)
+    assert (last.awaited, last.gave_up) == (5, True)
+    assert last.what.startswith("block.1block.1")
+    assert step_of(tmp_path) == 6
+    log.introduce(stage=1, pipeline=tuple(range(2000)))  # more than a page
+    assert read(path) is not None
+    path.write_bytes(b"")
+    assert read(path) is None
