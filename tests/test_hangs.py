@@ -120,9 +120,14 @@ def test_a_stage_that_hangs_in_its_forward(own: Pool, stuck: int, how: str) -> N
     assert error.tensor == ("2" if stuck == 0 else "the gradient of 2")
 
 
-@pytest.mark.parametrize("degrees", [{"dp_replicate": 2}, {"dp_shard": 2}])
-def test_a_replica_that_hangs_in_its_forward(own: Pool, degrees: dict[str, Any]) -> None:
-    assert caught(own, degrees, 1, "stops").action == "step 4, forward of microbatch 0"
+@pytest.mark.parametrize(
+    ("degrees", "waits"),
+    [({"dp_replicate": 2}, "summing gradients over the replicas"), ({"dp_shard": 2}, "gathering the parameters of 1")],
+)
+def test_a_replica_that_hangs_in_its_forward(own: Pool, degrees: dict[str, Any], waits: str) -> None:
+    error = caught(own, degrees, 1, "stops")
+    assert error.action == "step 4, forward of microbatch 0"
+    assert error.cause.endswith(f"gave up after 2 s: step 4, {waits}")
 
 
 def test_one_of_four_hangs_in_the_users_loop_and_all_others_wait_for_each_other(own: Pool) -> None:

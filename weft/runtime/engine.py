@@ -23,6 +23,7 @@ from weft.runtime import agreement, checkpoint, part, totals
 from weft.runtime.batches import Batch, Sampler, divide
 from weft.runtime.buffers import Buffers
 from weft.runtime.ending import Ending
+from weft.runtime.failure import named
 from weft.runtime.forwards import Forwards
 from weft.runtime.gather import gather
 from weft.runtime.grid import Grid
@@ -58,6 +59,7 @@ class Engine:
         optimizer: the user's optimizer over what this rank holds.
         scheduler: the user's learning-rate scheduler, or None; it steps with every step.
         step_count: steps done.
+        logbook: what this rank is doing, for others to read.
         stopwatch: what steps go to besides computing, while it is on.
         gradient_norm: global L2 norm of the last step's gradients before clipping; None where it was not needed.
         loss_scale: what float16 needs; None in other precisions. A step whose gradients overflow (``loss_scale.finite``
@@ -72,13 +74,13 @@ class Engine:
             )
         join()
         agreement.on_plan(plan)
-        self._logbook = Logbook.here()
+        self.logbook = Logbook.here()
         written = workload.loss
         workload = in_precision(workload, plan.precision)
         self.workload, self.plan = workload, plan
         self.grid = Grid.make(plan)
         describe_stage(self.grid.stage)
-        self._logbook.introduce(stage=self.grid.stage, pipeline=self.grid.pipeline)
+        self.logbook.introduce(stage=self.grid.stage, pipeline=self.grid.pipeline)
         self.step_count = 0
         self.stopwatch = Stopwatch(self.grid.device, inside=max(plan.tp, plan.dp_shard) > 1)
         self.gradient_norm: Tensor | None = None
@@ -116,6 +118,7 @@ class Engine:
             device=self.grid.device,
             recompute=plan.recompute,
             compiled=here if plan.compile else (),
+            logbook=self.logbook,
         )
         self._pipeline = Pipeline(
             workload,
@@ -126,7 +129,7 @@ class Engine:
             buffers=self._buffers,
             record=self.recordings.of,
             stopwatch=self.stopwatch,
-            logbook=self._logbook,
+            logbook=self.logbook,
             ending=ending,
         )
         self.loss_scale = LossScale() if plan.precision == "fp16" else None
@@ -156,6 +159,7 @@ class Engine:
             yield self._sampler.load(step, self.grid.replica, self.plan.portions, self.plan.microbatches)
             step += 1
 
+    @named
     def step(self, batch: Any, *, gradient_norm: bool = False) -> Tensor:
         """One optimizer step.
 
@@ -170,8 +174,9 @@ class Engine:
             BatchError: a batch whose tensors do not share a dimension of samples.
             LossError: the loss is neither a scalar nor ``(sum, count)``.
             DisagreementError: the ranks' first batches differ in more than their samples.
+            StuckError: another rank was waited for too long, and nobody above this process would say so.
         """
-        self._logbook.begin_step(self.step_count)
+        self.logbook.begin_step(self.step_count)
         if not isinstance(batch, Batch):
             batch = divide(
                 opened(batch),
@@ -187,10 +192,10 @@ class Engine:
         sums = self._pipeline.run(batch, self.step_count, check=first)
         if first:
             self._warn_unless_finite(sums.unfinite)
-        self._logbook.note("summing gradients of what several ranks hold", waiting=True)
+        self.logbook.note("summing gradients of what several ranks hold", waiting=True)
         with self.stopwatch.time("waiting"):
             totals.sum_copies(self.part.held)
-        self._logbook.note("agreeing on the loss and the norm of the gradients", waiting=True)
+        self.logbook.note("agreeing on the loss and the norm of the gradients", waiting=True)
         with self.stopwatch.time("optimizer"):
             loss, self.gradient_norm = totals.agree(
                 sums,
@@ -202,7 +207,7 @@ class Engine:
                 scale=self.loss_scale,
                 stopwatch=self.stopwatch,
             )
-            self._logbook.note("in the optimizer")
+            self.logbook.note("in the optimizer")
             if self.loss_scale is None or self.loss_scale.finite:
                 self.optimizer.step()
                 if self.scheduler is not None:
@@ -211,7 +216,7 @@ class Engine:
         if not self._agreed:
             self._agreed = True
             self._limit_waiting()
-        self._logbook.note(LOOP)
+        self.logbook.note(LOOP)
         return loss
 
     def limit_waiting(self, timeout_s: float) -> None:
@@ -284,9 +289,9 @@ class Engine:
             tensors={},
         )
         pieces = checkpoint.pieces_of(self.part, self.optimizer)
-        self._logbook.note("saving a checkpoint", waiting=True)
+        self.logbook.note("saving a checkpoint", waiting=True)
         path = self._saver.save(Path(directory), pieces, index, keep=keep, wait=wait)
-        self._logbook.note(LOOP)
+        self.logbook.note(LOOP)
         return path
 
     def finish_saving(self) -> None:
@@ -319,7 +324,7 @@ class Engine:
             groups = [self._buffers.group, *(group for held in self.part.held for group in held.groups)]
             self.grid.limit_waiting(self._timeout, [group for group in groups if group is not None])
             self._pipeline.timeout = self._timeout if self.grid.device.type == "cpu" else None
-            self._logbook.introduce(
+            self.logbook.introduce(
                 stage=self.grid.stage, pipeline=self.grid.pipeline, timeout_s=self._timeout.total_seconds()
             )
 

@@ -13,13 +13,16 @@ record; one that is killed leaves none, only its exit code. The root is, in this
 
 from __future__ import annotations
 
+import functools
+import os
 import signal
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import ParamSpec, Protocol, TypeVar, cast
 
 import cloudpickle
 import torch
@@ -28,7 +31,10 @@ import torch.distributed as dist
 from weft.errors import InputError, StuckError, WeftError, WorkerError
 from weft.runtime import hang
 from weft.runtime.hang import Stuck
-from weft.runtime.logbook import Note, give_up, read_all
+from weft.runtime.logbook import JOB, Logbook, Note, give_up, read_all
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 HOUSE = Path(__file__).resolve().parents[1]
 """Directory of weft itself."""
@@ -137,6 +143,32 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, (RuntimeError, OSError)) and any(said in str(error) for said in OUT_OF_MEMORY)
+
+
+class Noting(Protocol):
+    """What keeps a logbook."""
+
+    @property
+    def logbook(self) -> Logbook:
+        """Of this process."""
+
+
+def named(step: Callable[P, T]) -> Callable[P, T]:
+    """A method of what keeps a logbook, which names whom it waited for where nobody above this process would: in a job
+    that torchrun started, say."""
+
+    @functools.wraps(step)
+    def watched(*args: P.args, **settings: P.kwargs) -> T:
+        try:
+            return step(*args, **settings)
+        except RuntimeError as error:
+            if JOB in os.environ or not any(_timed_out(link) for link in chain(error)):
+                raise
+            mine, now = cast(Noting, args[0]).logbook.last(), time.monotonic()
+            world = hang.world_size()
+            raise _stuck(hang.find(mine, {mine.who.rank: mine}, world=world, now=now)) from error
+
+    return watched
 
 
 def read_failure(job: Path, exits: dict[int, int]) -> Exception:

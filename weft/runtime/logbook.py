@@ -131,7 +131,7 @@ class Logbook:
             with path.open("w+b") as file:
                 file.truncate(mmap.PAGESIZE)
                 self._page = mmap.mmap(file.fileno(), mmap.PAGESIZE)
-        self._rank, self._step = rank, -1
+        self._rank, self._step, self._action = rank, -1, Action(Kind.STEP)
         self.introduce()
         self.note("")
 
@@ -158,6 +158,7 @@ class Logbook:
 
     def perform(self, action: Action) -> None:
         """An action of the schedule begins."""
+        self._action = action
         kind, m, peer, _ = action
         waiting = kind is Kind.REDUCE
         RECORD.pack_into(self._page, 0, time.monotonic(), self._step, kind.encode(), m, peer, waiting, b"")
@@ -171,6 +172,10 @@ class Logbook:
     def note(self, what: str, *, waiting: bool = False) -> None:
         """Something outside of the schedule begins, in words; ``waiting``: all ranks do it together."""
         RECORD.pack_into(self._page, 0, time.monotonic(), self._step, b"", -1, -1, waiting, what.encode())
+
+    def resume(self) -> None:
+        """What the action of the schedule waited for in between is there."""
+        self.perform(self._action)
 
     def last(self) -> Note:
         """What was noted last."""
