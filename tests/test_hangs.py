@@ -26,7 +26,7 @@ from weft.errors import StuckError
 from weft.runtime.agent import SHUTDOWN_S
 from weft.runtime.failure import first
 from weft.runtime.hang import SETTLE_S, Stuck, find
-from weft.runtime.logbook import Logbook, Note, Who, give_up, read, step_of
+from weft.runtime.logbook import JOB, Logbook, Note, Who, give_up, read, step_of
 from weft.runtime.pool import Pool
 from weft.schedule import Kind
 
@@ -135,6 +135,29 @@ def test_one_of_four_hangs_in_the_users_loop_and_all_others_wait_for_each_other(
     assert error.action == "step 4, after it, in the training loop"
 
 
+def test_a_rank_under_torchrun_says_whom_it_waited_for(own: Pool) -> None:
+    plan = plan_for(workload(), {"pp": 2}, microbatches=2)
+
+    def job() -> str:
+        del os.environ[JOB]  # which torchrun does not set
+        engine = weft.parallelize(workload(), plan)
+        engine.limit_waiting(1)
+        batch = next(engine.batches())
+        engine.step(batch)
+        if engine.grid.stage == 1:
+            time.sleep(3)
+            return ""
+        try:
+            engine.step(batch)
+        except StuckError as error:
+            return str(error)
+        raise AssertionError("nobody was missed")
+
+    said, _ = own.run(job, ranks=2)
+    assert said.startswith("rank 1 (stage 1) on an unknown host is stuck: ")
+    assert "waiting for the gradient of 2 of microbatch 0 from stage 1" in said
+
+
 def test_a_job_goes_on_where_one_rank_is_slow_to_start(own: Pool) -> None:
     plan = plan_for(workload(), {"pp": 2}, microbatches=2)
 
@@ -227,7 +250,7 @@ def test_the_rank_that_is_a_step_behind_is_stuck_whatever_it_does() -> None:
 def test_a_rank_of_another_host_is_named_by_who_waits_for_it() -> None:
     first = note(0, kind=Kind.RECEIVE_GRADIENT, peer=1, gave_up=True)
     stuck = found(first)
-    assert (stuck.rank, stuck.stage, stuck.host) == (1, 1, "another host")
+    assert (stuck.rank, stuck.stage, stuck.host) == (1, 1, "an unknown host")
     assert stuck.cause.endswith("waiting for the gradient of block.1 of microbatch 1 from stage 1")
     assert found(first, note(2)).rank == 1  # which waits as well
     assert found(first, note(2, kind=Kind.FORWARD, waiting=False)).rank == 2

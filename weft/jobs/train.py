@@ -110,7 +110,7 @@ class Order:
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
         if not self.timeout_s > 0:
-            raise InputError(f"timeout_s must be above 0, got {self.timeout_s:g}; leave it out for {TIMEOUT_S:g}")
+            raise InputError(f"--timeout must be above 0 s, got {self.timeout_s:g}; leave it out for {TIMEOUT_S:g} s")
         if self.checkpoint is None and (self.resume or self.checkpoint_every):
             raise InputError("--resume and --checkpoint-every need a folder: add --checkpoint DIR")
 

@@ -26,7 +26,7 @@ from weft.runtime.logbook import Note, Who, give_up, read_all
 SETTLE_S = 1.0
 """What a rank that gave up leaves others to do the same, before it looks who did not."""
 
-ELSEWHERE = "another host"
+ELSEWHERE = "an unknown host"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,10 @@ class Stuck:
 
 def look(job: Path, rank: int, world: int) -> Stuck | None:
     """What this process of a job, which has waited too long, finds out; None where it noted nothing itself."""
-    moment = time.monotonic()
-    give_up(job / f"{rank}.log")
+    moment, own = time.monotonic(), job / f"{rank}.log"
+    if not own.exists():
+        return None
+    give_up(own)
     time.sleep(SETTLE_S)
     notes = read_all(job)
     return find(notes[rank], notes, world=world, now=moment) if rank in notes else None
@@ -90,7 +92,7 @@ def find(mine: Note, notes: Mapping[int, Note], *, world: int, now: float, gone:
             tensor=mine.tensor,
             cause=f"nothing came from it, or could go to it; {waited}",
         )
-    reason = "ranks on other hosts are stuck" if len(notes) < world else "all ranks wait for one another"
+    reason = "ranks whose logbooks are not here are stuck" if len(notes) < world else "all ranks wait for one another"
     return _stuck(mine, mine.tensor, f"{waited}; {reason}, or the link between them is dead, or they disagree")
 
 

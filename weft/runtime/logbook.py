@@ -216,7 +216,7 @@ def read_all(job: Path) -> dict[int, Note]:
 
 def give_up(path: Path) -> None:
     """Mark a process of a job as one that gave up waiting for others."""
-    if path.exists():
+    if path.exists():  # else it never noted anything
         with path.open("r+b") as file:
             file.seek(GAVE_UP)
             file.write(b"\1")
