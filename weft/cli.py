@@ -122,6 +122,9 @@ def train(
     nodes: Annotated[str, typer.Option(metavar="N|MIN:MAX", help="machines in the job; run this on each")] = "1",
     rendezvous: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="where the machines meet")] = None,
     log_every: Annotated[int, typer.Option(min=1, metavar="N", help="steps per logged line")] = 10,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="that ranks wait for one another before training fails")
+    ] = training.TIMEOUT_S,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
     *,
@@ -150,6 +153,7 @@ def train(
             device_check=device_check,
             nodes=machines,
             log_every=log_every,
+            timeout_s=timeout,
         )
         count = options.devices_of(devices, given, known, machines)
         show("", training.run(work, order, TrainingLog(), devices=count).to_json())

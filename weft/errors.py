@@ -9,9 +9,11 @@
     │   ├── LossError           a loss that is neither a scalar nor (sum, count)
     │   ├── ModelError          the model cannot be run on fake tensors, or cannot be divided as asked
     │   ├── MemoryLimitError    nothing fits in the memory given
-    │   └── CheckpointError     a checkpoint that is missing, broken or another model's
+    │   ├── CheckpointError     a checkpoint that is missing, broken or another model's
+    │   └── DisagreementError   ranks of one job were given different plans, models or batches
     └── JobError                the work itself failed: exit code 1
         ├── WorkerError         a process of the job died (rank, stage, cause)
+        │   └── StuckError      ranks waited for it too long (host, step, action, tensor)
         └── SaveError           a checkpoint could not be written
 
 Each message says what we got, what we expected and what to type instead.
@@ -62,6 +64,10 @@ class CheckpointError(InputError):
     """A checkpoint that is missing, broken, or of another model."""
 
 
+class DisagreementError(InputError):
+    """Ranks of one job that were given different plans, models or batches."""
+
+
 class JobError(WeftError):
     """The work itself failed."""
 
@@ -84,3 +90,31 @@ class WorkerError(JobError):
         self.rank, self.stage, self.cause, self.traceback = rank, stage, cause, traceback
         where = f"rank {rank}" if stage is None else f"rank {rank} (stage {stage})"
         super().__init__(f"{where} failed: {cause}")
+
+
+class StuckError(WorkerError):
+    """Ranks waited for a process of the job longer than they may.
+
+    Attributes:
+        host: where it runs.
+        step: the step it was doing, counted from 0; None before the first, or where that is not known.
+        action: what it was doing, in words.
+        tensor: what was waited for, where it was one tensor of another stage.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        stage: int | None,
+        cause: str,
+        host: str,
+        step: int | None,
+        action: str,
+        tensor: str | None,
+        traceback: str = "",
+    ) -> None:
+        super().__init__(rank=rank, stage=stage, cause=cause, traceback=traceback)
+        self.host, self.step, self.action, self.tensor = host, step, action, tensor
+        where = f"rank {rank}" if stage is None else f"rank {rank} (stage {stage})"
+        self.args = (f"{where} on {host} is stuck: {cause}",)

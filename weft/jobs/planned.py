@@ -25,7 +25,7 @@ from weft.fixed import WITHOUT_DEGREES
 from weft.plan import Plan
 from weft.planner import Refused, estimate, search
 from weft.precision import dtypes_of
-from weft.runtime.worker import JOB
+from weft.runtime.logbook import JOB
 from weft.target import Target
 
 MEASURED = "measured.toml"

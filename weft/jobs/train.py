@@ -20,10 +20,9 @@ from weft.errors import CheckpointError, InputError, SaveError
 from weft.estimate import Difference, Estimate, Measurement, differences
 from weft.jobs.planned import Wanted, make_plan
 from weft.plan import Plan
-from weft.runtime import memory
+from weft.runtime import memory, worker
 from weft.runtime.engine import Engine
 from weft.runtime.launch import launch_again
-from weft.runtime.logbook import Logbook
 from weft.runtime.meeting import Nodes
 from weft.runtime.meter import Meter
 from weft.runtime.restarts import Death, Restarts
@@ -32,6 +31,9 @@ from weft.target import Target
 
 KEPT = 3
 """Checkpoints of a folder that stay, where nothing else is asked for."""
+
+TIMEOUT_S = 120.0
+"""Seconds that ranks wait for one another once training runs, where nothing else is asked for."""
 
 SETTLE_STEPS = 6
 """Steps after which prediction and measurement are compared; the first warms up and does not count."""
@@ -92,6 +94,7 @@ class Order:
         device_check: a command that fails for a device that is lost, whose number is in WEFT_DEVICE.
         nodes: machines of the job.
         log_every: steps per logged line.
+        timeout_s: seconds a rank waits for another one once training runs, before the job fails.
     """
 
     steps: int | None = None
@@ -107,12 +110,15 @@ class Order:
     device_check: str | None = None
     nodes: Nodes = field(default_factory=Nodes)
     log_every: int = 10
+    timeout_s: float = TIMEOUT_S
 
     def __post_init__(self) -> None:
         for name in ("steps", "checkpoint_every", "keep", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
+        if not self.timeout_s > 0:
+            raise InputError(f"--timeout must be above 0 s, got {self.timeout_s:g}; leave it out for {TIMEOUT_S:g} s")
         if self.checkpoint is None and (self.resume or self.checkpoint_every):
             raise InputError("--resume and --checkpoint-every need a folder: add --checkpoint DIR")
         if self.restarts and not self.checkpoint_every:
@@ -169,6 +175,8 @@ def run(target: Target, order: Order, watcher: Watcher, *, devices: int) -> Trai
         nodes=order.nodes,
         devices=devices,
         memory=order.memory_bytes,
+        # Measuring, planning and recording take one rank longer than another: until training runs, ranks are patient.
+        timeout_s=max(worker.TIMEOUT_S, order.timeout_s),
     )
     result = replace(found[0], deaths=restarts.deaths)
     assert isinstance(result, Training)
@@ -181,7 +189,7 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
     It may be called again after processes died: then it goes on from the newest checkpoint, with a plan for the devices
     that there are now.
     """
-    device, logbook = join(), Logbook.here()
+    device = join()
     with memory.uncounted():  # the libraries and the data it brings are no memory of the plan
         workload = target.load()
     first = dist.get_rank() == 0
@@ -202,6 +210,7 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
     engine = parallelize(workload, plan)
     with heard(watcher):
         resume(engine, order)
+    engine.limit_waiting(order.timeout_s)
     begin = engine.step_count
     end = order.steps if order.steps is not None else engine.steps_per_epoch
     if end <= begin:
@@ -211,7 +220,6 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
     interval = time.perf_counter()
     saved = -1
     for step, batch in zip(range(begin + 1, end + 1), engine.batches(epochs=None), strict=False):
-        logbook.begin_step(step)
         logged = step % order.log_every == 0 or step == end
         warm = step > begin + 1
         if warm:

@@ -46,6 +46,9 @@ class Buffers:
         stage_of: stage of every call.
         plan, grid: of the job.
 
+    Attributes:
+        group: the replicas, where what they change is brought together.
+
     Raises:
         PlanError: calls on several stages would change one buffer.
     """
@@ -73,11 +76,11 @@ class Buffers:
         self._glue = [name for name in self._slots if not name.startswith(inside)] if plan.pp > 1 else []
         self._own = [n for n, where in self._slots.items() if not isinstance(where[0][0], _BatchNorm)]
         together = plan.replicas > 1 and (watch.batch_statistics or bool(changed))
-        self._group = replicas_of(grid) if together else None
-        self._statistics = BatchStatistics(self._group) if watch.batch_statistics else None
+        self.group = replicas_of(grid) if together else None
+        self._statistics = BatchStatistics(self.group) if watch.batch_statistics else None
         in_glue = any(op.kind == "batch_norm" for call in recording.calls for op in call.glue.forward)
         elsewhere = plan.pp > 1 and (in_glue or recording.varies)  # fake tensors may be normalised
-        self._own_batch = self._group is None and not elsewhere  # as torch does it
+        self._own_batch = self.group is None and not elsewhere  # as torch does it
         self._renews = bool(plan.recompute) or (plan.pp > 1 and plan.microbatches > 1)
         self._warned = False
         self._batch: Batch | None = None
@@ -102,7 +105,7 @@ class Buffers:
             yield
         if idle:
             self._bind(before)
-        elif self._group is not None and self._own:
+        elif self.group is not None and self._own:
             self._join_replicas(self._batch.samples[m] / self._batch.together[m])
         if self.plan.recompute:
             self._before[m] = before
@@ -170,10 +173,10 @@ class Buffers:
                 continue
             if mine.is_floating_point() or mine.is_complex():
                 value = mine * share
-                dist.all_reduce(value, group=self._group)
+                dist.all_reduce(value, group=self.group)
             else:
                 value = mine.clone().contiguous()
-                dist.broadcast(value, group=self._group, group_src=0)
+                dist.broadcast(value, group=self.group, group_src=0)
                 self._warn(name, bool((value != mine).any()))
             self._bind({name: value})  # the graph may hold the one that was there
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +16,19 @@ from torch import Tensor
 
 from weft.checkpoint.index import Index
 from weft.containers import opened
-from weft.errors import PlanError
+from weft.errors import InputError, PlanError
 from weft.plan import Plan
 from weft.precision import in_precision
-from weft.runtime import checkpoint, part, totals
+from weft.runtime import agreement, checkpoint, part, totals
 from weft.runtime.batches import Batch, Sampler, divide
 from weft.runtime.buffers import Buffers
 from weft.runtime.ending import Ending
+from weft.runtime.failure import named
 from weft.runtime.forwards import Forwards
 from weft.runtime.gather import gather
 from weft.runtime.grid import Grid
 from weft.runtime.inferring import Inferring
+from weft.runtime.logbook import Logbook
 from weft.runtime.optimizer import make_optimizer, make_scheduler, restored
 from weft.runtime.pipeline import Pipeline
 from weft.runtime.placement import Placement
@@ -34,11 +37,15 @@ from weft.runtime.routes import Routes
 from weft.runtime.saver import Saver
 from weft.runtime.scaling import LossScale
 from weft.runtime.stopwatch import Stopwatch
-from weft.runtime.worker import describe_stage, join
+from weft.runtime.worker import TIMEOUT_S, describe_stage, join
 from weft.workload import Workload, no_loss
 
 if TYPE_CHECKING:
     from weft.inference.generation import Generation
+
+
+LOOP = "after it, in the training loop"
+"""What a rank does that is not in a step."""
 
 
 class Engine:
@@ -52,6 +59,7 @@ class Engine:
         optimizer: the user's optimizer over what this rank holds.
         scheduler: the user's learning-rate scheduler, or None; it steps with every step.
         step_count: steps done.
+        logbook: what this rank is doing, for others to read.
         stopwatch: what steps go to besides computing, while it is on.
         gradient_norm: global L2 norm of the last step's gradients before clipping; None where it was not needed.
         loss_scale: what float16 needs; None in other precisions. A step whose gradients overflow (``loss_scale.finite``
@@ -65,18 +73,24 @@ class Engine:
                 f"{workload.batch_size}; make the plan again, or set the workload's batch_size"
             )
         join()
+        agreement.on_plan(plan)
+        self.logbook = Logbook.here()
         written = workload.loss
         workload = in_precision(workload, plan.precision)
         self.workload, self.plan = workload, plan
         self.grid = Grid.make(plan)
         describe_stage(self.grid.stage)
+        self.logbook.introduce(stage=self.grid.stage, pipeline=self.grid.pipeline)
         self.step_count = 0
         self.stopwatch = Stopwatch(self.grid.device, inside=max(plan.tp, plan.dp_shard) > 1)
         self.gradient_norm: Tensor | None = None
         self._sampler = Sampler(workload)
         self._saver = Saver()
+        self._agreed = False
+        self._timeout: timedelta | None = None
         self.recordings = Recordings(workload)
         self._first = self.recordings.longest(workload.sample_batch(plan.samples_per_microbatch))
+        agreement.on_model(self.recordings.fake.model, self._first)
         units = list(self._first.units)
         stage_of = Routes.find(self._first, plan).stage_of
         fake = self.recordings.hand_over()
@@ -90,7 +104,7 @@ class Engine:
             raise PlanError(f"the plan recomputes {unknown[0]!r}, which is no unit of this model; make the plan again")
         here = {call.unit for call, s in zip(self._first.calls, stage_of, strict=True) if s == self.grid.stage}
         names, watch = self.part.buffer_names, self.recordings.watch
-        buffers = Buffers(self.model, names, watch, self._first, stage_of, plan, self.grid)
+        self._buffers = Buffers(self.model, names, watch, self._first, stage_of, plan, self.grid)
         ending = Ending(self.model, written) if plan.pp > 1 else None
         if ending is not None:
             workload = replace(workload, loss=ending.of(workload.loss))
@@ -104,6 +118,7 @@ class Engine:
             device=self.grid.device,
             recompute=plan.recompute,
             compiled=here if plan.compile else (),
+            logbook=self.logbook,
         )
         self._pipeline = Pipeline(
             workload,
@@ -111,9 +126,10 @@ class Engine:
             self.grid,
             placement=placement,
             data_parallel=self.part.data_parallel,
-            buffers=buffers,
+            buffers=self._buffers,
             record=self.recordings.of,
             stopwatch=self.stopwatch,
+            logbook=self.logbook,
             ending=ending,
         )
         self.loss_scale = LossScale() if plan.precision == "fp16" else None
@@ -143,6 +159,7 @@ class Engine:
             yield self._sampler.load(step, self.grid.replica, self.plan.portions, self.plan.microbatches)
             step += 1
 
+    @named
     def step(self, batch: Any, *, gradient_norm: bool = False) -> Tensor:
         """One optimizer step.
 
@@ -156,7 +173,10 @@ class Engine:
         Raises:
             BatchError: a batch whose tensors do not share a dimension of samples.
             LossError: the loss is neither a scalar nor ``(sum, count)``.
+            DisagreementError: the ranks' first batches differ in more than their samples.
+            StuckError: another rank was waited for too long, and nobody above this process would say so.
         """
+        self.logbook.begin_step(self.step_count)
         if not isinstance(batch, Batch):
             batch = divide(
                 opened(batch),
@@ -164,14 +184,18 @@ class Engine:
                 shares=self.plan.portions,
                 microbatches=self.plan.microbatches,
             )
+        if not self._agreed:
+            agreement.on_batch(batch, self.grid.replica)
         self.optimizer.zero_grad(set_to_none=True)
         first = self.step_count == 0
         self._pipeline.scale = 1.0 if self.loss_scale is None else self.loss_scale.value
         sums = self._pipeline.run(batch, self.step_count, check=first)
         if first:
             self._warn_unless_finite(sums.unfinite)
+        self.logbook.note("summing gradients of what several ranks hold", waiting=True)
         with self.stopwatch.time("waiting"):
             totals.sum_copies(self.part.held)
+        self.logbook.note("agreeing on the loss and the norm of the gradients", waiting=True)
         with self.stopwatch.time("optimizer"):
             loss, self.gradient_norm = totals.agree(
                 sums,
@@ -183,12 +207,26 @@ class Engine:
                 scale=self.loss_scale,
                 stopwatch=self.stopwatch,
             )
+            self.logbook.note("in the optimizer")
             if self.loss_scale is None or self.loss_scale.finite:
                 self.optimizer.step()
                 if self.scheduler is not None:
                     self.scheduler.step()
         self.step_count += 1
+        if not self._agreed:
+            self._agreed = True
+            self._limit_waiting()
+        self.logbook.note(LOOP)
         return loss
+
+    def limit_waiting(self, timeout_s: float) -> None:
+        """From the second step of this process on, a rank waits so many seconds for another one, and then fails. The
+        first may take longer, on some ranks more than on others: it records and compiles. All ranks call this."""
+        if timeout_s <= 0:
+            raise InputError(f"the timeout must be above 0 s, got {timeout_s:g}; leave it out for {TIMEOUT_S:g} s")
+        self._timeout = timedelta(seconds=timeout_s)
+        if self._agreed:
+            self._limit_waiting()
 
     def predict(self, batch: Any) -> Any:
         """What the workload predicts for a batch, with the parameters as they are now, in evaluation mode: see
@@ -251,7 +289,10 @@ class Engine:
             tensors={},
         )
         pieces = checkpoint.pieces_of(self.part, self.optimizer)
-        return self._saver.save(Path(directory), pieces, index, keep=keep, wait=wait)
+        self.logbook.note("saving a checkpoint", waiting=True)
+        path = self._saver.save(Path(directory), pieces, index, keep=keep, wait=wait)
+        self.logbook.note(LOOP)
+        return path
 
     def finish_saving(self) -> None:
         """Wait until the checkpoint on its way is written, if there is one.
@@ -276,6 +317,16 @@ class Engine:
             self.loss_scale.restore(found.index.loss_scale)
         if self.scheduler is not None:
             self.scheduler.load_state_dict(restored(self.scheduler.state_dict(), found.index.scheduler))
+
+    def _limit_waiting(self) -> None:
+        """Give all that training waits for its timeout."""
+        if self._timeout is not None:
+            groups = [self._buffers.group, *(group for held in self.part.held for group in held.groups)]
+            self.grid.limit_waiting(self._timeout, [group for group in groups if group is not None])
+            self._pipeline.timeout = self._timeout if self.grid.device.type == "cpu" else None
+            self.logbook.introduce(
+                stage=self.grid.stage, pipeline=self.grid.pipeline, timeout_s=self._timeout.total_seconds()
+            )
 
     def _warn_unless_finite(self, unfinite: int | None) -> None:
         """Warn if the first step met a value that is not finite, naming the first unit that gave one."""

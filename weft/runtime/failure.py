@@ -5,25 +5,36 @@ record; one that is killed leaves none, only its exit code. The root is, in this
 
 1. a process that left no record and was not ended by us (SIGKILL, a segmentation fault, ``os._exit``): nothing that
    happens to its peers can cause that;
-2. the earliest record that is not about a lost peer;
-3. a silent abort (NCCL's watchdog aborts a process whose peer is gone, so it ranks below a record);
-4. the earliest record about a lost peer.
+2. the earliest record that is not about other ranks;
+3. the earliest record of one that waited too long, which names the rank that is stuck (``hang``);
+4. a silent abort (NCCL's watchdog aborts a process whose peer is gone or stuck, so it ranks below a record);
+5. the earliest record about a lost peer.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import signal
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import ParamSpec, Protocol, TypeVar, cast
 
 import cloudpickle
 import torch
 import torch.distributed as dist
 
-from weft.errors import InputError, WeftError, WorkerError
+from weft.errors import InputError, StuckError, WeftError, WorkerError
+from weft.runtime import hang
+from weft.runtime.hang import Stuck
+from weft.runtime.logbook import JOB, Logbook, Note, give_up, read_all
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 HOUSE = Path(__file__).resolve().parents[1]
 """Directory of weft itself."""
@@ -36,6 +47,9 @@ PEER_LOST = (
     "remote process exited",
 )
 """What Gloo and NCCL say, in a plain RuntimeError, when the other end is gone."""
+
+TIMED_OUT = ("Timed out waiting", "Watchdog caught collective operation timeout")
+"""What Gloo and NCCL say when a peer does not do its part."""
 
 OUT_OF_MEMORY = ("can't allocate memory", "std::bad_alloc", "Cannot allocate memory")
 """What an allocation says on the CPU when the operating system refuses it."""
@@ -52,6 +66,7 @@ class Failure:
         traceback: as Python prints it.
         lost_peer: it failed only because another process was gone.
         error: the exception itself where the user's input was wrong, so that it is raised again as it was.
+        stuck: it failed of waiting for this one.
     """
 
     rank: int
@@ -60,17 +75,29 @@ class Failure:
     traceback: str
     lost_peer: bool
     error: InputError | None = None
+    stuck: Stuck | None = None
 
     @classmethod
-    def of(cls, error: BaseException, rank: int, memory: str = "") -> Failure:
-        """The record of an exception; ``memory`` describes the limit of the process, if it has one."""
+    def of(cls, error: BaseException, rank: int, memory: str = "", *, job: Path | None = None) -> Failure:
+        """The record of an exception in the process of a rank.
+
+        Args:
+            memory: describes the limit of the process, if it has one.
+            job: directory of the job, where others' logbooks are looked at if this one waited too long for them.
+        """
+        lost, stuck = any(_lost_peer(link) for link in chain(error)), None
+        if job is not None and any(_timed_out(link) for link in chain(error)):
+            stuck = hang.look(job, rank, hang.world_size())
+        elif job is not None and lost:
+            give_up(job / f"{rank}.log")
         return cls(
             rank=rank,
             moment=time.monotonic(),
             cause=cause_of(error, memory),
             traceback="".join(traceback.format_exception(error)),
-            lost_peer=any(_lost_peer(link) for link in chain(error)),
+            lost_peer=lost and stuck is None,
             error=error if isinstance(error, InputError) else None,
+            stuck=stuck,
         )
 
     def save(self, path: Path) -> None:
@@ -78,6 +105,8 @@ class Failure:
         part = path.with_suffix(".part")
         part.write_bytes(cloudpickle.dumps(self))
         part.rename(path)
+        if self.stuck is not None:
+            hang.wake(path.parent)
 
     @classmethod
     def load(cls, path: Path) -> Failure:
@@ -116,32 +145,68 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, OSError)) and any(said in str(error) for said in OUT_OF_MEMORY)
 
 
+class Noting(Protocol):
+    """What keeps a logbook."""
+
+    @property
+    def logbook(self) -> Logbook:
+        """Of this process."""
+
+
+def named(step: Callable[P, T]) -> Callable[P, T]:
+    """A method of what keeps a logbook, which names whom it waited for where nobody above this process would: in a job
+    that torchrun started, say."""
+
+    @functools.wraps(step)
+    def watched(*args: P.args, **settings: P.kwargs) -> T:
+        try:
+            return step(*args, **settings)
+        except RuntimeError as error:
+            if JOB in os.environ or not any(_timed_out(link) for link in chain(error)):
+                raise
+            mine, now = cast(Noting, args[0]).logbook.last(), time.monotonic()
+            world = hang.world_size()
+            raise _stuck(hang.find(mine, {mine.who.rank: mine}, world=world, now=now)) from error
+
+    return watched
+
+
 def read_failure(job: Path, exits: Mapping[int, int]) -> Exception:
     """The one error of a failed job, from what its processes left."""
     failures = [Failure.load(path) for path in job.glob("*.failure")]
     stages = {int(path.stem): int(path.read_text()) for path in job.glob("*.stage")}
-    return first(failures, exits, stages)
+    return first(failures, exits, stages, read_all(job))
 
 
-def first(failures: Sequence[Failure], exits: Mapping[int, int], stages: Mapping[int, int]) -> WeftError:
+def first(
+    failures: Sequence[Failure],
+    exits: Mapping[int, int],
+    stages: Mapping[int, int],
+    notes: Mapping[int, Note] = MappingProxyType({}),
+) -> WeftError:
     """The error to raise for a job of which some processes failed.
 
     Args:
         failures: the records that were left.
         exits: exit code of every failed rank, negative for a signal.
         stages: pipeline stage of the ranks that said it.
+        notes: what the processes here noted last, by rank.
     """
     recorded = {failure.rank for failure in failures}
     silent = {rank: code for rank, code in exits.items() if rank not in recorded and code != -signal.SIGTERM}
     killed = [rank for rank, code in sorted(silent.items()) if code != -signal.SIGABRT]
-    by_time = sorted(failures, key=lambda failure: (failure.lost_peer, failure.moment))
+    by_time = sorted(failures, key=lambda failure: (failure.lost_peer, failure.stuck is not None, failure.moment))
     if killed:
         return _silent(killed[0], exits[killed[0]], stages)
     if silent and (not by_time or by_time[0].lost_peer):
         rank = min(silent)
+        if stuck := _aborted_waiting(rank, silent, notes):
+            return _stuck(stuck)
         return _silent(rank, exits[rank], stages)
     if by_time:
         root = by_time[0]
+        if root.stuck is not None:
+            return _stuck(root.stuck, root.traceback)
         if root.error is not None:
             return root.error
         return WorkerError(rank=root.rank, stage=stages.get(root.rank), cause=root.cause, traceback=root.traceback)
@@ -163,6 +228,22 @@ def exit_cause(code: int) -> str:
 
 def _silent(rank: int, code: int, stages: Mapping[int, int]) -> WorkerError:
     return WorkerError(rank=rank, stage=stages.get(rank), cause=exit_cause(code))
+
+
+def _stuck(stuck: Stuck, traceback: str = "") -> StuckError:
+    return StuckError(**asdict(stuck), traceback=traceback)
+
+
+def _aborted_waiting(rank: int, silent: Mapping[int, int], notes: Mapping[int, Note]) -> Stuck | None:
+    """Whom a process waited for that aborted, if it had noted nothing for as long as it waits for others."""
+    note, now = notes.get(rank), time.monotonic()
+    if note is None or note.who.timeout_s is None or now - note.moment < note.who.timeout_s:
+        return None
+    return hang.find(note, notes, world=len(notes), now=now, gone=silent.keys())
+
+
+def _timed_out(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in TIMED_OUT)
 
 
 def _lost_peer(error: BaseException) -> bool:

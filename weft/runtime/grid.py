@@ -6,11 +6,14 @@ pipeline's stages are furthest apart.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from weft.errors import PlanError
 from weft.plan import DIMENSIONS, Plan
@@ -73,6 +76,24 @@ class Grid:
     def replica(self) -> int:
         """Which part of the batch this rank sees: 0 to ``plan.replicas - 1``."""
         return self.index("dp_replicate") * self.degree("dp_shard") + self.index("dp_shard")
+
+    @property
+    def pipeline(self) -> list[int]:
+        """The ranks of this rank's pipeline, by stage."""
+        return dist.get_process_group_ranks(self.group("pp"))
+
+    def limit_waiting(self, timeout: timedelta, others: Iterable[dist.ProcessGroup] = ()) -> None:
+        """Have this rank wait so long for peers, in all groups of the grid, the default one and some others.
+
+        A group takes a new timeout for what begins after it (Gloo and NCCL, ``ProcessGroup`` of torch 2.13). Gloo's
+        transfers between two ranks keep the one that the group was made with, unless ``wait`` is given another;
+        NCCL's ``wait`` must not be given one: it would then block the processor until the transfer is over.
+        """
+        groups = {self.group(dimension) for dimension in DIMENSIONS} | set(others)
+        if self.gradients is not None:
+            groups.add(self.gradients)
+        for group in (None, *groups):
+            _set_pg_timeout(timeout, group)
 
     def across_stages(self, stages: tuple[int, ...]) -> dist.ProcessGroup | None:
         """The ranks of some stages that are at this rank's place in their stage; None if this rank is of another stage.

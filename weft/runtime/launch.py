@@ -27,9 +27,10 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from weft.errors import InputError
 from weft.quantity import Sizes, each_of, parse_sizes
 from weft.runtime import agent
+from weft.runtime.logbook import JOB
 from weft.runtime.meeting import Nodes, card_of
 from weft.runtime.restarts import Restarts
-from weft.runtime.worker import JOB, TIMEOUT_S, Settings, call_of, describe_stage, device_type
+from weft.runtime.worker import TIMEOUT_S, Settings, call_of, describe_stage, device_type
 
 __all__ = ["describe_stage", "launch", "launch_script"]
 

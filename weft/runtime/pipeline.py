@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,6 +27,7 @@ from weft.runtime.buffers import Buffers
 from weft.runtime.data import DataParallel
 from weft.runtime.ending import Ending
 from weft.runtime.grid import Grid
+from weft.runtime.logbook import Logbook
 from weft.runtime.loss import split_loss
 from weft.runtime.placement import Placement, Run
 from weft.runtime.randomness import Seeds
@@ -37,8 +39,9 @@ from weft.workload import Workload
 
 @dataclass
 class Arrival:
-    """A receive that has been posted."""
+    """A receive that has been posted: from which stage, and what."""
 
+    peer: int
     tensors: dict[Source, Tensor]
     works: list[dist.Work]
 
@@ -82,7 +85,11 @@ class Pipeline:
         buffers: what forwards change.
         record: gives the recording for a microbatch, cached by its shapes.
         stopwatch: told of waiting for other stages and for replicas.
+        logbook: told of every action, and of what is waited for.
         ending: of this stage's forwards.
+
+    Attributes:
+        timeout: what a tensor of another stage is waited for; None: as long as its process group waits.
     """
 
     def __init__(
@@ -96,11 +103,13 @@ class Pipeline:
         buffers: Buffers,
         record: Callable[[Any, Seeds], Recording],
         stopwatch: Stopwatch,
+        logbook: Logbook,
         ending: Ending | None = None,
     ) -> None:
         self.workload, self.plan, self.grid = workload, plan, grid
         self.placement, self.data_parallel, self.record = placement, data_parallel, record
-        self.buffers, self.stopwatch, self.ending = buffers, stopwatch, ending
+        self.buffers, self.stopwatch, self.logbook, self.ending = buffers, stopwatch, logbook, ending
+        self.timeout: timedelta | None = None
         self.stage = grid.stage
         self.scale = 1.0
         """Losses are multiplied by it before the backward (``scaling``)."""
@@ -108,7 +117,7 @@ class Pipeline:
         self._routes: WeakKeyDictionary[Recording, Routes] = WeakKeyDictionary()
         self._actions: dict[frozenset[Edge], list[Action]] = {}
         self._flights: dict[int, InFlight] = {}
-        self._sends: list[tuple[dist.Work, Tensor]] = []
+        self._sends: list[tuple[dist.Work, Tensor, Action, Source]] = []
 
     def run(self, batch: Batch, step: int, *, check: bool = False) -> Sums:
         """Forward and backward of every microbatch; gradients are left reduced over the replicas.
@@ -134,8 +143,8 @@ class Pipeline:
         self.buffers.begin(batch)
         for action in self._actions_of({edge for f in self._flights.values() for edge in f.run.routes.edges()}):
             self._perform(action)
-        for work, _ in self._sends:
-            self._wait(work)
+        for work, _, action, source in self._sends:
+            self._wait(work, action.kind, action.microbatch, action.peer, source)
         self._sends.clear()
         self.buffers.finish()
         return self._sums
@@ -158,11 +167,12 @@ class Pipeline:
 
     def _perform(self, action: Action) -> None:
         m = action.microbatch
+        self.logbook.perform(action)
         match action.kind:
             case Kind.FORWARD:
-                self._forward(m)
+                self._forward(action)
             case Kind.BACKWARD:
-                self._backward(m)
+                self._backward(action)
             case Kind.RECEIVE_ACTIVATION:
                 self._receive(action, self._flights[m].run.routes.received_by(self.stage).get(action.peer, ()))
             case Kind.RECEIVE_GRADIENT:
@@ -172,21 +182,23 @@ class Pipeline:
                 run = self._flights[m].run
                 sources = run.routes.sent_by(self.stage).get(action.peer, ())
                 # Autocast has other rules on an accelerator than on the CPU, where the receiver's dtype was recorded.
-                self._send(action, [self._produced(run, s).to(run.routes.leaves[s].dtype) for s in sources])
+                tensors = [self._produced(run, s).to(run.routes.leaves[s].dtype) for s in sources]
+                self._send(action, sources, tensors)
             case Kind.SEND_GRADIENT:
                 flight = self._flights[m]
                 routes = flight.run.routes
                 wanted = routes.with_gradient(action.peer, self.stage)
-                self._send(action, [flight.returning.pop(source) for source in wanted])
+                self._send(action, wanted, [flight.returning.pop(source) for source in wanted])
             case Kind.REDUCE:
                 with self.stopwatch.time("communication"):
                     self.data_parallel.finish()
             case Kind.STEP:
                 pass  # the engine's: it needs the norm over all ranks first
 
-    def _forward(self, m: int) -> None:
+    def _forward(self, action: Action) -> None:
+        m = action.microbatch
         flight = self._flights[m]
-        received = self._arrived(flight, Kind.RECEIVE_ACTIVATION)
+        received = self._arrived(action, Kind.RECEIVE_ACTIVATION)
         flight.run.received = {
             source: tensor.requires_grad_(flight.run.routes.leaves[source].requires_grad)
             for arrival in received
@@ -211,11 +223,12 @@ class Pipeline:
         weight *= self.scale
         return loss if weight == 1.0 else loss * weight
 
-    def _backward(self, m: int) -> None:
+    def _backward(self, action: Action) -> None:
+        m = action.microbatch
         flight = self._flights[m]
         run = flight.run
         gradients: dict[Source, Tensor] = {}
-        for arrival in self._arrived(flight, Kind.RECEIVE_GRADIENT):
+        for arrival in self._arrived(action, Kind.RECEIVE_GRADIENT):
             for source, gradient in arrival.items():
                 gradients[source] = gradients[source] + gradient if source in gradients else gradient
         roots = [self._produced(run, source) for source in gradients]
@@ -254,7 +267,7 @@ class Pipeline:
     def _receive(self, action: Action, sources: Sequence[Source]) -> None:
         flight = self._flights[action.microbatch]
         group = self._group(action.kind)
-        arrival = Arrival({}, [])
+        arrival = Arrival(action.peer, {}, [])
         for source in sources:
             leaf = flight.run.routes.leaves[source]
             tensor = torch.empty(leaf.shape, dtype=leaf.dtype, device=self.grid.device)
@@ -264,25 +277,33 @@ class Pipeline:
             arrival.works.append(work)
         flight.arrived.setdefault(action.kind, []).append(arrival)
 
-    def _send(self, action: Action, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
+    def _send(self, action: Action, sources: Sequence[Source], tensors: Sequence[Tensor]) -> None:
+        for source, tensor in zip(sources, tensors, strict=True):
             tensor = tensor.detach().contiguous()
             work = dist.isend(tensor, group=self._group(action.kind), group_dst=action.peer)
             assert work is not None
             self.bytes_sent += tensor.nbytes
-            self._sends.append((work, tensor))  # alive until it has been sent
-        self._sends = [(work, tensor) for work, tensor in self._sends if not work.is_completed()]
+            self._sends.append((work, tensor, action, source))  # alive until it has been sent
+        self._sends = [sent for sent in self._sends if not sent[0].is_completed()]
 
-    def _arrived(self, flight: InFlight, kind: Kind) -> list[dict[Source, Tensor]]:
-        arrivals = flight.arrived.pop(kind, [])
+    def _arrived(self, action: Action, kind: Kind) -> list[dict[Source, Tensor]]:
+        """What was received for an action, once it is there."""
+        m = action.microbatch
+        arrivals = self._flights[m].arrived.pop(kind, [])
         for arrival in arrivals:
-            for work in arrival.works:
-                self._wait(work)
+            for source, work in zip(arrival.tensors, arrival.works, strict=True):
+                self._wait(work, kind, m, arrival.peer, source)
+        if arrivals:
+            self.logbook.perform(action)
         return [arrival.tensors for arrival in arrivals]
 
-    def _wait(self, work: dist.Work) -> None:
+    def _wait(self, work: dist.Work, kind: Kind, m: int, peer: int, source: Source) -> None:
+        self.logbook.wait(kind, m, peer, self._flights[m].run.recording.calls[source.call].name)
         with self.stopwatch.time("waiting"):
-            work.wait()
+            if self.timeout is None:
+                work.wait()
+            else:
+                work.wait(self.timeout)
 
     def _to_device(self, batch: Any) -> Any:
         device = self.grid.device

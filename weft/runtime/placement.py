@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -35,6 +36,7 @@ from weft.capture.trees import flatten, leaves_of, unflatten
 from weft.errors import ModelError, WeftError
 from weft.runtime.compiled import Compiled, Shared
 from weft.runtime.ending import Ending, Function
+from weft.runtime.logbook import Logbook
 from weft.runtime.randomness import Seeds, stream
 from weft.runtime.recompute import Recompute
 from weft.runtime.recordings import decisions_seed
@@ -107,6 +109,7 @@ class Placement:
         device: the device of this rank.
         recompute: as in the plan.
         compiled: units to run through ``torch.compile``.
+        logbook: told of units whose parameters are gathered, if they are.
     """
 
     def __init__(
@@ -119,12 +122,14 @@ class Placement:
         device: torch.device,
         recompute: Mapping[str, str] = MappingProxyType({}),
         compiled: Collection[str] = (),
+        logbook: Logbook | None = None,
     ) -> None:
         self.model, self.stage, self.mode, self.device = model, stage, mode, device
         self._run: Run | None = None
         self._empty: dict[TensorLeaf, Tensor] = {}
         self._entered = False
         self._sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        self._gathers = logbook if self._sharded else None
         shared: dict[Call, Shared] = {}
         self._units: list[tuple[str, nn.Module, Call, Call]] = []
         for name in units:
@@ -139,6 +144,9 @@ class Placement:
         hooks = []
         for name, module, _, placed in self._units:
             module.forward = placed
+            if self._gathers is not None:  # before fully_shard's own hook; ``_enter`` comes after it
+                hook = partial(_note_gathering, self._gathers, f"gathering the parameters of {name}")
+                hooks.append(module.register_forward_pre_hook(hook, prepend=True))
             hooks.append(module.register_forward_pre_hook(self._enter))
             # registered last: sees what leaves the unit after PyTorch's own hooks
             hooks.append(module.register_forward_hook(self._note(name)))
@@ -201,6 +209,8 @@ class Placement:
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._entered = True
+        if self._gathers is not None:
+            self._gathers.resume()
 
     def _placed(self, unit: str, module: nn.Module, original: Call, again: Recompute | None) -> Call:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -323,6 +333,10 @@ class Placement:
             self._empty[leaf] = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device="meta")
         # A new one every time: the glue may hang something on a tensor (Keras its masks).
         return FakeTensor(self.mode, self._empty[leaf], self.device)
+
+
+def _note_gathering(logbook: Logbook, what: str, module: nn.Module, args: Any) -> None:
+    logbook.note(what, waiting=True)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import gc
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,8 +37,9 @@ from weft.quantity import Sizes
 from weft.runtime import worker
 from weft.runtime.failure import Failure, read_failure
 from weft.runtime.launch import command, environment_for, settings_for
+from weft.runtime.logbook import JOB
 from weft.runtime.meeting import store_at
-from weft.runtime.worker import JOB, TIMEOUT_S, Settings, call_of, join, prepare
+from weft.runtime.worker import TIMEOUT_S, Settings, call_of, join, prepare
 
 GRACE_S = 5.0
 """Seconds the others get to fail by themselves after the first failure of a run."""
@@ -192,6 +194,7 @@ def _collect(workers: list[_Worker]) -> dict[int, int]:
                 deadline = time.monotonic() + GRACE_S
     for each in waiting.values():
         each.process.terminate()
+        each.process.send_signal(signal.SIGCONT)  # one that is stopped would not end
         exits[each.rank] = each.process.wait()
     return exits
 
@@ -252,7 +255,7 @@ def _serve(job: Path, rank: int, settings: Settings, store: Store) -> bool:
             result = cloudpickle.dumps(fn(*args))
         (job / f"{rank}.result").write_bytes(result)
     except BaseException as error:  # the edge of the process: whatever it was, the parent tells the user
-        Failure.of(error, rank, limit).save(job / f"{rank}.failure")
+        Failure.of(error, rank, limit, job=job).save(job / f"{rank}.failure")
         return False
     finally:
         if dist.is_initialized():

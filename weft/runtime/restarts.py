@@ -118,7 +118,8 @@ class Restarts:
         error = read_failure(job, exits)
         if not isinstance(error, WorkerError) or self.limit == 0:
             raise error
-        step = step_of(job)
+        begun = step_of(job)
+        step = None if begun is None else begun + 1
         death = Death(step, str(error), tuple(devices))
         again = bool(self.deaths) and (self.deaths[-1].step, self.deaths[-1].devices) == (step, death.devices)
         if again or len(self.deaths) == self.limit:

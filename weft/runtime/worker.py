@@ -22,10 +22,9 @@ from torch._C._distributed_c10d import HashStore, Store  # torch.distributed has
 
 from weft.runtime import memory
 from weft.runtime.failure import Failure
+from weft.runtime.logbook import JOB
 
 T = TypeVar("T")
-JOB = "WEFT_JOB"
-"""Names the job's directory to its processes. Read when a process starts and when a stage is described."""
 
 TIMEOUT_S = 600.0
 """Seconds a collective waits for its peers before it fails."""
@@ -119,7 +118,7 @@ def main() -> None:
             (job / f"{rank}.result").write_bytes(result)
     except BaseException as error:  # the edge of the process: whatever it was, the parent tells the user
         # Written first, while the peers cannot know yet; then out, without waiting for threads that wait for peers.
-        Failure.of(error, rank, limit).save(job / f"{rank}.failure")
+        Failure.of(error, rank, limit, job=job).save(job / f"{rank}.failure")
         _leave(1)
 
 
