@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from weft.checkpoint.index import Index
@@ -26,6 +23,7 @@ from weft.runtime.forwards import Forwards
 from weft.runtime.gather import gather
 from weft.runtime.grid import Grid
 from weft.runtime.inferring import Inferring
+from weft.runtime.nonfinite import Judge, NonFinite, looks, warn_of_first
 from weft.runtime.optimizer import make_optimizer, make_scheduler, restored
 from weft.runtime.pipeline import Pipeline
 from weft.runtime.placement import Placement
@@ -56,7 +54,14 @@ class Engine:
         gradient_norm: global L2 norm of the last step's gradients before clipping; None where it was not needed.
         loss_scale: what float16 needs; None in other precisions. A step whose gradients overflow (``loss_scale.finite``
             is False) changes no parameter.
+        nonfinite: what becomes of a step whose loss or gradient is NaN or infinite. ``"ignore"``: it is taken, as in
+            PyTorch. ``"skip"``: it is left out, with a warning; parameters, buffers, optimizer and scheduler stay as
+            they are, and training goes on with the next batch. ``"stop"``: ``step`` raises, and all of them stay as
+            they are. The last two wait for the device once in every step.
+        skipped: steps that were left out, overflows of float16 among them.
     """
+
+    nonfinite: NonFinite = "ignore"
 
     def __init__(self, workload: Workload, plan: Plan) -> None:
         if plan.batch_size != workload.batch_size:
@@ -70,7 +75,7 @@ class Engine:
         self.workload, self.plan = workload, plan
         self.grid = Grid.make(plan)
         describe_stage(self.grid.stage)
-        self.step_count = 0
+        self.step_count = self.skipped = 0
         self.stopwatch = Stopwatch(self.grid.device, inside=max(plan.tp, plan.dp_shard) > 1)
         self.gradient_norm: Tensor | None = None
         self._sampler = Sampler(workload)
@@ -117,6 +122,7 @@ class Engine:
             ending=ending,
         )
         self.loss_scale = LossScale() if plan.precision == "fp16" else None
+        self._judge = Judge(self._pipeline, self.part.held, self.grid, self.loss_scale)
         plain = replace(self.workload, loss=no_loss)
         forwards = partial(
             Forwards,
@@ -156,7 +162,10 @@ class Engine:
         Raises:
             BatchError: a batch whose tensors do not share a dimension of samples.
             LossError: the loss is neither a scalar nor ``(sum, count)``.
+            NonFiniteError: with ``nonfinite="stop"``, on every rank: loss or gradients are not finite.
+            InputError: there is no such ``nonfinite``.
         """
+        watched = looks(self.nonfinite)
         if not isinstance(batch, Batch):
             batch = divide(
                 opened(batch),
@@ -165,30 +174,34 @@ class Engine:
                 microbatches=self.plan.microbatches,
             )
         self.optimizer.zero_grad(set_to_none=True)
-        first = self.step_count == 0
+        first = self.step_count == 0 and not watched
+        kept = self._pipeline.buffers.kept() if watched else {}
         self._pipeline.scale = 1.0 if self.loss_scale is None else self.loss_scale.value
         sums = self._pipeline.run(batch, self.step_count, check=first)
         if first:
-            self._warn_unless_finite(sums.unfinite)
+            warn_of_first(sums.unfinite, self._first.calls, self.grid.device)
         with self.stopwatch.time("waiting"):
             totals.sum_copies(self.part.held)
         with self.stopwatch.time("optimizer"):
-            loss, self.gradient_norm = totals.agree(
+            agreed = totals.agree(
                 sums,
                 self.part.held,
                 self.grid,
                 adds_loss=self.grid.stage == self.plan.pp - 1 and self.grid.index("tp") == 0,
                 max_norm=self.workload.max_grad_norm,
-                want_norm=gradient_norm,
+                want_norm=gradient_norm or watched,
                 scale=self.loss_scale,
                 stopwatch=self.stopwatch,
             )
-            if self.loss_scale is None or self.loss_scale.finite:
+            self.gradient_norm = agreed.norm
+            if self._judge.takes(agreed, batch, self.step_count, self.nonfinite, kept):
                 self.optimizer.step()
                 if self.scheduler is not None:
                     self.scheduler.step()
+            else:
+                self.skipped += 1
         self.step_count += 1
-        return loss
+        return agreed.loss
 
     def predict(self, batch: Any) -> Any:
         """What the workload predicts for a batch, with the parameters as they are now, in evaluation mode: see
@@ -276,16 +289,3 @@ class Engine:
             self.loss_scale.restore(found.index.loss_scale)
         if self.scheduler is not None:
             self.scheduler.load_state_dict(restored(self.scheduler.state_dict(), found.index.scheduler))
-
-    def _warn_unless_finite(self, unfinite: int | None) -> None:
-        """Warn if the first step met a value that is not finite, naming the first unit that gave one."""
-        calls = self._first.calls
-        number = torch.tensor(len(calls) if unfinite is None else unfinite, device=self.grid.device)
-        dist.all_reduce(number, op=dist.ReduceOp.MIN)
-        if int(number) < len(calls) and dist.get_rank() == 0:
-            warnings.warn(
-                f"step 0: {calls[int(number)].name} returned NaN or infinity, the first to do so; check its inputs, "
-                "initial weights and the loss",
-                RuntimeWarning,
-                stacklevel=3,
-            )

@@ -23,7 +23,7 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
-from weft.errors import InputError, WeftError, WorkerError
+from weft.errors import InputError, NonFiniteError, WeftError, WorkerError
 
 HOUSE = Path(__file__).resolve().parents[1]
 """Directory of weft itself."""
@@ -51,7 +51,8 @@ class Failure:
         cause: one line.
         traceback: as Python prints it.
         lost_peer: it failed only because another process was gone.
-        error: the exception itself where the user's input was wrong, so that it is raised again as it was.
+        error: the exception itself where the same would happen every time (the user's input is wrong, or a batch gives
+            numbers that are not finite), so that it is raised again as it was.
     """
 
     rank: int
@@ -59,7 +60,7 @@ class Failure:
     cause: str
     traceback: str
     lost_peer: bool
-    error: InputError | None = None
+    error: InputError | NonFiniteError | None = None
 
     @classmethod
     def of(cls, error: BaseException, rank: int, memory: str = "") -> Failure:
@@ -70,7 +71,7 @@ class Failure:
             cause=cause_of(error, memory),
             traceback="".join(traceback.format_exception(error)),
             lost_peer=any(_lost_peer(link) for link in chain(error)),
-            error=error if isinstance(error, InputError) else None,
+            error=error if isinstance(error, (InputError, NonFiniteError)) else None,
         )
 
     def save(self, path: Path) -> None:
