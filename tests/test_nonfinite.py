@@ -3,10 +3,8 @@ that gave the first of them is named. In float64."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 
 import weft
 from weft.engines import parallelize
-from weft.errors import InputError, NonFiniteError
+from weft.errors import NonFiniteError
 from weft.jobs.reference import in_dtype
 from weft.plan import Plan
 from weft.runtime.pool import Pool

@@ -35,6 +35,7 @@ from weft.report.output import output
 from weft.report.progress import Bar, PredictionLog, TrainingLog, show_cursor
 from weft.runtime.launch import launch as launch_function
 from weft.runtime.launch import launch_script
+from weft.runtime.nonfinite import NonFinite
 from weft.runtime.worker import run_here
 from weft.serving import verbs
 
@@ -116,6 +117,12 @@ def train(
     keep: Annotated[int, typer.Option(min=1, metavar="K", help="checkpoints that stay")] = training.KEPT,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
     log_every: Annotated[int, typer.Option(min=1, metavar="N", help="steps per logged line")] = 10,
+    nonfinite: Annotated[
+        str, typer.Option(metavar="WHAT", help="stop, skip or ignore steps whose loss or gradient is NaN or infinite")
+    ] = "stop",
+    check_replicas: Annotated[
+        int, typer.Option(min=0, metavar="N", help="compare copies of weights every N steps; 0: never")
+    ] = 100,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
     *,
@@ -138,6 +145,8 @@ def train(
             keep=keep,
             resume=resume,
             log_every=log_every,
+            nonfinite=cast(NonFinite, nonfinite),  # checked there
+            check_replicas=check_replicas,
         )
         count = options.devices_of(devices, given, known)
         show("", training.run(work, order, TrainingLog(), devices=count).to_json())

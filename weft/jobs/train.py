@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from weft.runtime import memory
 from weft.runtime.engine import Engine
 from weft.runtime.launch import launch
 from weft.runtime.meter import Meter
+from weft.runtime.nonfinite import NonFinite, looks
 from weft.runtime.worker import join
 from weft.target import Target
 
@@ -86,6 +88,9 @@ class Order:
         keep: how many checkpoints of the folder stay.
         resume: continue from the newest checkpoint of the folder.
         log_every: steps per logged line.
+        nonfinite: what becomes of a step whose numbers are not finite, as ``Engine.nonfinite``. Nobody watches a long
+            run, so what PyTorch does (train on with weights that are NaN) is not what it does unasked.
+        check_replicas: compare copies every so many steps, and before a checkpoint is written; 0: never.
     """
 
     steps: int | None = None
@@ -98,8 +103,13 @@ class Order:
     keep: int = KEPT
     resume: bool = False
     log_every: int = 10
+    nonfinite: NonFinite = "stop"
+    check_replicas: int = 100
 
     def __post_init__(self) -> None:
+        looks(self.nonfinite)
+        if self.check_replicas < 0:
+            raise InputError(f"check_replicas must be a number of steps, or 0 for never, got {self.check_replicas}")
         for name in ("steps", "checkpoint_every", "keep", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -110,12 +120,14 @@ class Order:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What training did. ``losses`` are those of this run's steps; ``first_step`` is where it began;
-    ``differences`` are the terms of the estimate that were off."""
+    """What training did. ``losses`` are those of this run's steps, None where one is not finite; ``first_step`` is where
+    it began; ``skipped`` are the steps since the start of training that changed nothing, since their numbers were not
+    finite; ``differences`` are the terms of the estimate that were off."""
 
     first_step: int
     steps: int
-    losses: list[float]
+    losses: list[float | None]
+    skipped: int
     samples_per_s: float | None
     measured_step_s: float | None
     measured_peak_bytes: list[int]
@@ -155,6 +167,7 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
     plan, predicted = make_plan(target, order, watcher if first else None)
     used = memory.of(device)  # after measuring and planning, which are no part of training
     engine = parallelize(workload, plan)
+    engine.nonfinite = order.nonfinite
     if order.resume:
         assert order.checkpoint is not None
         with heard(watcher):
@@ -188,6 +201,11 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
             seen = meter.measurement()
             if first:
                 watcher.compared(predicted, seen)
+        saves = bool(order.checkpoint) and (
+            step == end or (order.checkpoint_every is not None and step % order.checkpoint_every == 0)
+        )
+        if order.check_replicas and (saves or step % order.check_replicas == 0):
+            engine.check_replicas()
         if order.checkpoint and order.checkpoint_every and step % order.checkpoint_every == 0:
             go_on_without(engine.finish_saving, watcher)
             if go_on_without(partial(engine.save, order.checkpoint, keep=order.keep, wait=False), watcher):
@@ -203,7 +221,8 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
     return Training(
         first_step=begin,
         steps=end,
-        losses=[float(loss) for loss in losses],
+        losses=[value if math.isfinite(value := float(loss)) else None for loss in losses],
+        skipped=engine.skipped,
         samples_per_s=measurement.samples_per_s if measurement else None,
         measured_step_s=measurement.step_time_s if measurement else None,
         measured_peak_bytes=measurement.peak_memory_bytes if measurement else everyones_peak(used),

@@ -15,7 +15,7 @@ from weft.containers import opened
 from weft.errors import PlanError
 from weft.plan import Plan
 from weft.precision import in_precision
-from weft.runtime import checkpoint, part, totals
+from weft.runtime import checkpoint, part, replicas, totals
 from weft.runtime.batches import Batch, Sampler, divide
 from weft.runtime.buffers import Buffers
 from weft.runtime.ending import Ending
@@ -37,6 +37,10 @@ from weft.workload import Workload, no_loss
 
 if TYPE_CHECKING:
     from weft.inference.generation import Generation
+
+
+SKIPPED = "engine.skipped"
+"""What the number of steps that were left out is called among a checkpoint's values."""
 
 
 class Engine:
@@ -203,6 +207,15 @@ class Engine:
         self.step_count += 1
         return agreed.loss
 
+    def check_replicas(self) -> None:
+        """Compare the parameters and buffers that several ranks hold, by a checksum of their bits: see ``replicas`` for
+        what that finds. All ranks call it.
+
+        Raises:
+            ReplicaError: on every rank: some are no longer equal.
+        """
+        replicas.check(self.part, self.grid, self.step_count)
+
     def predict(self, batch: Any) -> Any:
         """What the workload predicts for a batch, with the parameters as they are now, in evaluation mode: see
         ``Predictor.predict``. All ranks call it with the same batch."""
@@ -258,7 +271,7 @@ class Engine:
             groups=checkpoint.settings_of(self.optimizer),
             scheduler=checkpoint.schedule_of(self.scheduler),
             loss_scale=None if self.loss_scale is None else self.loss_scale.state(),
-            values=checkpoint.plain_values(self.part, self.optimizer),
+            values=checkpoint.plain_values(self.part, self.optimizer) | {SKIPPED: self.skipped},
             model=checkpoint.configuration_of(self.model),
             files={},
             tensors={},
@@ -285,6 +298,8 @@ class Engine:
         checkpoint.load_model(found, self.part)
         checkpoint.load_optimizer(found, self.part, self.optimizer)
         self.step_count = found.index.step
+        skipped = found.index.values.get(SKIPPED, 0)
+        self.skipped = skipped if type(skipped) is int else 0
         if self.loss_scale is not None and found.index.loss_scale is not None:
             self.loss_scale.restore(found.index.loss_scale)
         if self.scheduler is not None:
