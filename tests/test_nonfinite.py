@@ -3,8 +3,12 @@ that gave the first of them is named. In float64."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +16,13 @@ import torch
 import torch.nn.functional as F
 from test_equality import name_of, plan_for
 from torch import Tensor, nn
+from workloads import mlp
 
 import weft
+from weft.capture import Profile, capture
+from weft.cli import run
 from weft.engines import parallelize
-from weft.errors import NonFiniteError
+from weft.errors import InputError, NonFiniteError
 from weft.jobs.reference import in_dtype
 from weft.plan import Plan
 from weft.runtime.pool import Pool
@@ -96,8 +103,10 @@ def workload(bad: str | None) -> weft.Workload:
     return in_dtype(work, torch.float64)
 
 
-def without_the_bad_step(work: weft.Workload) -> dict[str, Tensor]:
+@functools.cache
+def without_the_bad_step() -> dict[str, Tensor]:
     """What one device has after the other steps, in plain PyTorch."""
+    work = workload(None)
     torch.manual_seed(work.seed)
     model = work.model()
     optimizer = work.optimizer(model.parameters())
@@ -112,8 +121,13 @@ def without_the_bad_step(work: weft.Workload) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def plan_of(degrees: dict[str, int]) -> Plan:
-    return plan_for(workload(None), degrees, microbatches=2)
+@functools.cache
+def profile() -> Profile:
+    return capture(workload(None))
+
+
+def plan_of(degrees: dict[str, int], **choices: Any) -> Plan:
+    return plan_for(workload(None), degrees, profile(), microbatches=2, **choices)
 
 
 def relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -148,11 +162,11 @@ def test_a_step_is_left_out_as_if_it_had_not_been(pool: Pool, degrees: dict[str,
         unit, what = WHERE[bad]
         place = f"(microbatch 1 of replica {replica}, rank "
         assert [text.partition(place)[0] for text in told] == [f"step 2 was left out: {unit} {what} "] * (rank == 0)
-    assert relative(every[0][1], without_the_bad_step(workload(None))) <= 1e-10
+    assert relative(every[0][1], without_the_bad_step()) <= 1e-10
 
 
 @pytest.mark.parametrize("bad", WHERE)
-@pytest.mark.parametrize("degrees", PLANS, ids=name_of)
+@pytest.mark.parametrize("degrees", [{"pp": 1}, {"pp": 2, "dp_replicate": 2}, {"tp": 2, "dp_shard": 2}], ids=name_of)
 def test_training_stops_with_everything_as_it_was(pool: Pool, degrees: dict[str, int], bad: str) -> None:
     plan = plan_of(degrees)
 
@@ -176,3 +190,209 @@ def test_training_stops_with_everything_as_it_was(pool: Pool, degrees: dict[str,
         assert counts == (1, 1, 1.0)
     before, after = every[0][:2]
     assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def told_by(engine: weft.Engine, batches: Any) -> tuple[list[str], str]:
+    """What is said of some steps that are left out, and the last error."""
+    error = ""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for batch in batches:
+            try:
+                engine.step(batch)
+            except NonFiniteError as raised:
+                error = str(raised)
+    return [str(w.message) for w in told], error
+
+
+def test_unless_asked_a_step_is_taken_as_in_pytorch(pool: Pool) -> None:
+    plan = plan_of({"dp_replicate": 2})
+
+    def job() -> Any:
+        engine = parallelize(workload("pole"), plan)
+        for _, batch in zip(range(2), engine.batches(), strict=False):
+            engine.step(batch)
+        finite = [bool(t.isfinite().all()) for t in engine.state_dict().values()]
+        try:
+            engine.nonfinite = "sometimes"
+            engine.step(batch)
+        except InputError as error:
+            return finite, engine.skipped, str(error)
+
+    finite, skipped, said = pool.run(job, ranks=2)[0]
+    assert not all(finite)
+    assert skipped == 0
+    assert said == "nonfinite must be one of ignore, skip, stop, got 'sometimes'"
+
+
+class Chance(nn.Module):
+    """A unit that divides by zero where its random number says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.drop = nn.Linear(12, 12), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, pole: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x)) + torch.where(pole > 0, 1 / self.drop(torch.ones_like(x)), 0.0)
+
+
+class Lucky(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Chance() for _ in range(4))
+
+    def forward(self, x: Tensor, pole: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            x = x + block(x, float(number == 2) * pole)
+        return x.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("recompute", [None, "full", "selective"])
+def test_the_step_that_is_run_again_draws_the_same_numbers(pool: Pool, recompute: str | None) -> None:
+    """Also where units are recomputed."""
+
+    def build(bad: str | None) -> weft.Workload:
+        work = workload(bad)
+        return dataclasses.replace(
+            work, model=Lucky, loss=lambda m, b: F.mse_loss(m(b[0].float(), b[2].float()), b[1].float())
+        )
+
+    choices = {"recompute": recompute} if recompute else {}
+    plan = plan_for(build(None), {"pp": 2, "dp_replicate": 2}, microbatches=2, **choices)
+
+    def job(bad: str | None) -> Any:
+        engine = parallelize(build(bad), plan)
+        engine.nonfinite = "skip"
+        told, _ = told_by(engine, [b for _, b in zip(range(3), engine.batches(), strict=False)])
+        return told, engine.skipped, all(bool(t.isfinite().all()) for t in engine.state_dict().values())
+
+    (told, skipped, finite), *_ = pool.run(job, "pole", ranks=4)
+    assert [text.partition(", rank")[0] for text in told] == [
+        "step 2 was left out: blocks.2 returned NaN or infinity (microbatch 1 of replica 1"
+    ]
+    assert (skipped, finite) == (1, True)
+    assert pool.run(job, None, ranks=4)[0] == ([], 0, True)
+
+
+class Weight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Scale(), Scale()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x) + self.first(x)
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+CASES = {
+    "sums": "second.weight has a gradient that overflows where microbatches and replicas are added",
+    "norm": "the norm of the gradients overflows",
+    "loss": "the loss is NaN or infinity, though no unit's output is (microbatch 0 of replica 0, rank 0)",
+    "glue": "the loss gave a gradient that is NaN or infinity (SqrtBackward0), though the loss is finite (microbatch 0",
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_where_no_unit_is_to_blame(pool: Pool, case: str) -> None:
+    def compute(model: nn.Module, batch: Any) -> Any:
+        total = model(torch.ones(len(batch[0]), 1)).sum()
+        if case == "glue":
+            return total.sqrt() + 1
+        if case == "loss":
+            return total + math.inf
+        return total * (1e308 / 2 if case == "sums" else 1e200), 1
+
+    def build() -> weft.Workload:
+        return in_dtype(
+            dataclasses.replace(workload(None), model=Weight, loss=compute, max_grad_norm=None), torch.float64
+        )
+
+    plan = plan_for(build(), {"dp_replicate": 2}, microbatches=2)
+
+    def job() -> Any:
+        engine = parallelize(build(), plan)
+        engine.nonfinite = "stop"
+        return told_by(engine, [next(engine.batches())])[1]
+
+    every = pool.run(job, ranks=2)
+    assert every[0] == every[1]
+    assert every[0].startswith(f"step 1: {CASES[case]}")
+
+
+@pytest.mark.parametrize("spike", [1e4, math.inf])
+def test_an_overflow_of_float16_is_no_reason_to_stop(pool: Pool, spike: float, tmp_path: Path) -> None:
+    """The scale is halved, and the step counted; a loss that is infinite itself no scale makes finite."""
+
+    def build() -> weft.Workload:
+        work = mlp(batch_size=8, samples=32)
+        work.data.y[3] += spike
+        return dataclasses.replace(work, shuffle=False)
+
+    plan = dataclasses.replace(plan_for(build(), {"pp": 2}), precision="fp16")
+
+    def job() -> Any:
+        engine = parallelize(build(), plan)
+        engine.nonfinite = "stop"
+        _, error = told_by(engine, [b for _, b in zip(range(2), engine.batches(), strict=False)])
+        engine.save(tmp_path)
+        again = parallelize(build(), plan)
+        again.load(tmp_path)
+        return error, engine.skipped, again.skipped
+
+    error, skipped, kept = pool.run(job, ranks=2)[0]
+    assert skipped == kept == (1 if spike < math.inf else 0)
+    assert error.partition(",")[0] == ("" if spike < math.inf else "step 1: the loss is NaN or infinity")
+
+
+TARGET = """
+import torch, weft
+from torch import nn
+
+class Points:
+    def __len__(self):
+        return 16
+    def __getitem__(self, i):
+        return torch.full((4,), float("nan") if i == 13 else i / 16), torch.zeros(1)
+
+def workload():
+    return weft.Workload(
+        model=lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)),
+        loss=lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1]),
+        data=Points(),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters),
+        batch_size=4,
+        shuffle=False,
+    )
+"""
+
+
+def test_training_from_the_command_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("target.py").write_text(TARGET)
+    names = {}
+    exec(TARGET, names)
+    plan_for(names["workload"](), {"dp_replicate": 2}).save(Path("plan.json"))
+    command = ["train", "target.py", "--plan", "plan.json", "--check-replicas", "2"]
+    assert run([*command, "--nonfinite", "skip", "--checkpoint", "kept", "--steps", "4", "--json"]) == 0
+    said = capfd.readouterr()
+    data = json.loads(said.out, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+    assert [loss is None for loss in data["losses"]] == [False, False, False, True]
+    assert data["skipped"] == 1
+    blamed = "0 returned NaN or infinity; the samples hold such numbers themselves (microbatch 0 of replica 0, rank 0)"
+    assert f"warning: step 4 was left out: {blamed}" in said.err
+    assert run([*command, "--checkpoint", "stopped", "--checkpoint-every", "2"]) == 1
+    said = capfd.readouterr()
+    assert said.err.splitlines()[-1].startswith(f"weft: step 4: {blamed}; nothing was changed. Look at")
+    assert [path.name for path in Path("stopped").iterdir()] == ["step-00000002"]
+    assert run([*command, "--nonfinite", "never"]) == 2
+    assert "nonfinite must be one of ignore, skip, stop, got 'never'" in capfd.readouterr().err

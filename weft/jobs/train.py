@@ -120,8 +120,8 @@ class Order:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What training did. ``losses`` are those of this run's steps, None where one is not finite; ``first_step`` is where
-    it began; ``skipped`` are the steps since the start of training that changed nothing, since their numbers were not
+    """What training did. ``losses`` are those of this run's steps, None where one is not finite; ``first_step`` is
+    where it began; ``skipped`` counts the steps since the start of training that were left out, their numbers not being
     finite; ``differences`` are the terms of the estimate that were off."""
 
     first_step: int
@@ -201,12 +201,10 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
             seen = meter.measurement()
             if first:
                 watcher.compared(predicted, seen)
-        saves = bool(order.checkpoint) and (
-            step == end or (order.checkpoint_every is not None and step % order.checkpoint_every == 0)
-        )
-        if order.check_replicas and (saves or step % order.check_replicas == 0):
+        due = order.checkpoint_every is not None and step % order.checkpoint_every == 0
+        if order.check_replicas and (step % order.check_replicas == 0 or due or (order.checkpoint and step == end)):
             engine.check_replicas()
-        if order.checkpoint and order.checkpoint_every and step % order.checkpoint_every == 0:
+        if order.checkpoint and due:
             go_on_without(engine.finish_saving, watcher)
             if go_on_without(partial(engine.save, order.checkpoint, keep=order.keep, wait=False), watcher):
                 saved = step

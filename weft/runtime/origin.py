@@ -144,18 +144,16 @@ def nodes(roots: Iterable[Node | None]) -> Iterator[Node]:
 
 
 def place_of(node: Node, run: Run) -> tuple[tuple[int, int], str]:
-    """When the backward comes to a node, in calls from the last and in nodes from the end of the call, which is the
-    same on all replicas; and what to call the code that made it."""
+    """When the backward comes to a node, in calls from the last and then in nodes of the same code, which are as many
+    on all replicas; and what to call the code that made it."""
     calls, number = run.recording.calls, node._sequence_nr()
     at = bisect(run.spans, number, key=lambda span: span[0]) - 1
     if at >= 0 and number < run.spans[at][1]:
         _, end, call = run.spans[at]
         return (-2 * call, end - number), calls[call].name
-    later = run.spans[at + 1][2] if at + 1 < len(run.spans) else following(run)
-    before = "the loss" if later >= len(calls) - 1 else f"the code before {calls[later].name}"
-    return (-2 * later + 1, -number), before
-
-
-def following(run: Run) -> int:
-    """The number of the call after this stage's last."""
-    return run.spans[-1][2] + 1 if run.spans else len(run.recording.calls) - 1
+    if at + 1 < len(run.spans):
+        begin, _, call = run.spans[at + 1]
+        return (-2 * call + 1, begin - number), f"the code before {calls[call].name}"
+    call, end = (run.spans[-1][2] + 1, run.spans[-1][1]) if run.spans else (len(calls) - 1, number)
+    before = "the loss" if call >= len(calls) - 1 else f"the code before {calls[call].name}"
+    return (-2 * call + 1, end - number), before
