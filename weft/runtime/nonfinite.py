@@ -79,7 +79,7 @@ class Judge:
         if overflows and self._pipeline.scale > 1 and bool(agreed.loss.isfinite()):
             return False  # float16 does that now and then, and the smaller scale of the next step helps
         found = self._origin(batch, step, kept)
-        what = "the norm of the gradients overflows" if found is None else found.describe()
+        what = found.describe() if found is not None else _of_the_whole(agreed)
         if policy == "stop":
             raise NonFiniteError(
                 f"step {step + 1}: {what}; nothing was changed. Look at the samples and the learning rate, or leave "
@@ -108,6 +108,13 @@ class Judge:
     def _forget(self) -> None:
         for held in self._held:
             held.parameter.grad = None
+
+
+def _of_the_whole(agreed: Agreed) -> str:
+    """What is wrong with a step of which each part is finite."""
+    if bool(agreed.loss.isfinite()):
+        return "the norm of the gradients overflows"
+    return "the mean loss is NaN or infinity, though no microbatch's is: their sum overflows, or their counts add to 0"
 
 
 def warn_of_first(unfinite: int | None, calls: Sequence[RecordedCall], device: torch.device) -> None:
