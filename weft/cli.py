@@ -35,6 +35,7 @@ from weft.report.output import output
 from weft.report.progress import Bar, PredictionLog, TrainingLog, show_cursor
 from weft.runtime.launch import launch as launch_function
 from weft.runtime.launch import launch_script
+from weft.runtime.nonfinite import NonFinite
 from weft.runtime.worker import run_here
 from weft.serving import verbs
 
@@ -125,6 +126,12 @@ def train(
     timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="that ranks wait for one another before training fails")
     ] = training.TIMEOUT_S,
+    nonfinite: Annotated[
+        str, typer.Option(metavar="WHAT", help="stop, skip or ignore steps whose loss or gradient is NaN or infinite")
+    ] = "stop",
+    check_replicas: Annotated[
+        int, typer.Option(min=0, metavar="N", help="compare copies of weights every N steps; 0: never")
+    ] = 100,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
     *,
@@ -154,6 +161,8 @@ def train(
             nodes=machines,
             log_every=log_every,
             timeout_s=timeout,
+            nonfinite=cast(NonFinite, nonfinite),  # checked there
+            check_replicas=check_replicas,
         )
         count = options.devices_of(devices, given, known, machines)
         show("", training.run(work, order, TrainingLog(), devices=count).to_json())

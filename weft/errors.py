@@ -14,7 +14,9 @@
     └── JobError                the work itself failed: exit code 1
         ├── WorkerError         a process of the job died (rank, stage, cause)
         │   └── StuckError      ranks waited for it too long (host, step, action, tensor)
-        └── SaveError           a checkpoint could not be written
+        ├── SaveError           a checkpoint could not be written
+        ├── NonFiniteError      a step's loss or gradient is NaN or infinite (step, unit, what)
+        └── ReplicaError        ranks that hold the same weights do not (step, name, ranks)
 
 Each message says what we got, what we expected and what to type instead.
 """
@@ -74,6 +76,34 @@ class JobError(WeftError):
 
 class SaveError(JobError):
     """A checkpoint that could not be written; those before it are as they were."""
+
+
+class NonFiniteError(JobError):
+    """A step whose loss or gradients are not finite; it has changed nothing.
+
+    Attributes:
+        step: counted from 1.
+        unit: where the first such number appeared.
+        what: what happened there, in words.
+    """
+
+    def __init__(self, message: str, *, step: int = 0, unit: str = "", what: str = "") -> None:
+        self.step, self.unit, self.what = step, unit, what
+        super().__init__(message)
+
+
+class ReplicaError(JobError):
+    """Copies of one tensor that are no longer equal.
+
+    Attributes:
+        step: steps done.
+        name: the first tensor of the model that differs, by its single-device name.
+        ranks: those that hold it, in lists of equal copies, the longest first.
+    """
+
+    def __init__(self, message: str, *, step: int = 0, name: str = "", ranks: tuple[tuple[int, ...], ...] = ()) -> None:
+        self.step, self.name, self.ranks = step, name, ranks
+        super().__init__(message)
 
 
 class WorkerError(JobError):

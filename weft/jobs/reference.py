@@ -41,6 +41,7 @@ from weft.runtime.randomness import Seeds
 from weft.runtime.recordings import Recordings
 from weft.runtime.routes import Routes
 from weft.runtime.scaling import LossScale
+from weft.runtime.totals import squared_norm
 from weft.workload import Loss, Workload
 
 FLOOR = {"float64": 1e-6, "float32": 6e-3}
@@ -201,7 +202,7 @@ class SingleDevice:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             for gradient in gradients:
                 gradient.div_(self.loss_scale.value)
-            self.loss_scale.settle(LossScale.count_unfinite(gradients, self.device))
+            self.loss_scale.settle(bool(squared_norm(gradients, self.device).isfinite()))
 
     def _routes(self, recording: Recording) -> Routes:
         names = tuple(call.name for call in recording.calls[:-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ from weft.runtime.engine import Engine
 from weft.runtime.launch import launch_again
 from weft.runtime.meeting import Nodes
 from weft.runtime.meter import Meter
+from weft.runtime.nonfinite import NonFinite, looks
 from weft.runtime.restarts import Death, Restarts
 from weft.runtime.worker import join
 from weft.target import Target
@@ -95,6 +97,9 @@ class Order:
         nodes: machines of the job.
         log_every: steps per logged line.
         timeout_s: seconds a rank waits for another one once training runs, before the job fails.
+        nonfinite: what becomes of a step whose numbers are not finite, as ``Engine.nonfinite``. Nobody watches a long
+            run, so what PyTorch does (train on with weights that are NaN) is not what it does unasked.
+        check_replicas: compare copies every so many steps, and before a checkpoint is written; 0: never.
     """
 
     steps: int | None = None
@@ -111,8 +116,13 @@ class Order:
     nodes: Nodes = field(default_factory=Nodes)
     log_every: int = 10
     timeout_s: float = TIMEOUT_S
+    nonfinite: NonFinite = "stop"
+    check_replicas: int = 100
 
     def __post_init__(self) -> None:
+        looks(self.nonfinite)
+        if self.check_replicas < 0:
+            raise InputError(f"check_replicas must be a number of steps, or 0 for never, got {self.check_replicas}")
         for name in ("steps", "checkpoint_every", "keep", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -127,13 +137,15 @@ class Order:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What training did. ``losses`` are those of this run's steps, since processes were last started; ``first_step`` is
-    where it began then, ``deaths`` why they were started again; ``differences`` are the terms of the estimate that were
-    off."""
+    """What training did. ``losses`` are those of this run's steps since processes were last started, None where one is
+    not finite; ``first_step`` is where it began then, ``deaths`` why they were started again; ``skipped`` counts the
+    steps since the start of training that were left out, their numbers not being finite; ``differences`` are the terms
+    of the estimate that were off."""
 
     first_step: int
     steps: int
-    losses: list[float]
+    losses: list[float | None]
+    skipped: int
     deaths: list[Death] = field(default_factory=list, kw_only=True)
     samples_per_s: float | None
     measured_step_s: float | None
@@ -208,6 +220,7 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
         watcher.planned(plan, predicted)
     used = memory.of(device)  # after measuring and planning, which are no part of training
     engine = parallelize(workload, plan)
+    engine.nonfinite = order.nonfinite
     with heard(watcher):
         resume(engine, order)
     engine.limit_waiting(order.timeout_s)
@@ -240,7 +253,10 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
             seen = meter.measurement()
             if first:
                 watcher.compared(predicted, seen)
-        if order.checkpoint and order.checkpoint_every and step % order.checkpoint_every == 0:
+        due = order.checkpoint_every is not None and step % order.checkpoint_every == 0
+        if order.check_replicas and (step % order.check_replicas == 0 or due or (order.checkpoint and step == end)):
+            engine.check_replicas()
+        if order.checkpoint and due:
             go_on_without(engine.finish_saving, watcher)
             if go_on_without(partial(engine.save, order.checkpoint, keep=order.keep, wait=False), watcher):
                 saved = step
@@ -254,7 +270,8 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
     return Training(
         first_step=begin,
         steps=end,
-        losses=[float(loss) for loss in losses],
+        losses=[value if math.isfinite(value := float(loss)) else None for loss in losses],
+        skipped=engine.skipped,
         samples_per_s=measurement.samples_per_s if measurement else None,
         measured_step_s=measurement.step_time_s if measurement else None,
         measured_peak_bytes=measurement.peak_memory_bytes if measurement else everyones_peak(used),

@@ -10,6 +10,7 @@ again. One device that cuts its batch into the same microbatches changes a buffe
                        their mean after every forward, weighted by samples: exact where a buffer follows a mean over
                        the batch. Other integers are the first replica's, with a warning where they differ
     stages             a buffer that glue changes is that of the last stage whose glue did
+    a step left out    leaves no trace: they are ``kept`` before it and then restored
 
 ``weft verify`` compares all of them with one device's.
 """
@@ -86,6 +87,14 @@ class Buffers:
         self._batch: Batch | None = None
         self._start: dict[str, Tensor] = {}
         self._before: dict[int, dict[str, Tensor]] = {}
+
+    def kept(self) -> dict[str, Tensor]:
+        """Copies of those that forwards change, as they are now."""
+        return {name: buffer.clone() for name, buffer in self._bound().items()}
+
+    def restore(self, kept: Mapping[str, Tensor]) -> None:
+        """Put the values that ``kept`` gave back, which stay as they are."""
+        self._bind({name: buffer.clone() for name, buffer in kept.items()})
 
     def begin(self, batch: Batch) -> None:
         """A step begins."""

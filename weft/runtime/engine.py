@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -10,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from weft.checkpoint.index import Index
@@ -19,7 +16,7 @@ from weft.containers import opened
 from weft.errors import InputError, PlanError
 from weft.plan import Plan
 from weft.precision import in_precision
-from weft.runtime import agreement, checkpoint, part, totals
+from weft.runtime import agreement, checkpoint, part, replicas, totals
 from weft.runtime.batches import Batch, Sampler, divide
 from weft.runtime.buffers import Buffers
 from weft.runtime.ending import Ending
@@ -29,6 +26,7 @@ from weft.runtime.gather import gather
 from weft.runtime.grid import Grid
 from weft.runtime.inferring import Inferring
 from weft.runtime.logbook import Logbook
+from weft.runtime.nonfinite import Judge, NonFinite, looks, warn_of_first
 from weft.runtime.optimizer import make_optimizer, make_scheduler, restored
 from weft.runtime.pipeline import Pipeline
 from weft.runtime.placement import Placement
@@ -46,6 +44,8 @@ if TYPE_CHECKING:
 
 LOOP = "after it, in the training loop"
 """What a rank does that is not in a step."""
+SKIPPED = "engine.skipped"
+"""What the number of steps that were left out is called among a checkpoint's values."""
 
 
 class Engine:
@@ -64,7 +64,14 @@ class Engine:
         gradient_norm: global L2 norm of the last step's gradients before clipping; None where it was not needed.
         loss_scale: what float16 needs; None in other precisions. A step whose gradients overflow (``loss_scale.finite``
             is False) changes no parameter.
+        nonfinite: what becomes of a step whose loss or gradient is NaN or infinite. ``"ignore"``: it is taken, as in
+            PyTorch. ``"skip"``: it is left out, with a warning; parameters, buffers, optimizer and scheduler stay as
+            they are, and training goes on with the next batch. ``"stop"``: ``step`` raises, and all of them stay as
+            they are. The last two wait for the device once in every step.
+        skipped: steps that were left out, overflows of float16 among them.
     """
+
+    nonfinite: NonFinite = "ignore"
 
     def __init__(self, workload: Workload, plan: Plan) -> None:
         if plan.batch_size != workload.batch_size:
@@ -81,7 +88,7 @@ class Engine:
         self.grid = Grid.make(plan)
         describe_stage(self.grid.stage)
         self.logbook.introduce(stage=self.grid.stage, pipeline=self.grid.pipeline)
-        self.step_count = 0
+        self.step_count = self.skipped = 0
         self.stopwatch = Stopwatch(self.grid.device, inside=max(plan.tp, plan.dp_shard) > 1)
         self.gradient_norm: Tensor | None = None
         self._sampler = Sampler(workload)
@@ -133,6 +140,7 @@ class Engine:
             ending=ending,
         )
         self.loss_scale = LossScale() if plan.precision == "fp16" else None
+        self._judge = Judge(self._pipeline, self.part.held, self.grid, self.loss_scale)
         plain = replace(self.workload, loss=no_loss)
         forwards = partial(
             Forwards,
@@ -175,8 +183,11 @@ class Engine:
             LossError: the loss is neither a scalar nor ``(sum, count)``.
             DisagreementError: the ranks' first batches differ in more than their samples.
             StuckError: another rank was waited for too long, and nobody above this process would say so.
+            NonFiniteError: with ``nonfinite="stop"``, on every rank: loss or gradients are not finite.
+            InputError: there is no such ``nonfinite``.
         """
         self.logbook.begin_step(self.step_count)
+        watched = looks(self.nonfinite)
         if not isinstance(batch, Batch):
             batch = divide(
                 opened(batch),
@@ -187,37 +198,50 @@ class Engine:
         if not self._agreed:
             agreement.on_batch(batch, self.grid.replica)
         self.optimizer.zero_grad(set_to_none=True)
-        first = self.step_count == 0
+        first = self.step_count == 0 and not watched
+        kept = self._pipeline.buffers.kept() if watched else {}
         self._pipeline.scale = 1.0 if self.loss_scale is None else self.loss_scale.value
         sums = self._pipeline.run(batch, self.step_count, check=first)
         if first:
-            self._warn_unless_finite(sums.unfinite)
+            warn_of_first(sums.unfinite, self._first.calls, self.grid.device)
         self.logbook.note("summing gradients of what several ranks hold", waiting=True)
         with self.stopwatch.time("waiting"):
             totals.sum_copies(self.part.held)
         self.logbook.note("agreeing on the loss and the norm of the gradients", waiting=True)
         with self.stopwatch.time("optimizer"):
-            loss, self.gradient_norm = totals.agree(
+            agreed = totals.agree(
                 sums,
                 self.part.held,
                 self.grid,
                 adds_loss=self.grid.stage == self.plan.pp - 1 and self.grid.index("tp") == 0,
                 max_norm=self.workload.max_grad_norm,
-                want_norm=gradient_norm,
+                want_norm=gradient_norm or watched,
                 scale=self.loss_scale,
                 stopwatch=self.stopwatch,
             )
             self.logbook.note("in the optimizer")
-            if self.loss_scale is None or self.loss_scale.finite:
+            self.gradient_norm = agreed.norm
+            if self._judge.takes(agreed, batch, self.step_count, self.nonfinite, kept):
                 self.optimizer.step()
                 if self.scheduler is not None:
                     self.scheduler.step()
+            else:
+                self.skipped += 1
         self.step_count += 1
         if not self._agreed:
             self._agreed = True
             self._limit_waiting()
         self.logbook.note(LOOP)
-        return loss
+        return agreed.loss
+
+    def check_replicas(self) -> None:
+        """Compare the parameters and buffers that several ranks hold, by a checksum of their bits: see ``replicas`` for
+        what that finds. All ranks call it.
+
+        Raises:
+            ReplicaError: on every rank: some are no longer equal.
+        """
+        replicas.check(self.part, self.grid, self.step_count)
 
     def limit_waiting(self, timeout_s: float) -> None:
         """From the second step of this process on, a rank waits so many seconds for another one, and then fails. The
@@ -283,7 +307,7 @@ class Engine:
             groups=checkpoint.settings_of(self.optimizer),
             scheduler=checkpoint.schedule_of(self.scheduler),
             loss_scale=None if self.loss_scale is None else self.loss_scale.state(),
-            values=checkpoint.plain_values(self.part, self.optimizer),
+            values=checkpoint.plain_values(self.part, self.optimizer) | {SKIPPED: self.skipped},
             model=checkpoint.configuration_of(self.model),
             files={},
             tensors={},
@@ -313,6 +337,8 @@ class Engine:
         checkpoint.load_model(found, self.part)
         checkpoint.load_optimizer(found, self.part, self.optimizer)
         self.step_count = found.index.step
+        skipped = found.index.values.get(SKIPPED, 0)
+        self.skipped = skipped if type(skipped) is int else 0
         if self.loss_scale is not None and found.index.loss_scale is not None:
             self.loss_scale.restore(found.index.loss_scale)
         if self.scheduler is not None:
@@ -326,17 +352,4 @@ class Engine:
             self._pipeline.timeout = self._timeout if self.grid.device.type == "cpu" else None
             self.logbook.introduce(
                 stage=self.grid.stage, pipeline=self.grid.pipeline, timeout_s=self._timeout.total_seconds()
-            )
-
-    def _warn_unless_finite(self, unfinite: int | None) -> None:
-        """Warn if the first step met a value that is not finite, naming the first unit that gave one."""
-        calls = self._first.calls
-        number = torch.tensor(len(calls) if unfinite is None else unfinite, device=self.grid.device)
-        dist.all_reduce(number, op=dist.ReduceOp.MIN)
-        if int(number) < len(calls) and dist.get_rank() == 0:
-            warnings.warn(
-                f"step 0: {calls[int(number)].name} returned NaN or infinity, the first to do so; check its inputs, "
-                "initial weights and the loss",
-                RuntimeWarning,
-                stacklevel=3,
             )

@@ -28,7 +28,7 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
-from weft.errors import InputError, StuckError, WeftError, WorkerError
+from weft.errors import InputError, NonFiniteError, StuckError, WeftError, WorkerError
 from weft.runtime import hang
 from weft.runtime.hang import Stuck
 from weft.runtime.logbook import JOB, Logbook, Note, give_up, read_all
@@ -65,7 +65,8 @@ class Failure:
         cause: one line.
         traceback: as Python prints it.
         lost_peer: it failed only because another process was gone.
-        error: the exception itself where the user's input was wrong, so that it is raised again as it was.
+        error: the exception itself where the same would happen every time (the user's input is wrong, or a batch gives
+            numbers that are not finite), so that it is raised again as it was.
         stuck: it failed of waiting for this one.
     """
 
@@ -74,7 +75,7 @@ class Failure:
     cause: str
     traceback: str
     lost_peer: bool
-    error: InputError | None = None
+    error: InputError | NonFiniteError | None = None
     stuck: Stuck | None = None
 
     @classmethod
@@ -96,7 +97,7 @@ class Failure:
             cause=cause_of(error, memory),
             traceback="".join(traceback.format_exception(error)),
             lost_peer=lost and stuck is None,
-            error=error if isinstance(error, InputError) else None,
+            error=error if isinstance(error, InputError | NonFiniteError) else None,
             stuck=stuck,
         )
 

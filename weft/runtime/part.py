@@ -59,6 +59,14 @@ class Ownership:
         outside |= {name for call in recording.calls for name in call.reads if not name.startswith(f"{call.unit}.")}
         return cls(tuple(map(frozenset, holds)), frozenset(outside))
 
+    def by_name(self) -> dict[str, tuple[int, ...]]:
+        """The stages that hold each tensor."""
+        held = {name: list[int]() for name in sorted(frozenset().union(*self.stages))}
+        for stage, names in enumerate(self.stages):
+            for name in names:
+                held[name].append(stage)
+        return {name: tuple(stages) for name, stages in held.items()}
+
 
 @dataclass(frozen=True)
 class Part:
@@ -69,6 +77,7 @@ class Part:
         held: parameters this rank holds, in the model's order.
         divisions: of those tensor parallelism divides, by name.
         buffer_names: buffers this rank holds.
+        stages: that hold a tensor, by first name, of all the model's.
         data_parallel: how its gradients meet those of other replicas.
         mode: of the fake tensors.
         whole: if parameters are gathered, the root of what is gathered: the loss is entered through it.
@@ -78,6 +87,7 @@ class Part:
     held: list[Held]
     divisions: Mapping[str, Division]
     buffer_names: frozenset[str]
+    stages: Mapping[str, tuple[int, ...]]
     data_parallel: DataParallel
     mode: FakeTensorMode
     whole: Whole | None
@@ -116,7 +126,7 @@ def build(
         data_parallel = Sharded(fsdp, grid, plan.zero, aside)
     elif plan.dp_replicate > 1:
         data_parallel = Replicated([h.parameter for h in held], grid)
-    return Part(model, held, divided.divisions, mine, data_parallel, mode, whole)
+    return Part(model, held, divided.divisions, mine, ownership.by_name(), data_parallel, mode, whole)
 
 
 def gathered_units(model: nn.Module, units: list[str], mine: frozenset[str], outside: frozenset[str]) -> list[str]:

@@ -29,6 +29,7 @@ from weft.runtime.ending import Ending
 from weft.runtime.grid import Grid
 from weft.runtime.logbook import Logbook
 from weft.runtime.loss import split_loss
+from weft.runtime.origin import Finder
 from weft.runtime.placement import Placement, Run
 from weft.runtime.randomness import Seeds
 from weft.runtime.routes import Routes
@@ -119,26 +120,28 @@ class Pipeline:
         self._flights: dict[int, InFlight] = {}
         self._sends: list[tuple[dist.Work, Tensor, Action, Source]] = []
 
-    def run(self, batch: Batch, step: int, *, check: bool = False) -> Sums:
+    def run(self, batch: Batch, step: int, *, check: bool = False, finder: Finder | None = None) -> Sums:
         """Forward and backward of every microbatch; gradients are left reduced over the replicas.
 
         Args:
             batch: this replica's part.
             step: number of the step, for the random streams.
             check: look for the first call whose output is not finite.
+            finder: watches all values of forwards and backwards.
 
         Raises:
             ModelError: the forward depends on the data in a way that one recording cannot show.
         """
         zero = torch.zeros((), dtype=torch.float64, device=self.grid.device)
-        self._sums = Sums(zero, zero.clone())
+        self._sums, self._finder = Sums(zero, zero.clone()), finder
         self._batch, self._flights = batch, {}
         self._microbatches = [self._to_device(m) for m in batch.microbatches]
         for m in range(len(self._microbatches)):
             seeds = Seeds(self.workload.seed, step, m, self.grid.replica)
             recording = self.record(batch.microbatches[m], seeds)
+            checks = check or finder is not None
             self._flights[m] = InFlight(
-                Run(recording, self._routes_of(recording), {}, seeds, check=check, ending=self.ending)
+                Run(recording, self._routes_of(recording), {}, seeds, check=checks, ending=self.ending)
             )
         self.buffers.begin(batch)
         for action in self._actions_of({edge for f in self._flights.values() for edge in f.run.routes.edges()}):
@@ -213,6 +216,8 @@ class Pipeline:
             flight.loss = self._weigh(loss, count, self._batch.samples[m])
             if flight.run.check and self._sums.unfinite is None and not bool(loss.isfinite()):
                 self._sums.unfinite = len(flight.run.recording.calls) - 1
+        if self._finder is not None:
+            self._finder.after_forward(m, flight.run, self._microbatches[m], flight.loss)
 
     def _weigh(self, loss: Tensor, count: Tensor | float | None, samples: int) -> Tensor:
         """The loss times its share in the global batch's, and the sums that are reported."""
@@ -236,6 +241,8 @@ class Pipeline:
         if flight.loss is not None and flight.loss.requires_grad:
             roots.append(flight.loss)
             seeds.append(None)
+        if self._finder is not None:
+            self._finder.before_backward(m, run, roots)
         self.data_parallel.before_backward(last=m == self.plan.microbatches - 1)
         with self.buffers.backward(m):
             if roots:

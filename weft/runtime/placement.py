@@ -32,6 +32,7 @@ from weft.capture.draws import Draws, derived, python_stream
 from weft.capture.effects import Leavings
 from weft.capture.profile import Source
 from weft.capture.recorder import RecordedCall, Recording, TensorLeaf
+from weft.capture.trace import sequence_number
 from weft.capture.trees import flatten, leaves_of, unflatten
 from weft.errors import ModelError, WeftError
 from weft.runtime.compiled import Compiled, Shared
@@ -61,6 +62,8 @@ class Run:
         last: number of the call that was last begun.
         unfinite: if values are checked, the number of the first call that gave a NaN or an infinity.
         check: whether to check.
+        spans: if values are checked, for every call of this stage the number of the first autograd node it made, that
+            of the first one after it, and the call's own.
         ending: where the forward ends, if it may end before the function does.
     """
 
@@ -74,6 +77,7 @@ class Run:
     last: int = -1
     check: bool = False
     unfinite: int | None = None
+    spans: list[tuple[int, int, int]] = field(default_factory=list)
     ending: Ending | None = None
 
     def produce(self, source: Source, tensor: Tensor) -> None:
@@ -241,7 +245,10 @@ class Placement:
                     "one stage, or use pp=1"
                 )
             watch = Leavings(leaves) if call.effects else None
+            begin = sequence_number()
             output = self._compute(run, number, call, again, original, args, kwargs)
+            if run.check:
+                run.spans.append((begin, sequence_number(), number))
             if call.looks and self._sharded:
                 output = touch(output, module)
             if watch is not None:

@@ -30,8 +30,8 @@ from weft.errors import CheckpointError, SaveError
 from weft.runtime.checkpoint import Piece, Signature, signature_of
 from weft.runtime.memory import is_limited
 
-DISK_TIMEOUT = timedelta(hours=2)
-"""What the ranks wait for the slowest disk."""
+DISK_TIMEOUT = timedelta(minutes=30)
+"""What the ranks' threads wait for the slowest disk. Training waits as it does for any other collective."""
 
 
 @dataclass(frozen=True)
@@ -173,12 +173,12 @@ class Saver:
                 reason = f"{directory}: cannot hold a checkpoint: {error.strerror or error}"
         told = torch.tensor([signature != self._signature, mark, bool(reason)], dtype=torch.long)
         if self._group is not None:
-            dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
+            dist.all_reduce(told, op=dist.ReduceOp.MAX)
         changed, mark, failed = told.tolist()
         if failed:
             raise SaveError(reason or f"{directory}: rank 0 cannot make a folder for a checkpoint there")
         if changed or self._share is None:
-            self._signature, self._share = signature, Share.of(_gathered(signature, self._group), dist.get_rank())
+            self._signature, self._share = signature, Share.of(_gathered(signature), dist.get_rank())
             self._copies = []
         return self._share, folder.partial(directory, step, f"{mark:x}")
 
@@ -244,10 +244,10 @@ def _finish(writing: Writing, told: Sequence[tuple[str, int, list[str], dict[str
         folder.prune(writing.directory, writing.keep)
 
 
-def _gathered(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """Every rank's value."""
-    if group is None:
-        return [value]
+def _gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's value, over a group of all of them; None: the job's."""
     every = [None] * dist.get_world_size()
+    if len(every) == 1:
+        return [value]
     dist.all_gather_object(every, value, group=group)
     return every

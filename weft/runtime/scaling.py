@@ -9,11 +9,7 @@ INTERVAL steps without, it is doubled (Micikevicius et al. 2018, "Mixed precisio
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
-
-import torch
-from torch import Tensor
 
 INITIAL = 2.0**16
 GROWTH = 2.0
@@ -35,20 +31,9 @@ class LossScale:
         self.clean = 0
         self.finite = True
 
-    @staticmethod
-    def count_unfinite(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-        """How many of a rank's gradients hold an infinity or a NaN: a float64 scalar, to be summed over the ranks."""
-        if not gradients:
-            return torch.zeros((), dtype=torch.float64, device=device)
-        # A maximum keeps infinities and NaN, and costs one pass without a copy.
-        peaks = torch.stack(
-            [g.abs().max().double() if g.numel() else g.new_zeros((), dtype=torch.float64) for g in gradients]
-        )
-        return peaks.isfinite().logical_not().sum().double()
-
-    def settle(self, unfinite: Tensor) -> None:
-        """Take note of the sum of ``count_unfinite`` over all ranks, and change the factor for the next step."""
-        self.finite = not bool(unfinite)
+    def settle(self, finite: bool) -> None:
+        """Take note of whether all ranks' gradients are finite, and change the factor for the next step."""
+        self.finite = finite
         if not self.finite:
             self.value, self.clean = self.value * BACKOFF, 0
         elif self.clean + 1 == INTERVAL:

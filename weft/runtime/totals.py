@@ -7,12 +7,15 @@ divided by the total count here, after they were reduced, since no rank knows it
 
 The squared norm adds every element of the model's gradient once: a rank adds its own pieces, whole copies are added by
 the first rank that holds one. Clipping is ``torch.nn.utils.clip_grad_norm_``'s: by ``max_norm / (norm + 1e-6)``, at
-most 1.
+most 1. A NaN or an infinity anywhere makes the norm one, so that this one pass and this one all-reduce also tell every
+rank whether the step's numbers are finite (gradients so large that their square is none count as infinite).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,6 +46,20 @@ class Held:
     parameter: nn.Parameter
     groups: tuple[dist.ProcessGroup, ...]
     first: bool
+
+
+class Agreed(NamedTuple):
+    """What all ranks know of a step.
+
+    Attributes:
+        loss: the global mean, a float64 scalar.
+        norm: of the gradients before clipping, a float64 scalar; None where nothing asked for it.
+        finite: whether loss and, where there is one, norm are finite: a boolean scalar on the device.
+    """
+
+    loss: Tensor
+    norm: Tensor | None
+    finite: Tensor
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -111,7 +128,7 @@ def agree(
     want_norm: bool,
     scale: LossScale | None = None,
     stopwatch: Stopwatch,
-) -> tuple[Tensor, Tensor | None]:
+) -> Agreed:
     """Make the gradients those of the global mean loss, clipped; one all-reduce over all ranks.
 
     Args:
@@ -120,35 +137,27 @@ def agree(
         grid: the ranks.
         adds_loss: whether this rank's sums count (one rank per replica).
         max_norm: clip to this norm.
-        want_norm: compute the norm even if nothing is clipped.
+        want_norm: compute the norm even if nothing is clipped; without one, only the loss is looked at.
         scale: the losses were multiplied by it; it is told whether the gradients are finite everywhere.
         stopwatch: told of waiting for the other ranks.
-
-    Returns:
-        The global mean loss and, if clipped or wanted, the gradient norm before clipping: float64 scalars.
     """
     gradients = [local(h.parameter.grad) for h in held if h.parameter.grad is not None]
-    square = torch.zeros((), dtype=torch.float64, device=grid.device)
-    normed = max_norm is not None or want_norm
-    if normed:
-        mine = [local(h.parameter.grad) for h in held if h.first and h.parameter.grad is not None]
-        if mine:
-            square = torch.stack([norm.double() for norm in torch._foreach_norm(mine)]).square().sum()
+    normed = max_norm is not None or want_norm or scale is not None
+    mine = [local(h.parameter.grad) for h in held if normed and h.first and h.parameter.grad is not None]
+    square = squared_norm(mine, grid.device)
     nothing = torch.zeros_like(square)
-    unfinite = nothing if scale is None else LossScale.count_unfinite(gradients, grid.device)
-    mine_of_all = [sums.loss if adds_loss else nothing, sums.count if adds_loss else nothing, square, unfinite]
-    vector = torch.stack(mine_of_all)
+    vector = torch.stack([sums.loss if adds_loss else nothing, sums.count if adds_loss else nothing, square])
     if grid.mesh.size() > 1:
         with stopwatch.time("waiting"):
             dist.all_reduce(vector)
-    loss, count, square, unfinite = vector.unbind()
+    loss, count, square = vector.unbind()
     factor = None
     if sums.counted:
         factor = count.reciprocal()
         loss = loss * factor
     if scale is not None:
         factor = (torch.ones_like(loss) if factor is None else factor) / scale.value
-        scale.settle(unfinite)
+        scale.settle(bool(square.isfinite()))
     norm = None
     if normed:
         norm = square.sqrt() if factor is None else square.sqrt() * factor
@@ -158,4 +167,15 @@ def agree(
     if factor is not None and gradients:
         for dtype in {g.dtype for g in gradients}:
             torch._foreach_mul_([g for g in gradients if g.dtype == dtype], factor.to(dtype))
-    return loss, norm
+    return Agreed(loss, norm, loss.isfinite() & square.isfinite())
+
+
+def squared_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The sum of the squares of some gradients, in one pass over each: a float64 scalar."""
+    norms: list[Tensor] = []
+    for dtype in dict.fromkeys(g.dtype for g in gradients):
+        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
+        norms += torch._foreach_norm([g for g in gradients if g.dtype == dtype], 2, wide)
+    if not norms:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack([norm.double() for norm in norms]).square().sum()
