@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from test_checkpoint import everything
 from test_equality import plan_for
 from torch import Tensor
 
+from weft.cli import run
 from weft.engines import parallelize
 from weft.errors import ReplicaError
 from weft.plan import Plan
@@ -124,7 +126,9 @@ def test_several_tensors_are_counted(pool: Pool) -> None:
 
     names = pool.run(lambda: [h.name for h in parallelize(everything(), plan).part.held], ranks=2)[0]
     text = pool.run(job, ranks=2)[1]
-    assert text.startswith(f"after step 0 copies of {names[2]} are not equal: rank 0 | rank 1; so are those of 2 other")
+    assert text.startswith(
+        f"after step 0 copies of {names[2]} are not equal: rank 0 | rank 1; nor are those of 2 other"
+    )
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
@@ -167,3 +171,42 @@ def test_rows_and_columns_in_each_others_places_are_noticed() -> None:
     rows = torch.arange(3 * WIDTH, dtype=torch.float64).view(3, WIDTH)
     other = torch.cat([rows[:, 1:2], rows[:, :1], rows[:, 2:]], dim=1)
     assert len({checked(rows), checked(rows[[1, 0, 2]]), checked(rows[[0, 2, 1]]), checked(other)}) == 4
+
+
+TARGET = """
+import os, torch, weft
+from torch import nn
+
+class Astray(torch.optim.SGD):
+    def step(self):
+        super().step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data += 1e-3 * int(os.environ.get("RANK", "0"))
+
+def workload():
+    points = [(torch.full((4,), i / 16), torch.zeros(1)) for i in range(16)]
+    return weft.Workload(
+        model=lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)),
+        loss=lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1]),
+        data=points,
+        optimizer=lambda parameters: Astray(parameters, lr=0.1),
+        batch_size=4,
+    )
+"""
+
+
+def test_training_from_the_command_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Copies are compared every so many steps, and before a checkpoint is written."""
+    monkeypatch.chdir(tmp_path)
+    Path("target.py").write_text(TARGET)
+    names: dict[str, Any] = {}
+    exec(TARGET, names)
+    plan_for(names["workload"](), {"dp_replicate": 2}).save(Path("plan.json"))
+    command = ["train", "target.py", "--plan", "plan.json"]
+    for options, step in (["--check-replicas", "2"], 2), (["--checkpoint", "kept", "--checkpoint-every", "3"], 3):
+        assert run([*command, *options]) == 1
+        assert f"after step {step} copies of 0.weight are not equal: rank 0 | rank 1; nor are" in capfd.readouterr().err
+    assert not Path("kept").exists()

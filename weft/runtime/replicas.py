@@ -196,7 +196,7 @@ def name_first(kept: list[Kept], sums: list[int], grid: Grid, step: int) -> Repl
     (name, _), by_sum = next(iter(different.items()))
     ranks = tuple(sorted(map(tuple, by_sum.values()), key=lambda alike: (-len(alike), alike)))
     more = len({name for name, _ in different}) - 1
-    others = f"; so are those of {more} other tensors" if more else ""
+    others = f"; nor are those of {more} other tensors" if more else ""
     return ReplicaError(
         f"after step {step} copies of {name} are not equal: {' | '.join(said(alike) for alike in ranks)}{others}. A "
         "device or a link is at fault, or code that does something else on one rank; go on from a checkpoint of before",
