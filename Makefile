@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench
+.PHONY: demo test test-faults check bench
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -14,6 +14,9 @@ test: .venv/installed        ## the whole suite: style, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-faults: .venv/installed ## 60 random faults in training; the seed is printed
+	$(BIN)/python benchmarks/faults.py
 
 bench: .venv/installed       ## against hand-written PyTorch
 	$(BIN)/python benchmarks/handwritten.py

@@ -40,7 +40,7 @@ from weft.cluster import Cluster
 from weft.planner import make_plan
 from weft.target import Target
 
-STEPS, EVERY = 24, 4
+STEPS, EVERY = 40, 4
 WIDTH = "width=160"  # steps long enough to be met in
 TIMEOUT_S = 10
 PLANS = {

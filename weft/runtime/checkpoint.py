@@ -22,8 +22,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.folder import candidates
+from weft.checkpoint.index import Index
 from weft.checkpoint.tensors import NAMES
 from weft.errors import CheckpointError
+from weft.plan import Plan
 from weft.runtime.optimizer import plain
 from weft.runtime.part import Part
 from weft.runtime.pieces import boxes
@@ -150,6 +152,28 @@ def configuration_of(model: nn.Module) -> dict[str, Any] | None:
         return None
     described: dict[str, Any] = plain(model.config.to_dict())
     return described | {"architectures": [type(model).__name__]}
+
+
+def index_of(
+    step: int,
+    plan: Plan,
+    part: Part,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler | None,
+    loss_scale: dict[str, Any] | None,
+) -> Index:
+    """What this rank knows of a checkpoint besides tensors."""
+    return Index(
+        step=step,
+        plan=plan,
+        groups=settings_of(optimizer),
+        scheduler=schedule_of(scheduler),
+        loss_scale=loss_scale,
+        values=plain_values(part, optimizer),
+        model=configuration_of(part.model),
+        files={},
+        tensors={},
+    )
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------

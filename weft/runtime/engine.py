@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from weft.checkpoint.index import Index
 from weft.containers import opened
 from weft.errors import InputError, PlanError
 from weft.plan import Plan
@@ -301,17 +300,9 @@ class Engine:
             SaveError: it, or the one on its way before it, could not be written. Earlier ones are as they were.
             CheckpointError: the optimizer keeps what no checkpoint can hold.
         """
-        index = Index(
-            step=self.step_count,
-            plan=self.plan,
-            groups=checkpoint.settings_of(self.optimizer),
-            scheduler=checkpoint.schedule_of(self.scheduler),
-            loss_scale=None if self.loss_scale is None else self.loss_scale.state(),
-            values=checkpoint.plain_values(self.part, self.optimizer) | {SKIPPED: self.skipped},
-            model=checkpoint.configuration_of(self.model),
-            files={},
-            tensors={},
-        )
+        scale = None if self.loss_scale is None else self.loss_scale.state()
+        index = checkpoint.index_of(self.step_count, self.plan, self.part, self.optimizer, self.scheduler, scale)
+        index.values[SKIPPED] = self.skipped
         pieces = checkpoint.pieces_of(self.part, self.optimizer)
         self.logbook.note("saving a checkpoint", waiting=True)
         path = self._saver.save(Path(directory), pieces, index, keep=keep, wait=wait)

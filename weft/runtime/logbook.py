@@ -13,7 +13,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,6 +172,10 @@ class Logbook:
     def note(self, what: str, *, waiting: bool = False) -> None:
         """Something outside of the schedule begins, in words; ``waiting``: all ranks do it together."""
         RECORD.pack_into(self._page, 0, time.monotonic(), self._step, b"", -1, -1, waiting, what.encode())
+
+    def hook(self, unit: str) -> Callable[..., None]:
+        """Called before a module, it notes that the parameters of this unit are gathered."""
+        return lambda *_: self.note(f"gathering the parameters of {unit}", waiting=True)
 
     def resume(self) -> None:
         """What the action of the schedule waited for in between is there."""

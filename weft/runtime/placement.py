@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -149,8 +148,7 @@ class Placement:
         for name, module, _, placed in self._units:
             module.forward = placed
             if self._gathers is not None:  # before fully_shard's own hook; ``_enter`` comes after it
-                hook = partial(_note_gathering, self._gathers, f"gathering the parameters of {name}")
-                hooks.append(module.register_forward_pre_hook(hook, prepend=True))
+                hooks.append(module.register_forward_pre_hook(self._gathers.hook(name), prepend=True))
             hooks.append(module.register_forward_pre_hook(self._enter))
             # registered last: sees what leaves the unit after PyTorch's own hooks
             hooks.append(module.register_forward_hook(self._note(name)))
@@ -340,10 +338,6 @@ class Placement:
             self._empty[leaf] = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device="meta")
         # A new one every time: the glue may hang something on a tensor (Keras its masks).
         return FakeTensor(self.mode, self._empty[leaf], self.device)
-
-
-def _note_gathering(logbook: Logbook, what: str, module: nn.Module, args: Any) -> None:
-    logbook.note(what, waiting=True)
 
 
 @contextmanager
