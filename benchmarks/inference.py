@@ -8,8 +8,9 @@
                device_map places a model: one of them works at a time. Prompts are long, so that most of a step is
                reading the cache, which two groups of sequences share out; ``short`` ones let the reading of weights
                and Python weigh more, which they do not
-    replicas   samples/s of predictions of six batches on two replicas, against one process; each batch is cut into the
-               microbatches that weft chooses for the machine as it measures it
+    replicas   samples/s of predictions of some batches on two replicas, against one process; each batch is cut into the
+               microbatches that weft chooses for the machine as it measures it. A ``narrow`` model multiplies less for
+               what it reads, and reading is what two cores of one machine share
     single     tokens/s of generation in one process, against transformers' generate
 
 The two sides take turns in the same processes, on the same weights and prompts, the order changing every round; a
@@ -36,7 +37,7 @@ from weft.runtime.pool import Pool
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "inference.json"
-AIMS = {"pipeline": 1.6, "pipeline, short": 1.6, "replicas": 1.85, "single": 1.0}
+AIMS = {"pipeline": 1.6, "pipeline, short": 1.6, "replicas": 1.85, "replicas, narrow": 1.85, "single": 1.0}
 TABLE_WIDTH = 120  # where nobody says how wide: a pipe, a file
 SMALL = Sizes(layers=2, hidden=64, heads=4, sequences=4, prompt=16, tokens=8, samples=8, batches=2, rounds=2)
 
@@ -44,7 +45,8 @@ SMALL = Sizes(layers=2, hidden=64, heads=4, sequences=4, prompt=16, tokens=8, sa
 CASES: dict[str, tuple[Callable[..., Any], dict[str, int], dict[str, int]]] = {  # degrees, and other sizes
     "pipeline": (pipeline, {"pp": 2, "microbatches": 2}, {}),
     "pipeline, short": (pipeline, {"pp": 2, "microbatches": 2}, {"prompt": 32}),
-    "replicas": (replicas, {"dp_replicate": 2}, {"prompt": 256}),
+    "replicas": (replicas, {"dp_replicate": 2}, {"prompt": 256, "hidden": 512, "batches": 3}),
+    "replicas, narrow": (replicas, {"dp_replicate": 2}, {"prompt": 256}),
     "single": (single, {}, {"prompt": 64}),
 }
 
@@ -81,7 +83,7 @@ def measure(name: str, sizes: Sizes, pool: Pool) -> Row:
     case, degrees, other = CASES[name]
     if sizes != SMALL:
         sizes = replace(sizes, **other)
-    cluster = pool.run(measure_cluster)[0] if name == "replicas" else None
+    cluster = pool.run(measure_cluster)[0] if case is replicas else None
     plan = plan_of(sizes, cluster, **degrees)
     seconds = pool.run(case, sizes, plan, ranks=plan.devices)[0]
     ratio = statistics.median(b / a for a, b in zip(seconds["weft"], seconds["without"], strict=True))

@@ -21,17 +21,17 @@ import math
 from weft.capture.profile import Operation
 from weft.cluster.topology import ITEM_BYTES, Device
 
-OVERHEADS = 2.4
+OVERHEADS = 2.2
 """Overheads that an operation of a forward takes, with its part of the modules around it."""
 
-FORWARD_OVERHEADS = 70.0
+FORWARD_OVERHEADS = 40.0
 """Overheads that a forward takes besides its operations, however much it computes: positions, the choice of tokens."""
 
 STAGE_OVERHEADS = 400.0
 """What it takes more on one of several stages: its recording is looked up, tensors come and go, other stages' modules
 have stand-ins."""
 
-READ, READ_BY_ONE, LOOKED_UP = 0.7, 0.75, 0.6
+READ, READ_BY_ONE, LOOKED_UP = 0.65, 0.7, 0.55
 """Shares of a reduction's rate at which a product of few rows reads its matrices, one with a single row does, and a
 single query its keys and values (0.5 to 0.8 over widths of 32 to 128, the longer the faster)."""
 
