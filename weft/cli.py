@@ -21,7 +21,7 @@ from weft.capture.inference import Tokens
 from weft.checkpoint import verbs as checkpoints
 from weft.cluster import Cluster, measure
 from weft.cluster.file import write_cluster
-from weft.errors import InputError, PlanError, WeftError, WorkerError
+from weft.errors import InputError, PlanError, WeftError, WorkerError, of_name
 from weft.fixed import WITHOUT_DEGREES, takes_fixed
 from weft.inference.verbs import generate
 from weft.jobs import compare as comparing
@@ -303,6 +303,10 @@ USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 """Base of what typer raises for wrong options; the module it lives in changes with typer's version."""
 
 
+LONGEST_LINE = 2000
+"""Characters of what is said about an error."""
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run a command line; the exit code."""
     try:
@@ -316,6 +320,10 @@ def run(arguments: Sequence[str]) -> int:
             else:
                 return complain(f"{error} (--verbose shows where)", error.exit_code)
         return complain(str(error), error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise  # none of the user's files
+        return complain(f"{error.filename}: {error.strerror}; name a file that can be there", 2 if of_name(error) else 1)
     except (KeyboardInterrupt, typer.Abort):
         return complain("interrupted", 130)
     finally:
@@ -324,7 +332,11 @@ def run(arguments: Sequence[str]) -> int:
 
 def complain(text: str, code: int) -> int:
     """One line on stderr."""
-    print(f"weft: {' '.join(text.split())}", file=sys.stderr)
+    line = " ".join(text.split())
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+    safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)  # what a file says may steer a terminal
+    print(f"weft: {safe}", file=sys.stderr)
     return code
 
 

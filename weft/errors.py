@@ -18,6 +18,9 @@ Each message says what we got, what we expected and what to type instead.
 """
 
 
+import errno
+
+
 class WeftError(Exception):
     """Base of all errors weft raises on purpose."""
 
@@ -84,3 +87,12 @@ class WorkerError(JobError):
         self.rank, self.stage, self.cause, self.traceback = rank, stage, cause, traceback
         where = f"rank {rank}" if stage is None else f"rank {rank} (stage {stage})"
         super().__init__(f"{where} failed: {cause}")
+
+
+def of_name(error: OSError) -> bool:
+    """Whether it is the name of a file that is wrong, and not the disk."""
+    wrong = (
+        errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES,
+        errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTEMPTY, errno.EXDEV,
+    )  # fmt: skip
+    return error.errno in wrong

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,7 +84,7 @@ def nodes_of(text: str, rendezvous: str | None) -> Nodes:
         InputError: that is no number of machines, or there is no place where they meet.
     """
     parts = text.split(":")
-    if len(parts) > 2 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+    if len(parts) > 2 or not all(re.fullmatch(r"[1-9][0-9]{0,6}", part) for part in parts):
         raise InputError(f"--nodes {text}: write a number of machines, or the least and the most, as in 2:4")
     least, most = int(parts[0]), int(parts[-1])
     if least > most:

@@ -4,6 +4,7 @@ asks ``restarts`` before it starts them again, and starts as many as there are d
 
 from __future__ import annotations
 
+import re
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from weft.errors import InputError
 from weft.runtime.failure import read_failure
 from weft.runtime.restarts import Restarts
 
@@ -38,6 +40,13 @@ class Nodes:
     least: int = 1
     most: int = 1
     rendezvous: str | None = None
+
+    def __post_init__(self) -> None:
+        host, _, port = (self.rendezvous or "here:0").rpartition(":")
+        if not re.fullmatch(r"[\w.-]+|\[[0-9A-Fa-f:.]+\]", host) or not re.fullmatch(r"[0-9]{1,5}", port, re.ASCII):
+            raise InputError(f"--rendezvous {self.rendezvous}: write HOST:PORT, as in 10.0.0.1:29400")
+        if int(port) > 65535:
+            raise InputError(f"--rendezvous {self.rendezvous}: there is no port {port}; the largest is 65535")
 
 
 @dataclass(frozen=True, kw_only=True)
