@@ -76,8 +76,8 @@ class Loader:
         try:
             self.read(content)
             self.accepted += 1
-        except InputError as error:
-            assert 0 < len(str(error)), "an error that says nothing"
+        except InputError:
+            return
 
     def read_plan(self, content: bytes) -> None:
         """As ``--plan`` does; a plan that is read can be told of, and written."""
@@ -93,7 +93,7 @@ class Loader:
     def read_cluster(self, content: bytes) -> None:
         """As ``--cluster`` does."""
         from weft.cluster import Cluster
-        from weft.cluster.file import read_cluster, Table, write_cluster
+        from weft.cluster.file import Table, read_cluster, write_cluster
 
         path = self.directory / "cluster.toml"
         path.write_bytes(content)

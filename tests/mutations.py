@@ -80,6 +80,9 @@ VALUES: list[Any] = [
 ]
 
 
+BYTES = [b"\xff", b"\x00", b"\xed\xa0\x80", b"[", b"{", b'"', b"9" * 40, b"\n", b"-"]
+
+
 def places(data: Any) -> list[tuple[Any, Any]]:
     """Every place in plain data: what holds it, and by which key."""
     found: list[tuple[Any, Any]] = []
@@ -158,7 +161,7 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
         elif how == 1:
             del found[start:end]
         elif how == 2:
-            found[start:start] = rng.choice([b"\xff", b"\x00", b"\xed\xa0\x80", b"[", b"{", b'"', b"9" * 40, b"\n", b"-"])
+            found[start:start] = rng.choice(BYTES)
         elif how == 3:
             del found[start:]
         elif how == 4:

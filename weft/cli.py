@@ -323,7 +323,8 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         if error.filename is None:
             raise  # none of the user's files
-        return complain(f"{error.filename}: {error.strerror}; name a file that can be there", 2 if of_name(error) else 1)
+        remedy = "; name a file that can be there" if of_name(error) else ""
+        return complain(f"{error.filename}: {error.strerror}{remedy}", 2 if remedy else 1)
     except (KeyboardInterrupt, typer.Abort):
         return complain("interrupted", 130)
     finally:

@@ -17,7 +17,6 @@
 Each message says what we got, what we expected and what to type instead.
 """
 
-
 import errno
 
 

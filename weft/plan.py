@@ -78,7 +78,7 @@ class TensorStyle:
         if isinstance(data, str):
             return cls(data)
         if not isinstance(data, dict) or "style" not in data or not set(data) <= {"style", "dim", "parts"}:
-            raise PlanError(f"{source}: a tensor style is a name or an object with style, dim and parts, got {shown(data)}")
+            raise PlanError(f"{source}: a tensor style is a name, or style, dim and parts, got {shown(data)}")
         parts, dim = data.get("parts", []), data.get("dim")
         if not isinstance(parts, list) or not (dim is None or is_whole(dim)):
             raise PlanError(f"{source}: a tensor style has parts, a list, and dim, a whole number; got {shown(data)}")
@@ -154,7 +154,8 @@ class Plan:
             raise PlanError(f"plan: zero={shown(self.zero)} with dp_shard={self.dp_shard}; zero must be {wanted}")
         for unit, mode in self.recompute.items():
             if mode not in RECOMPUTE:
-                raise PlanError(f"plan: recompute {shown(mode)} of {unit} is unknown; choose from {', '.join(RECOMPUTE)}")
+                known = ", ".join(RECOMPUTE)
+                raise PlanError(f"plan: recompute {shown(mode)} of {shown(unit)} is unknown; choose from {known}")
         if self.precision not in PRECISIONS:
             raise PlanError(f"plan: precision {shown(self.precision)} is unknown; choose from {', '.join(PRECISIONS)}")
         if not isinstance(self.compile, bool):
@@ -303,8 +304,8 @@ def lowest(shares: Sequence[int], replicas: int, batch_size: int, microbatches: 
         return ()
     if len(shares) != replicas or not all(map(_is_count, shares)):
         raise PlanError(
-            f"plan: shares must be a whole number of at least 1 for each of {replicas} replicas, got {shown(list(shares))}; "
-            "leave them empty for equal ones"
+            f"plan: shares must be a whole number of at least 1 for each of {replicas} replicas, "
+            f"got {shown(list(shares))}; leave them empty for equal ones"
         )
     smallest = batch_size // microbatches
     lengths = apportion(smallest, shares)

@@ -171,7 +171,8 @@ def _entry(name: str, told: Any, content: np.ndarray[Any, np.dtype[np.uint8]], b
         raise BrokenFileError(f"its header has no dtype, shape and offsets that can be for {shown(name)}")
     form = Form(dtype, tuple(shape))
     if offsets[1] - offsets[0] != form.size:
-        raise BrokenFileError(f"{shown(name)} of shape {shown(form.shape)} does not take {offsets[1] - offsets[0]} bytes")
+        size = offsets[1] - offsets[0]
+        raise BrokenFileError(f"{shown(name)} of shape {shown(form.shape)} does not take {size} bytes")
     if missing := max(0, begin + offsets[1] - len(content)):
         raise BrokenFileError(f"its last {missing} bytes are missing")
     return Entry(content, begin + offsets[0], form.shape, DTYPES[dtype])
