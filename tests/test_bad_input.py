@@ -268,12 +268,13 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
     "compare": MACHINE | FLAGS | {"--steps": NUMBERS, "--recompute": WORDS, "--precision": WORDS, "--compile": []},
     "generate": DEGREES | MACHINE | FLAGS | {
         "--prompt": WORDS, "--prompt-tokens": [*NUMBERS, "1,2", "1,x", ","], "--max-new-tokens": NUMBERS,
-        "--do-sample": [], "--temperature": NUMBERS, "--top-k": NUMBERS, "--top-p": NUMBERS, "--seed": NUMBERS, "--checkpoint": PATHS,
-        "--tokenizer": PATHS,
+        "--do-sample": [], "--temperature": NUMBERS, "--top-k": NUMBERS, "--top-p": NUMBERS, "--seed": NUMBERS,
+        "--checkpoint": PATHS, "--tokenizer": PATHS,
     },
     "serve": DEGREES | MACHINE | FLAGS | {
         "--checkpoint": PATHS, "--tokenizer": PATHS, "--host": WORDS, "--port": NUMBERS,
-        "--api-key": ["x", "@nowhere", "@.", "@"], "--served-model-name": WORDS, "--max-queue": NUMBERS, "--cache-tokens": NUMBERS, "--max-request": SIZES,
+        "--api-key": ["x", "@nowhere", "@.", "@"],
+        "--served-model-name": WORDS, "--max-queue": NUMBERS, "--cache-tokens": NUMBERS, "--max-request": SIZES,
     },
     "cluster": {"--devices": NUMBERS, "--memory": SIZES, "--save": PATHS, "--plan": PATHS} | FLAGS,
     "launch": {"--devices": NUMBERS, "--memory": SIZES, "--nodes": NUMBERS, "--rendezvous": MEETINGS, "--verbose": []},

@@ -80,6 +80,7 @@ def plan(
         inference = is_inference(purpose, prompt=prompt, new_tokens=new_tokens, batch=batch)
         if inference and (html is not None or what_if):
             raise PlanError("--html and --what-if are of plans for training; leave them out")
+        options.check_places(save, html)
         workload, on = options.target_of(target, arguments).load(), options.cluster_of(cluster, devices, memory)
         if inference:
             tokens = Tokens.asked(prompt, new_tokens)
@@ -262,6 +263,7 @@ def cluster(
 ) -> None:
     """Measure this machine, all devices at once; in a process that torchrun started, the machines of its job."""
     limits = parse_sizes(memory)
+    options.check_places(save)
     rank = os.environ.get("RANK")
     if rank is not None and devices is not None:
         raise InputError(f"this job has its processes already and --devices is {devices}; leave --devices out")

@@ -63,6 +63,17 @@ def plan_of(path: Path, fixed: dict[str, Any]) -> Plan:
     return Plan.load(path)
 
 
+def check_places(*paths: Path | None) -> None:
+    """Look whether files can be written, before anything is computed for them.
+
+    Raises:
+        InputError: there is no folder for one, or a folder has its name.
+    """
+    for path in paths:
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise InputError(f"{path}: cannot be written; name a file in a folder there is")
+
+
 def precision_of(fixed: dict[str, Any]) -> str:
     """The precision that was asked for, checked."""
     return Constraints(precision=fixed.get("precision")).precision or "float32"
