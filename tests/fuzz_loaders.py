@@ -181,7 +181,8 @@ def main() -> None:
         corpus.mkdir()
         for number, seed in enumerate(loader.seeds):
             (corpus / str(number)).write_bytes(seed)
-        options = [f"-max_len={LONGEST}", *sys.argv[2:], str(corpus)]
+        again = any(Path(argument).is_file() for argument in sys.argv[2:])
+        options = [f"-max_len={LONGEST}", *sys.argv[2:], *([] if again else [str(corpus)])]
         atheris.Setup([sys.argv[0], *options], one, custom_mutator=mutator)
         atheris.Fuzz()
 
