@@ -21,7 +21,7 @@ from weft.capture.inference import Tokens
 from weft.checkpoint import verbs as checkpoints
 from weft.cluster import Cluster, measure
 from weft.cluster.file import write_cluster
-from weft.errors import InputError, PlanError, WeftError, WorkerError
+from weft.errors import InputError, PlanError, WeftError, WorkerError, of_name
 from weft.fixed import WITHOUT_DEGREES, takes_fixed
 from weft.inference.verbs import generate
 from weft.jobs import compare as comparing
@@ -81,6 +81,7 @@ def plan(
         inference = is_inference(purpose, prompt=prompt, new_tokens=new_tokens, batch=batch)
         if inference and (html is not None or what_if):
             raise PlanError("--html and --what-if are of plans for training; leave them out")
+        options.check_places(save, html)
         workload, on = options.target_of(target, arguments).load(), options.cluster_of(cluster, devices, memory)
         if inference:
             tokens = Tokens.asked(prompt, new_tokens)
@@ -278,6 +279,7 @@ def cluster(
 ) -> None:
     """Measure this machine, all devices at once; in a process that torchrun started, the machines of its job."""
     limits = parse_sizes(memory)
+    options.check_places(save)
     rank = os.environ.get("RANK")
     if rank is not None and devices is not None:
         raise InputError(f"this job has its processes already and --devices is {devices}; leave --devices out")
@@ -319,6 +321,10 @@ USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 """Base of what typer raises for wrong options; the module it lives in changes with typer's version."""
 
 
+LONGEST_LINE = 2000
+"""Characters of what is said about an error."""
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run a command line; the exit code."""
     try:
@@ -332,6 +338,11 @@ def run(arguments: Sequence[str]) -> int:
             else:
                 return complain(f"{error} (--verbose shows where)", error.exit_code)
         return complain(str(error), error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise  # none of the user's files
+        remedy = "; name a file that can be there" if of_name(error) else ""
+        return complain(f"{error.filename}: {error.strerror}{remedy}", 2 if remedy else 1)
     except (KeyboardInterrupt, typer.Abort):
         return complain("interrupted", 130)
     finally:
@@ -340,7 +351,11 @@ def run(arguments: Sequence[str]) -> int:
 
 def complain(text: str, code: int) -> int:
     """One line on stderr."""
-    print(f"weft: {' '.join(text.split())}", file=sys.stderr)
+    line = " ".join(text.split())
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+    safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)  # what a file says may steer a terminal
+    print(f"weft: {safe}", file=sys.stderr)
     return code
 
 

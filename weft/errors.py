@@ -21,6 +21,8 @@
 Each message says what we got, what we expected and what to type instead.
 """
 
+import errno
+
 
 class WeftError(Exception):
     """Base of all errors weft raises on purpose."""
@@ -148,3 +150,12 @@ class StuckError(WorkerError):
         self.host, self.step, self.action, self.tensor = host, step, action, tensor
         where = f"rank {rank}" if stage is None else f"rank {rank} (stage {stage})"
         self.args = (f"{where} on {host} is stuck: {cause}",)
+
+
+def of_name(error: OSError) -> bool:
+    """Whether it is the name of a file that is wrong, and not the disk."""
+    wrong = (
+        errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES,
+        errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTEMPTY, errno.EXDEV,
+    )  # fmt: skip
+    return error.errno in wrong

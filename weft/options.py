@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,6 +63,17 @@ def plan_of(path: Path, fixed: dict[str, Any]) -> Plan:
     return Plan.load(path)
 
 
+def check_places(*paths: Path | None) -> None:
+    """Look whether files can be written, before anything is computed for them.
+
+    Raises:
+        InputError: there is no folder for one, or a folder has its name.
+    """
+    for path in paths:
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise InputError(f"{path}: cannot be written; name a file in a folder there is")
+
+
 def precision_of(fixed: dict[str, Any]) -> str:
     """The precision that was asked for, checked."""
     return Constraints(precision=fixed.get("precision")).precision or "float32"
@@ -88,7 +100,7 @@ def nodes_of(text: str, rendezvous: str | None) -> Nodes:
         InputError: that is no number of machines, or there is no place where they meet.
     """
     parts = text.split(":")
-    if len(parts) > 2 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+    if len(parts) > 2 or not all(re.fullmatch(r"[1-9][0-9]{0,6}", part) for part in parts):
         raise InputError(f"--nodes {text}: write a number of machines, or the least and the most, as in 2:4")
     least, most = int(parts[0]), int(parts[-1])
     if least > most:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.errors import PlanError
+from weft.plain import UnreadableError, is_whole, read_json, shown
 from weft.shares import apportion
 
 VERSION = 3
@@ -54,8 +55,8 @@ class TensorStyle:
     dim: int | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in STYLES:
-            raise PlanError(f"plan: tensor style {self.name!r} is unknown; choose from {', '.join(STYLES)}")
+        if not isinstance(self.name, str) or self.name not in STYLES:
+            raise PlanError(f"plan: tensor style {shown(self.name)} is unknown; choose from {', '.join(STYLES)}")
         if not all(_is_count(part) for part in self.parts):
             raise PlanError(f"plan: parts of tensor style {self.name} must be whole numbers of at least 1")
         if (self.dim is not None) != (self.name == "shard"):
@@ -77,10 +78,10 @@ class TensorStyle:
         if isinstance(data, str):
             return cls(data)
         if not isinstance(data, dict) or "style" not in data or not set(data) <= {"style", "dim", "parts"}:
-            raise PlanError(f"{source}: a tensor style is a name or an object with style, dim and parts, got {data!r}")
+            raise PlanError(f"{source}: a tensor style is a name, or style, dim and parts, got {shown(data)}")
         parts, dim = data.get("parts", []), data.get("dim")
-        if not isinstance(parts, list) or not (dim is None or (isinstance(dim, int) and dim >= 0)):
-            raise PlanError(f"{source}: a tensor style has parts, a list, and dim, a whole number; got {data!r}")
+        if not isinstance(parts, list) or not (dim is None or is_whole(dim)):
+            raise PlanError(f"{source}: a tensor style has parts, a list, and dim, a whole number; got {shown(data)}")
         return cls(data["style"], tuple(parts), dim)
 
     def __str__(self) -> str:
@@ -89,7 +90,7 @@ class TensorStyle:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return is_whole(value, least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,22 +143,23 @@ class Plan:
         for name in (*DIMENSIONS, "ep", "microbatches", "batch_size"):
             value = getattr(self, name)
             if not _is_count(value):
-                raise PlanError(f"plan: {name} must be a whole number of at least 1, got {value!r}")
+                raise PlanError(f"plan: {name} must be a whole number of at least 1, got {shown(value)}")
         for name in ("cp", "ep"):
             if getattr(self, name) != 1:
                 raise PlanError(f"plan: {name}={getattr(self, name)} cannot run yet; use {name}=1")
         if self.schedule not in SCHEDULES:
-            raise PlanError(f"plan: schedule {self.schedule!r} is unknown; choose from {', '.join(SCHEDULES)}")
-        if self.zero not in (1, 2, 3) or (self.zero < 3 and self.dp_shard == 1):
+            raise PlanError(f"plan: schedule {shown(self.schedule)} is unknown; choose from {', '.join(SCHEDULES)}")
+        if not is_whole(self.zero, least=1) or self.zero > 3 or (self.zero < 3 and self.dp_shard == 1):
             wanted = "1, 2 or 3" if self.dp_shard > 1 else "left out, or dp_shard above 1"
-            raise PlanError(f"plan: zero={self.zero!r} with dp_shard={self.dp_shard}; zero must be {wanted}")
+            raise PlanError(f"plan: zero={shown(self.zero)} with dp_shard={self.dp_shard}; zero must be {wanted}")
         for unit, mode in self.recompute.items():
             if mode not in RECOMPUTE:
-                raise PlanError(f"plan: recompute {mode!r} of {unit} is unknown; choose from {', '.join(RECOMPUTE)}")
+                known = ", ".join(RECOMPUTE)
+                raise PlanError(f"plan: recompute {shown(mode)} of {shown(unit)} is unknown; choose from {known}")
         if self.precision not in PRECISIONS:
-            raise PlanError(f"plan: precision {self.precision!r} is unknown; choose from {', '.join(PRECISIONS)}")
+            raise PlanError(f"plan: precision {shown(self.precision)} is unknown; choose from {', '.join(PRECISIONS)}")
         if not isinstance(self.compile, bool):
-            raise PlanError(f"plan: compile must be true or false, got {self.compile!r}")
+            raise PlanError(f"plan: compile must be true or false, got {shown(self.compile)}")
         if len(self.stages) != self.pp or not all(self.stages):
             raise PlanError(f"plan: pp={self.pp} needs {self.pp} non-empty stages, got {len(self.stages)}")
         calls = [call for stage in self.stages for call in stage]
@@ -247,11 +249,11 @@ class Plan:
             raise PlanError(f"{source}: expected a JSON object, got {type(data).__name__}")
         if data.get("version", VERSION) != VERSION:  # before its keys, which were others
             raise PlanError(
-                f"{source}: version {data['version']!r} is not {VERSION}; make the plan again with `weft plan`"
+                f"{source}: version {shown(data['version'])} is not {VERSION}; make the plan again with `weft plan`"
             )
         expected = {"version", *_saved()}
         if unknown := sorted(set(data) - expected):
-            raise PlanError(f"{source}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(expected))}")
+            raise PlanError(f"{source}: unknown key {shown(unknown[0])}; known keys are {', '.join(sorted(expected))}")
         if missing := sorted(expected - set(data)):
             raise PlanError(f"{source}: key {missing[0]!r} is missing")
         stages, tensor, recompute = data["stages"], data["tensor"], data["recompute"]
@@ -281,11 +283,9 @@ class Plan:
             PlanError: the file is missing, is not JSON, or is not a plan.
         """
         try:
-            data = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise PlanError(f"{path}: cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise PlanError(f"{path}: is not JSON: {error}") from error
+            data = read_json(Path(path))
+        except UnreadableError as error:
+            raise PlanError(f"{path}: {error}") from error
         return cls.from_json(data, source=str(path))
 
 
@@ -304,8 +304,8 @@ def lowest(shares: Sequence[int], replicas: int, batch_size: int, microbatches: 
         return ()
     if len(shares) != replicas or not all(map(_is_count, shares)):
         raise PlanError(
-            f"plan: shares must be a whole number of at least 1 for each of {replicas} replicas, got {list(shares)}; "
-            "leave them empty for equal ones"
+            f"plan: shares must be a whole number of at least 1 for each of {replicas} replicas, "
+            f"got {shown(list(shares))}; leave them empty for equal ones"
         )
     smallest = batch_size // microbatches
     lengths = apportion(smallest, shares)

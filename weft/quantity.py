@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from weft.errors import ClusterError
+from weft.plain import LARGEST, shown
 
 UNITS = {
     "B": 1,
@@ -26,18 +27,18 @@ def parse_size(text: str | int) -> int:
     """
     hint = "write a number and a unit, as in 512MiB, 2GiB or 80GB"
     if isinstance(text, int):
-        size = float(text)
+        size: float = text
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
         if match is None:
-            raise ClusterError(f"{text!r} is not a size; {hint}")
+            raise ClusterError(f"{shown(text)} is not a size; {hint}")
         number, unit = match.groups()
         factor = {name.lower(): factor for name, factor in UNITS.items()}.get(unit.lower() or "b")
         if factor is None:
-            raise ClusterError(f"{text!r} is not a size: unit {unit!r} is unknown; {hint}")
+            raise ClusterError(f"{shown(text)} is not a size: unit {shown(unit)} is unknown; {hint}")
         size = float(number) * factor
-    if size < 1:
-        raise ClusterError(f"a size must be at least one byte, got {text!r}; {hint}")
+    if not 1 <= size <= LARGEST:
+        raise ClusterError(f"a size must be from one byte to {LARGEST}, got {shown(text)}; {hint}")
     return int(size)
 
 

@@ -65,7 +65,7 @@ class Target:
             workload = function(**values)
         except WeftError:
             raise  # it names the remedy itself
-        except Exception as error:  # the user's code: whatever it raises is told in one line
+        except (Exception, SystemExit) as error:  # the user's code: whatever it raises is told in one line
             raise self._raised(error, f"{self.name}() raised") from error
         if not isinstance(workload, Workload):
             raise TargetError(
@@ -81,7 +81,7 @@ class Target:
         """
         if not path.exists():
             raise TargetError(f"--input {path}: no such file")
-        if "input" not in inspect.signature(self._function()).parameters:
+        if "input" not in self._parameters(self._function()):
             raise TargetError(
                 f"{self}: {self.name}() takes no input; give it a parameter `input: str` and make its data of that "
                 "file, or leave --input out"
@@ -102,13 +102,13 @@ class Target:
         function = vars(self._module_of()).get(name)
         if not inspect.isfunction(function):
             return None
-        taken = {k: text for k, text in self.arguments.items() if k in inspect.signature(function).parameters}
+        taken = {k: text for k, text in self.arguments.items() if k in self._parameters(function)}
         values = Target(self.file, name, taken)._values(function)
         try:
             return function(**values)
         except WeftError:
             raise  # it names the remedy itself
-        except Exception as error:  # the user's code: whatever it raises is told in one line
+        except (Exception, SystemExit) as error:  # the user's code: whatever it raises is told in one line
             raise self._raised(error, f"{name}() raised") from error
 
     def __str__(self) -> str:
@@ -156,7 +156,7 @@ class Target:
         sys.modules[name] = module  # dataclasses and pickle look a class's module up while it is being made
         try:
             spec.loader.exec_module(module)
-        except Exception as error:  # the user's code: whatever it raises is told in one line
+        except (Exception, SystemExit) as error:  # the user's code: whatever it raises is told in one line
             del sys.modules[name]
             raise self._raised(error, "importing it raised") from error
         return module
@@ -171,15 +171,15 @@ class Target:
                 f"{self.file}: no module of this name can be imported; for a file, write its path with .py; a "
                 "directory of pretrained weights needs a config.json"
             ) from error
-        except Exception as error:  # the user's code: whatever it raises is told in one line
+        except (Exception, SystemExit) as error:  # the user's code: whatever it raises is told in one line
             raise self._raised(error, "importing it raised") from error
 
     def _values(self, function: Callable[..., Any]) -> dict[str, Any]:
         """The arguments, converted by the parameters' annotations, or by their defaults where there is none."""
-        parameters = inspect.signature(function).parameters
+        parameters = self._parameters(function)
         try:
             hints = typing.get_type_hints(function)
-        except NameError:  # a name that only type checkers import
+        except Exception:  # annotations are the user's code too: names that only type checkers import, or no types
             hints = {}
         named = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
@@ -197,6 +197,12 @@ class Target:
             raise TargetError(f"{self}: {self.name}() needs a value for {required[0]}; add {required[0]}=VALUE")
         return values
 
+    def _parameters(self, function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+        try:
+            return inspect.signature(function).parameters
+        except (TypeError, ValueError) as error:  # of builtin functions
+            raise TargetError(f"{self}: {self.name} does not say what it takes; give a function of yours") from error
+
     def _convert(self, name: str, text: str, hint: Any, default: Any) -> Any:
         kinds = _kinds(hint, default)
         for kind in kinds:
@@ -208,7 +214,7 @@ class Target:
         example = {bool: "true", int: "4", float: "0.5", str: "text"}.get(kinds[-1], "4")
         raise TargetError(f"{self}: {name}={text} is not of type {expected}; write for example {name}={example}")
 
-    def _raised(self, error: Exception, what: str) -> TargetError:
+    def _raised(self, error: BaseException, what: str) -> TargetError:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
         path = str(Path(self.file).resolve())
         own = [f for f in frames if f.filename == path] or frames

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weft.checkpoint.tensors import DTYPES, Form, checksum, is_shape
+from weft.checkpoint.tensors import Form, checksum, is_dtype, is_shape
 from weft.errors import CheckpointError, PlanError
+from weft.plain import UnreadableError, is_whole, read_json, shown
 from weft.plan import Plan
 
 NAME = "checkpoint.json"
@@ -121,15 +122,13 @@ class Index:
         """
         path = folder / NAME
         try:
-            data = json.loads(path.read_bytes())
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: is not JSON: {error}") from error
+            data = read_json(path)
+        except UnreadableError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         read = _Reader(path)
         data = read.mapping(data, "the file")
         if data.get("version") != VERSION:
-            raise read.error(f"version {data.get('version')!r} is not {VERSION}")
+            raise read.error(f"version {shown(data.get('version'))} is not {VERSION}")
         read.keys(data, INDEX_KEYS, "the file")
         told = data.pop("checksum")
         if told != _checksum(data):
@@ -166,7 +165,7 @@ class _Reader:
     def keys(self, data: Mapping[str, Any], wanted: frozenset[str], what: str) -> None:
         if different := sorted(set(data) ^ wanted):
             said = "lacks" if different[0] in wanted else "has an unknown"
-            raise self.error(f"{what} {said} {different[0]!r}")
+            raise self.error(f"{what} {said} {shown(different[0])}")
 
     def mapping(self, value: Any, what: str) -> dict[str, Any]:
         found: dict[str, Any] = self._of(value, what, "an object", lambda x: isinstance(x, dict))
@@ -177,7 +176,7 @@ class _Reader:
         return found
 
     def count(self, value: Any, what: str) -> int:
-        found: int = self._of(value, what, "a whole number", lambda x: type(x) is int and x >= 0)
+        found: int = self._of(value, what, "a whole number", is_whole)
         return found
 
     def text(self, value: Any, what: str) -> str:
@@ -189,7 +188,7 @@ class _Reader:
 
     def _of(self, value: Any, what: str, wanted: str, holds: Callable[[Any], bool]) -> Any:
         if not holds(value):
-            raise self.error(f"{what} must be {wanted}, got {str(value)[:80]}")
+            raise self.error(f"{what} must be {wanted}, got {shown(value)}")
         return value
 
 
@@ -198,7 +197,7 @@ def _index(data: dict[str, Any], read: _Reader, path: Path) -> Index:
     for name, size in read.mapping(data["files"], "files").items():
         files[name] = read.count(size, f"the length of {name}")
         if not FILE.fullmatch(name):
-            raise read.error(f"{name!r} is no name of a file of tensors; they are called rank-00000.safetensors")
+            raise read.error(f"{shown(name)} is no name of a file of tensors; they are called rank-00000.safetensors")
     try:
         plan = None if data["plan"] is None else Plan.from_json(data["plan"], source=str(path))
     except PlanError as error:
@@ -222,8 +221,9 @@ def _index(data: dict[str, Any], read: _Reader, path: Path) -> Index:
 def _tensors(name: str, told: Any, files: Mapping[str, int], read: _Reader) -> Tensors:
     told = read.mapping(told, name)
     read.keys(told, frozenset(("dtype", "shape", "kind", "chunks")), name)
-    if told["dtype"] not in DTYPES or told["kind"] not in KINDS:
-        raise read.error(f"{name} is of dtype {told['dtype']!r} and kind {told['kind']!r}, which there are not")
+    if not is_dtype(told["dtype"]) or told["kind"] not in KINDS:
+        dtype, kind = shown(told["dtype"]), shown(told["kind"])
+        raise read.error(f"{name} is of dtype {dtype} and kind {kind}, which there are not")
     form = Form(told["dtype"], read.shape(told["shape"], f"the shape of {name}"))
     chunks = tuple(_chunk(name, each, form, files, read) for each in read.sequence(told["chunks"], name))
     if sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(form.shape):
@@ -239,7 +239,7 @@ def _chunk(name: str, told: Any, form: Form, files: Mapping[str, int], read: _Re
     file, checksum = read.text(told[0], what), read.text(told[3], what)
     offsets, shape = read.shape(told[1], what), read.shape(told[2], what)
     if file not in files:
-        raise read.error(f"{what} is in {file[:80]!r}, which is none of the checkpoint's files")
+        raise read.error(f"{what} is in {shown(file)}, which is none of the checkpoint's files")
     inside = len(offsets) == len(shape) == len(form.shape) and all(
         start + length <= whole for start, length, whole in zip(offsets, shape, form.shape, strict=True)
     )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_128_hexdigest
 
+from weft.plain import LARGEST, UnreadableError, is_whole, parse_json, shown
 from weft.workload import Box
 
 DTYPES = {
@@ -47,6 +48,9 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LENGTH_BYTES, ALIGNMENT, HEADER_BYTES = 8, 64, 100_000_000
 """Of the header's length, of the place where numbers begin in files written here, and of the longest header there is
 (safetensors' own limit)."""
+
+MOST_DIMENSIONS = 64
+"""torch's own limit; numpy's is the same."""
 
 WRITTEN_AT_ONCE = 2**26
 
@@ -146,9 +150,9 @@ def read_header(path: Path) -> dict[str, Entry]:
     if begin > min(length, HEADER_BYTES):
         raise BrokenFileError(f"its header would be {begin - LENGTH_BYTES} bytes long, of {length} in all")
     try:
-        header = json.loads(bytes(content[LENGTH_BYTES:begin]))
-    except (ValueError, RecursionError) as error:
-        raise BrokenFileError(f"its header is not JSON: {error}") from error
+        header = parse_json(bytes(content[LENGTH_BYTES:begin]))
+    except UnreadableError as error:
+        raise BrokenFileError(f"its header {error}") from error
     if not isinstance(header, dict):
         raise BrokenFileError("its header is no JSON object")
     header.pop("__metadata__", None)
@@ -163,19 +167,28 @@ def _entry(name: str, told: Any, content: np.ndarray[Any, np.dtype[np.uint8]], b
     """
     told = told if isinstance(told, dict) else {}
     dtype, shape, offsets = told.get("dtype"), told.get("shape"), told.get("data_offsets")
-    if dtype not in DTYPES or not is_shape(shape) or not is_shape(offsets) or len(offsets) != 2:
-        raise BrokenFileError(f"its header has no dtype, shape and offsets that can be for {name!r}")
+    if not is_dtype(dtype) or not is_shape(shape) or not is_shape(offsets) or len(offsets) != 2:
+        raise BrokenFileError(f"its header has no dtype, shape and offsets that can be for {shown(name)}")
     form = Form(dtype, tuple(shape))
     if offsets[1] - offsets[0] != form.size:
-        raise BrokenFileError(f"{name!r} of shape {form.shape} does not take {offsets[1] - offsets[0]} bytes")
+        size = offsets[1] - offsets[0]
+        raise BrokenFileError(f"{shown(name)} of shape {shown(form.shape)} does not take {size} bytes")
     if missing := max(0, begin + offsets[1] - len(content)):
         raise BrokenFileError(f"its last {missing} bytes are missing")
     return Entry(content, begin + offsets[0], form.shape, DTYPES[dtype])
 
 
+def is_dtype(value: Any) -> bool:
+    """Whether a value of JSON is the name of a dtype."""
+    return isinstance(value, str) and value in DTYPES
+
+
 def is_shape(value: Any) -> bool:
-    """Whether a value of JSON is a list of whole numbers, none of them negative."""
-    return isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)
+    """Whether a value of JSON is a list of whole numbers that a tensor can have, none of them negative. Of one without
+    numbers the other lengths are looked at too: no file bounds them."""
+    if not isinstance(value, list) or len(value) > MOST_DIMENSIONS or not all(map(is_whole, value)):
+        return False
+    return 0 not in value or math.prod(max(1, length) for length in value) <= LARGEST
 
 
 def write(

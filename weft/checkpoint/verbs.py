@@ -14,7 +14,7 @@ from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.exchange import described, export
 from weft.checkpoint.folder import candidates
 from weft.checkpoint.index import Index
-from weft.errors import CheckpointError, SaveError
+from weft.errors import CheckpointError, SaveError, WeftError, of_name
 from weft.jobs import bring
 from weft.quantity import format_bytes, format_count, parse_size
 from weft.report.output import output
@@ -85,7 +85,7 @@ def export_weights(
         try:
             done = export(Checkpoint.open(path), to, shard_bytes=parse_size(max_file))
         except OSError as error:
-            raise SaveError(f"{to}: cannot be written: {error.strerror or error}") from error
+            raise _unwritten(to, error) from error
         text = f"{done.path}: {done.tensors} tensors, {format_bytes(done.size)}, of {path.name}"
         show(text, {"path": str(done.path), "files": list(done.files), "tensors": done.tensors, "bytes": done.size})
 
@@ -102,5 +102,12 @@ def import_weights(
         try:
             path = bring.run(options.target_of(target, arguments).load(), weights, to)
         except OSError as error:
-            raise SaveError(f"{to}: cannot be written: {error.strerror or error}") from error
+            raise _unwritten(to, error) from error
         show(f"{path}: step 0, of {weights}", {"path": str(path)})
+
+
+def _unwritten(path: Path, error: OSError) -> WeftError:
+    """Why something could not be written: what it was to be called, or the disk."""
+    if of_name(error):
+        return CheckpointError(f"{path}: cannot be written: {error.strerror}; give a name that can be there")
+    return SaveError(f"{path}: cannot be written: {error.strerror or error}")

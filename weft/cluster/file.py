@@ -47,7 +47,7 @@
 
 from __future__ import annotations
 
-import tomllib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,7 @@ from weft.cluster.links import Collective, Link
 from weft.cluster.nodes import Nodes
 from weft.cluster.topology import Cluster, Device
 from weft.errors import ClusterError
+from weft.plain import LARGEST, UnreadableError, read_toml, shown
 from weft.quantity import parse_size
 
 
@@ -70,11 +71,9 @@ def load(path: str | Path) -> Cluster:
         ClusterError: missing, not TOML, unknown or missing keys, values that cannot be.
     """
     try:
-        data = tomllib.loads(Path(path).read_text())
-    except OSError as error:
-        raise ClusterError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ClusterError(f"{path}: is not TOML: {error}") from error
+        data = read_toml(Path(path))
+    except UnreadableError as error:
+        raise ClusterError(f"{path}: {error}") from error
     return read_cluster(Table(data, str(path)))
 
 
@@ -93,68 +92,78 @@ class Table:
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number."""
         value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ClusterError(f"{self.where}: {key} must be a number, got {value!r}")
+        if not _is_number(value):
+            raise ClusterError(f"{self.where}: {key} must be a finite number, got {shown(value)}")
         return float(value)
 
     def whole(self, key: str) -> int:
         """A whole number."""
         value = self._value(key, None)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ClusterError(f"{self.where}: {key} must be a whole number, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or abs(value) > LARGEST:
+            raise ClusterError(f"{self.where}: {key} must be a whole number of at most 64 bits, got {shown(value)}")
         return value
 
     def flag(self, key: str) -> bool:
         """True or false."""
         value = self._value(key, None)
         if not isinstance(value, bool):
-            raise ClusterError(f"{self.where}: {key} must be true or false, got {value!r}")
+            raise ClusterError(f"{self.where}: {key} must be true or false, got {shown(value)}")
         return value
 
     def size(self, key: str) -> int:
         """A size: text with a unit, or bytes."""
         value = self._value(key, None)
         if isinstance(value, bool) or not isinstance(value, (int, str)):
-            raise ClusterError(f'{self.where}: {key} must be a size such as "2GiB", got {value!r}')
-        return parse_size(value)
+            raise ClusterError(f'{self.where}: {key} must be a size such as "2GiB", got {shown(value)}')
+        try:
+            return parse_size(value)
+        except ClusterError as error:
+            raise ClusterError(f"{self.where}: {key}: {error}") from error
 
     def text(self, key: str) -> str:
         """A string."""
         value = self._value(key, None)
         if not isinstance(value, str):
-            raise ClusterError(f"{self.where}: {key} must be text, got {value!r}")
+            raise ClusterError(f"{self.where}: {key} must be text, got {shown(value)}")
         return value
 
     def table(self, key: str) -> Table:
         """A table inside this one."""
         value = self._value(key, None)
         if not isinstance(value, dict):
-            raise ClusterError(f"{self.where}: {key} must be a table, got {value!r}")
+            raise ClusterError(f"{self.where}: {key} must be a table, got {shown(value)}")
         return Table(value, f"{self.where}: {key}")
 
     def tables(self, key: str, *, optional: bool = False) -> list[Table]:
         """An array of tables."""
         value = self._value(key, [] if optional else None)
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-            raise ClusterError(f"{self.where}: {key} must be an array of tables, got {value!r}")
+            raise ClusterError(f"{self.where}: {key} must be an array of tables, got {shown(value)}")
         return [Table(item, f"{self.where}: {key}[{i}]") for i, item in enumerate(value)]
 
     def numbers(self, key: str) -> tuple[float, ...]:
         """An array of numbers."""
         value = self._value(key, None)
-        if not isinstance(value, list) or not all(isinstance(v, (int, float)) for v in value):
-            raise ClusterError(f"{self.where}: {key} must be an array of numbers, got {value!r}")
+        if not isinstance(value, list) or not all(map(_is_number, value)):
+            raise ClusterError(f"{self.where}: {key} must be an array of finite numbers, got {shown(value)}")
         return tuple(map(float, value))
 
     def close(self, *known: str) -> None:
         """Refuse keys other than these."""
         if unknown := sorted(set(self.data) - set(known)):
-            raise ClusterError(f"{self.where}: unknown key {unknown[0]!r}; known keys are {', '.join(known)}")
+            raise ClusterError(f"{self.where}: unknown key {shown(unknown[0])}; known keys are {', '.join(known)}")
 
     def _value(self, key: str, default: Any) -> Any:
         if key not in self.data and default is None:
             raise ClusterError(f"{self.where}: key {key!r} is missing")
         return self.data.get(key, default)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number, and one that can be computed with."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= LARGEST if isinstance(value, int) else math.isfinite(value)
 
 
 def read_cluster(table: Table) -> Cluster:
@@ -219,7 +228,7 @@ def _read_link(table: Table) -> Link:
     table.close("name", "devices", "among", "latency_s", "busy_s", "bytes_per_s", "alone_bytes_per_s", "collectives")
     among = table.numbers("among") if "among" in table.data else None
     if among is not None and (len(among) != 2 or not all(number.is_integer() for number in among)):
-        raise ClusterError(f"{table.where}: among must be two device numbers, first and end, got {list(among)}")
+        raise ClusterError(f"{table.where}: among must be two device numbers, first and end, got {shown(list(among))}")
     return Link(
         name=table.text("name"),
         devices=table.whole("devices"),

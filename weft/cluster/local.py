@@ -38,6 +38,11 @@ def local(devices: int | None = None, memory: Sizes = None) -> Cluster:
     if count < 1:
         raise ClusterError(f"devices must be at least 1, got {count}")
     own = device_memory(count)
+    if own < (least := presets.process_bytes()):
+        raise ClusterError(
+            f"{count} devices would have {format_bytes(own)} of this machine's memory each, less than the "
+            f"{format_bytes(least)} that a process takes; ask for {device_memory(1) // least} at most"
+        )
     asked = [limit or own for limit in each_of(limits, count)]
     _within(sum(asked) / count, own)  # processes share the machine's memory in any way
     return presets.processes(count, memory_bytes=own, cores=cores, limited=bool(limits)).with_memory(*limits)

@@ -45,6 +45,10 @@ UNLIMITED_SHARE = 0.3
 """The same where it is not limited: freed tensors stay in one heap, with holes."""
 
 
+MOST_DEVICES = 2**20
+"""Of a cluster: ten times the largest there is; beyond, lists of them would fill the planner's memory."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Device:
     """One kind of device, computing alone.
@@ -132,6 +136,8 @@ class Cluster:
 
     def __post_init__(self) -> None:
         check(self.nodes, self.name)
+        if self.devices > MOST_DEVICES:
+            raise ClusterError(f"cluster {self.name}: {self.devices} devices are more than {MOST_DEVICES}; list fewer")
         if self.calibration not in CALIBRATIONS and not self.calibration.startswith(FITTED):
             raise ClusterError(
                 f"cluster {self.name}: calibration {self.calibration!r} is not one of {', '.join(CALIBRATIONS)}"

@@ -20,7 +20,7 @@ def output(as_json: bool) -> Iterator[Callable[[RenderableType, dict[str, Any]],
     """
     if not as_json:
         people = sys.stdout.isatty()
-        console = Console(width=None if people else 160, highlight=False, soft_wrap=not people)
+        console = Console(width=None if people else 160, highlight=False, markup=False, soft_wrap=not people)
 
         def show(text: RenderableType, _: dict[str, Any]) -> None:
             if text:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import psutil
 import torch
 from torch.distributed.elastic.multiprocessing import SignalException
 
@@ -33,6 +34,9 @@ from weft.runtime.restarts import Restarts
 from weft.runtime.worker import TIMEOUT_S, Settings, call_of, describe_stage, device_type
 
 __all__ = ["describe_stage", "launch", "launch_script"]
+
+LEAST_BYTES = 2**24
+"""Of a process: no Python with torch takes less."""
 
 # Before the first import: Ctrl-C during start-up is quiet, and OpenMP and Gloo read their variables when they load.
 BOOTSTRAP = (
@@ -133,11 +137,11 @@ def launch_script(
         raise InputError(f"{script}: no such file; give a Python script")
     if nodes > 1 and rendezvous is None:
         raise InputError(f"{nodes} nodes need a place to meet; add --rendezvous HOST:PORT of one of them")
+    machines = Nodes(least=nodes, most=nodes, rendezvous=rendezvous)
     settings = settings_for(devices, memory, device, TIMEOUT_S)
     with _interruptible(), _directory() as job:
         (job / "script").write_bytes(cloudpickle.dumps((str(path), list(arguments))))
-        every = Nodes(least=nodes, most=nodes, rendezvous=rendezvous)
-        _run(job, settings, environment_for(len(settings), every), every, Restarts())
+        _run(job, settings, environment_for(len(settings), machines), machines, Restarts())
 
 
 def settings_for(devices: int | None, memory: Sizes, device: str | None, timeout_s: float) -> list[Settings]:
@@ -154,6 +158,8 @@ def settings_for(devices: int | None, memory: Sizes, device: str | None, timeout
         raise InputError(
             f"devices={devices}, but this machine has {there} of type {kind}; ask for {there} or for device='cpu'"
         )
+    if kind == "cpu" and devices is not None and devices > (most := psutil.virtual_memory().total // LEAST_BYTES):
+        raise InputError(f"devices={devices}, but this machine has memory for {most} processes at most; ask for fewer")
     limits = each_of(parse_sizes(memory), devices or device_count(kind))
     return [Settings(parent=os.getpid(), device=kind, memory_bytes=limit, timeout_s=timeout_s) for limit in limits]
 

@@ -6,6 +6,7 @@ listen on one address only: the one of the job itself, or, on several machines, 
 
 from __future__ import annotations
 
+import re
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,6 +39,13 @@ class Nodes:
     most: int = 1
     rendezvous: str | None = None
 
+    def __post_init__(self) -> None:
+        host, _, port = (self.rendezvous or "here:1").rpartition(":")
+        if not re.fullmatch(r"[\w.-]+|\[[0-9A-Fa-f:.]+\]", host) or not re.fullmatch(r"[0-9]{1,5}", port, re.ASCII):
+            raise InputError(f"--rendezvous {self.rendezvous}: write HOST:PORT, as in 10.0.0.1:29400")
+        if not 0 < int(port) < 2**16:
+            raise InputError(f"--rendezvous {self.rendezvous}: there is no port {port}; the largest is 65535")
+
     @property
     def place(self) -> tuple[str, int]:
         """Address and port where they meet; port 0 is any.
@@ -48,8 +56,6 @@ class Nodes:
         if self.rendezvous is None:
             return LOOPBACK, 0
         host, _, port = self.rendezvous.rpartition(":")
-        if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
-            raise InputError(f"--rendezvous {self.rendezvous}: write HOST:PORT, as in 10.0.0.1:29400")
         try:
             found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -143,9 +144,12 @@ def _key(text: str | None) -> str | None:
 def _numbers(text: str, option: str) -> list[float]:
     """Numbers with commas between."""
     try:
-        return [float(part) for part in text.split(",") if part]
+        found = [float(part) for part in text.split(",") if part]
     except ValueError:
-        raise InputError(f"{option} {text}: write numbers with commas between, as in 1,4,16") from None
+        found = [math.nan]
+    if not all(0 < number < math.inf for number in found):
+        raise InputError(f"{option} {text}: write numbers above 0 with commas between, as in 1,4,16")
+    return found
 
 
 def _say(text: str) -> None:
