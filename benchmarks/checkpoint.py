@@ -3,8 +3,8 @@
     python benchmarks/checkpoint.py             two processes, a GPT of 50 million parameters with AdamW's state
     python benchmarks/checkpoint.py --small     seconds, nothing kept
 
-    save, load    the same tensors under the same plan, by both, in turns, in the same processes, until the disk has them;
-                  weft's are with checksums, which loading compares
+    save, load    the same tensors under the same plan, by both, in turns, in the same processes, until the disk has
+                  them; weft's are with checksums, which loading compares
     stall         seconds that steps take longer while a checkpoint is written beside them, the copy included, against
                   the seconds of a save that is waited for
 
@@ -123,9 +123,9 @@ def main() -> None:
     given = parser.parse_args()
     arguments = {"layers": "2", "hidden": "64"} if given.small else {"layers": "16", "hidden": "512", "batch_size": "4"}
     plan = make_plan(capture(Target.parse(TARGET, arguments).load()), Cluster.local(2), dp_shard=2)
-    with tempfile.TemporaryDirectory(dir=given.directory or Path.cwd(), prefix="checkpoints-") as directory:
-        with Pool(2, device="cpu") as pool:
-            found = pool.run(rounds_here, arguments, plan, given.rounds, Path(directory))[0]
+    place = given.directory or Path.cwd()
+    with tempfile.TemporaryDirectory(dir=place, prefix="checkpoints-") as directory, Pool(2, device="cpu") as pool:
+        found = pool.run(rounds_here, arguments, plan, given.rounds, Path(directory))[0]
     median = {name: statistics.median(values) for name, values in found.items()}
     ratios = {
         what: statistics.median(a / b for a, b in zip(found[f"{what}, weft"], found[f"{what}, torch"], strict=True))
