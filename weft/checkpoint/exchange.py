@@ -72,7 +72,7 @@ def export(checkpoint: Checkpoint, path: Path, *, shard_bytes: int = SHARD_BYTES
             files = _export_directory(checkpoint, aside, forms, shard_bytes)
             folder.sync(aside)
         aside.rename(path)
-    except BaseException:
+    except BaseException:  # also Ctrl-C: nothing half written stays
         shutil.rmtree(aside, ignore_errors=True)
         aside.unlink(missing_ok=True)
         raise
@@ -148,7 +148,7 @@ def bring(
         }
         Index(step=0, plan=None, groups=[], model=model, files={file: length}, tensors=tensors).save(path)
         return folder.publish(path, directory, 0)
-    except BaseException:
+    except BaseException:  # also Ctrl-C: nothing half written stays
         shutil.rmtree(path, ignore_errors=True)
         raise
 
