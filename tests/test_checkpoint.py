@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "all": {"pp": 2, "tp": 2, "dp_shard": 2},
 }
 SAVED, STEPS = 3, 6
+
+
+class Noisy(Tokens):
+    """Rows that are changed at random when they are read, by every generator there is."""
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        row = self.rows[i].clone()
+        row[random.randrange(len(row))] = int(torch.randint(32, ()))
+        row[np.random.randint(len(row))] = 1
+        return {"input_ids": row, "labels": row}
 
 
 class Block(nn.Module):
@@ -94,7 +106,7 @@ def everything(optimizer: Any = adamw) -> weft.Workload:
     workload = weft.Workload(
         model=Everything,
         loss=next_token,
-        data=Tokens(64, 6, 32),
+        data=Noisy(64, 6, 32),
         optimizer=optimizer,
         scheduler=halving,
         batch_size=12,

@@ -134,7 +134,7 @@ class SingleDevice:
         total = Total(self.model, len(samples), self._scale)
         for part in parts:
             if part:
-                batch = self._to_device(self.sampler.collate([samples[i] for i in part]))
+                batch = self._to_device(self.sampler.collate([samples[i] for i in part], step))
                 with running(self.device):
                     result = self.workload.loss(self.model, batch)
                 total.add(*split_loss(result), len(part))

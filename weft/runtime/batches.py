@@ -8,6 +8,7 @@ samples than pieces) gets a sample of weight 0, so that every rank takes part in
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,10 @@ from torch import Tensor
 from torch.utils._pytree import keystr as path_name
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
+from weft.capture.draws import has_drawn, python_state, python_stream, restore_python
+from weft.containers import opened
 from weft.errors import BatchError
+from weft.runtime.randomness import stream
 from weft.shares import apportion
 from weft.workload import Workload
 
@@ -125,6 +129,7 @@ class Sampler:
         self.workload = workload
         self.samples = len(workload.data)
         self._epoch: tuple[int, list[int]] = (-1, [])
+        self._draws = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -145,9 +150,28 @@ class Sampler:
         size = self.workload.batch_size
         return self._order(epoch)[place * size : (place + 1) * size]
 
-    def collate(self, samples: Sequence[int]) -> Any:
-        """A batch of some samples."""
-        return self.workload.batch_of(samples)
+    def collate(self, samples: Sequence[int], step: int) -> Any:
+        """A batch of some samples, as they are read for a step.
+
+        Data that draw random numbers when they are read (from PyTorch's, Python's or NumPy's global generator) draw
+        them from a stream of each sample and epoch: the same under every plan, and after a restart.
+        """
+        if not self._draws:
+            python, own = python_state(), torch.get_rng_state()
+            batch = self.workload.batch_of(samples)
+            if not has_drawn(python) and torch.equal(torch.get_rng_state(), own):
+                return batch
+            self._draws = True
+            restore_python(python)
+            torch.set_rng_state(own)
+        read = [self._sample(step // self.steps_per_epoch, i % self.samples) for i in samples]
+        return opened(self.workload.collate(read))
+
+    def _sample(self, epoch: int, number: int) -> Any:
+        words = repr((self.workload.seed, "sample", epoch, number)).encode()
+        seed = int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little") >> 1
+        with python_stream(seed, when=True), stream(seed, torch.device("cpu"), when=True):
+            return self.workload.data[number]
 
     def load(self, step: int, replica: int, shares: Sequence[int], microbatches: int) -> Batch:
         """One replica's part of the global batch of a step counted from the start of training. Only its samples are
@@ -156,7 +180,7 @@ class Sampler:
         every = layout(len(chosen), shares, microbatches)
         ranges = every[replica]
         read = [chosen[r.start : r.stop] if len(r) else chosen[:1] for r in ranges]
-        parts = tuple(map(self.collate, read))
+        parts = tuple(self.collate(samples, step) for samples in read)
         return Batch(parts, tuple(len(r) for r in ranges), len(chosen), together(every))
 
     def global_batch(self, step: int) -> Any:
