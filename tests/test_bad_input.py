@@ -120,8 +120,8 @@ def content(folder: Path) -> dict[str, bytes | None]:
 
 
 def cases(share: int) -> Callable[[Any], Any]:
-    """So many cases of a hundred as hypothesis is set to; of few that are made in the suite, two fifths."""
-    count = MOST * share // (100 if MOST > 100 else 250)
+    """So many cases of a hundred as hypothesis is set to; of few that are made in the suite, a third."""
+    count = MOST * share // (100 if MOST > 100 else 300)
     return hypothesis.settings(max_examples=count, suppress_health_check=FIXTURES, database=None)
 
 
