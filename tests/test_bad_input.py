@@ -5,6 +5,7 @@ With ``--hypothesis-profile long`` these are 5,500 cases; the loaders alone are 
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -119,8 +120,8 @@ def content(folder: Path) -> dict[str, bytes | None]:
 
 
 def cases(share: int) -> Callable[[Any], Any]:
-    """So many cases of a hundred as hypothesis is set to; of few that are made in the suite, two fifths."""
-    count = MOST * share // (100 if MOST > 100 else 250)
+    """So many cases of a hundred as hypothesis is set to; of few that are made in the suite, a third."""
+    count = MOST * share // (100 if MOST > 100 else 300)
     return hypothesis.settings(max_examples=count, suppress_health_check=FIXTURES, database=None)
 
 
@@ -316,3 +317,71 @@ def command_lines(draw: st.DrawFn) -> list[str]:
 @hypothesis.given(arguments=command_lines())
 def test_command_lines(weft: Weft, arguments: list[str]) -> None:
     weft(arguments)
+
+
+# -- what was found this way -------------------------------------------------------------------------------------------
+
+NINES = "9" * 400
+FOUND = {
+    "a plan thousands of lists deep": ["train", "tiny.py", "--plan", "deep.json"],
+    "a style that is no text": ["train", "tiny.py", "--plan", "style.json"],
+    "a key that is there twice": ["train", "tiny.py", "--plan", "twice.json"],
+    "a cluster thousands of tables deep": ["plan", "tiny.py", "--cluster", "deep.toml"],
+    "a number beyond floats": ["plan", "tiny.py", "--cluster", "huge.toml"],
+    "a number that Python does not write": ["plan", "tiny.py", "--cluster", "hexadecimal.toml"],
+    "a message that takes no time": ["plan", "tiny.py", "--cluster", "nan.toml"],
+    "more memory than floats count": ["plan", "tiny.py", "--memory", f"{NINES}GiB"],
+    "more processes than memory": ["train", "tiny.py", "--devices", "1000000000"],
+    "more devices than memory": ["plan", "tiny.py", "--devices", "1000000000"],
+    "more devices than there are": ["plan", "tiny.py", "--cluster", "h100-sxm:99999999999x99999999999"],
+    "devices beyond lists": ["cluster", "--devices", NINES],
+    "nodes of thousands of digits": ["train", "tiny.py", "--nodes", NINES * 20],
+    "no place to meet": ["train", "tiny.py", "--nodes", "2", "--rendezvous", ":::"],
+    "clients without end": ["bench", "serve", "tiny.py", "--clients", "inf"],
+    "a target with too long a name": ["plan", NINES],
+    "a target that says nothing": ["plan", "builtins:max"],
+    "a target that leaves": ["plan", "sys:exit"],
+    "an export with too long a name": ["export", "saved", NINES],
+    "one file that can be written and one that cannot": ["plan", "tiny.py", "--save", "p.json", "--html", "no/p.html"],
+    "a dtype that is no text": ["export", "dtype", "out"],
+    "a tensor of nothing and far too long": ["export", "long", "out"],
+    "groups forty levels deep": ["export", "groups", "out"],
+}
+
+
+@pytest.fixture
+def found(folder: Path) -> Path:
+    """The files of FOUND."""
+    (folder / "deep.json").write_text("[" * 100_000)
+    (folder / "style.json").write_bytes(mutations.as_json({**PLAN, "tensor": {"0": {"style": []}}}, random.Random(0)))
+    (folder / "twice.json").write_bytes(mutations.as_json(PLAN, random.Random(0)).replace(b"{", b'{"pp": 1, ', 1))
+    (folder / "deep.toml").write_text("name = " + "[" * 100_000)
+    toml = mutations.as_toml(CLUSTER, random.Random(0)).decode()
+    (folder / "huge.toml").write_text(toml.replace("cores = 1.5", f"cores = {NINES}"))
+    (folder / "hexadecimal.toml").write_text(toml.replace("cores = 1.5", f"host = 0x{NINES * 20}"))
+    (folder / "nan.toml").write_text(toml.replace("latency_s = ", "busy_s = nan\nlatency_s = "))
+    step = folder / "saved" / "step-00000000"
+    changes: dict[str, Callable[[Any], object]] = {
+        "dtype": lambda data: data["tensors"]["model.none"].update(dtype=[]),
+        "long": lambda data: data["tensors"]["model.none"].update(shape=[0, 2**62, 2**62]),
+        "groups": lambda data: data["groups"].append({"lr": "@fifty levels@"}),
+        "odd": lambda data: data["tensors"].update({"[/red]\ud800\x1b[31m": data["tensors"].pop("model.none")}),
+    }
+    for name, change in changes.items():
+        shutil.copytree(step, folder / name)
+        data = mutations.index(step)
+        change(data)
+        text = json.dumps(mutations.signed(data)).replace('"@fifty levels@"', mutations.RAW["@fifty levels@"])
+        (folder / name / mutations.NAME).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("what", FOUND)
+def test_what_was_found(found: Path, weft: Weft, what: str) -> None:
+    assert weft(FOUND[what])[0] == 2
+
+
+def test_strange_names_are_told(found: Path, weft: Weft) -> None:
+    assert weft(["checkpoint", "show", "odd", "--tensors"])[0] == 0
+    (found / "odd" / mutations.FILE).unlink()
+    assert weft(["checkpoint", "show", "odd", "--tensors"])[0] == 0

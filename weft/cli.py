@@ -27,7 +27,11 @@ from weft.inference.verbs import generate
 from weft.jobs import compare as comparing
 from weft.jobs import predict as predicting
 from weft.jobs import verify as verifying
+<<<<<<< HEAD
 from weft.jobs.verbs import train
+=======
+from weft.plain import printable
+>>>>>>> h-fuzz
 from weft.planner import Constraints, Keywords, changes, choose, choose_inference, is_inference, search
 from weft.quantity import each_of, parse_sizes
 from weft.report import page, tables
@@ -290,8 +294,7 @@ def complain(text: str, code: int) -> int:
     line = " ".join(text.split())
     if len(line) > LONGEST_LINE:
         line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
-    safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)  # what a file says may steer a terminal
-    print(f"weft: {safe}", file=sys.stderr)
+    print(f"weft: {printable(line)}", file=sys.stderr)
     return code
 
 

@@ -65,6 +65,11 @@ def shown(value: Any) -> str:
     return _SHOWN.repr(value)
 
 
+def printable(text: str) -> str:
+    """Text for people, of files that may say anything: what would steer a terminal, or is no character, is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class _Shown(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
         """Python refuses to write numbers of thousands of digits."""

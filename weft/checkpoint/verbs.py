@@ -16,6 +16,7 @@ from weft.checkpoint.folder import candidates
 from weft.checkpoint.index import Index
 from weft.errors import CheckpointError, SaveError, WeftError, of_name
 from weft.jobs import bring
+from weft.plain import printable
 from weft.quantity import format_bytes, format_count, parse_size
 from weft.report.output import output
 
@@ -36,7 +37,7 @@ def show(
         table, rows = Table("step", "plan", "parameters", "tensors", "size", "state"), []
         for path, each in found:
             if isinstance(each, CheckpointError):
-                table.add_row(path.name, "", "", "", "", f"damaged: {each}")
+                table.add_row(path.name, "", "", "", "", printable(f"damaged: {each}"))
                 rows.append({"path": str(path), "state": str(each)})
                 continue
             held = contents(each.index)
@@ -69,7 +70,7 @@ def _with_tensors(table: Table, index: Index) -> Any:
     each = Table("tensor", "kind", "dtype", "shape", "chunks")
     for name, tensor in index.tensors.items():
         shape = " x ".join(map(str, tensor.form.shape)) or "one number"
-        each.add_row(name, tensor.kind, tensor.form.dtype, shape, str(len(tensor.chunks)))
+        each.add_row(printable(name), tensor.kind, tensor.form.dtype, shape, str(len(tensor.chunks)))
     return Group(table, each)
 
 
