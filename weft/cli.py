@@ -27,11 +27,8 @@ from weft.inference.verbs import generate
 from weft.jobs import compare as comparing
 from weft.jobs import predict as predicting
 from weft.jobs import verify as verifying
-<<<<<<< HEAD
 from weft.jobs.verbs import train
-=======
 from weft.plain import printable
->>>>>>> h-fuzz
 from weft.planner import Constraints, Keywords, changes, choose, choose_inference, is_inference, search
 from weft.quantity import each_of, parse_sizes
 from weft.report import page, tables
