@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from faults import TARGET, Run, same
 
 from weft.capture import capture
@@ -14,6 +15,8 @@ from weft.cluster import Cluster
 from weft.errors import JobError, WorkerError
 from weft.planner import make_plan
 from weft.runtime.failure import Failure
+from weft.runtime.launch import launch_again
+from weft.runtime.meeting import Nodes
 from weft.runtime.restarts import Death, GaveUpError, Restarts
 from weft.target import Target
 
@@ -75,8 +78,8 @@ def test_what_dies_at_the_same_step_twice_is_given_up(plan: str, tmp_path: Path)
     assert ended.error.count("killed by SIGKILL") == 2
 
 
-def test_a_lost_device_is_done_without_and_taken_back(tmp_path: Path) -> None:
-    """Four processes, one of them gone for good after step 20; it returns later."""
+def test_a_lost_device_is_done_without(tmp_path: Path) -> None:
+    """Four processes, one of them gone for good after step 20."""
     lost = tmp_path / "lost"
     asked = ["--devices", "4", "--dp-replicate", "4", "--steps", "60", "--checkpoint-every", "5"]
     ended = Run.start(tmp_path / "undisturbed", *asked).end()
@@ -97,6 +100,22 @@ def test_a_lost_device_is_done_without_and_taken_back(tmp_path: Path) -> None:
     first = ended.result["first_step"]
     assert ended.result["losses"] == pytest.approx(losses[first:], rel=1e-8)
     same(tmp_path / "disturbed", tmp_path / "undisturbed", 1e-8)
+
+
+def test_a_device_that_is_back_is_taken_back(tmp_path: Path) -> None:
+    lost, said = tmp_path / "lost", []
+    lost.touch()
+
+    def job() -> int:
+        if dist.get_world_size() == 1:
+            lost.unlink()
+            time.sleep(60)
+        return dist.get_world_size()
+
+    restarts = Restarts(command=f"test $WEFT_DEVICE = 0 -o ! -e {lost}", say=said.append, ask_every_s=0.5)
+    assert launch_again(job, restarts=restarts, nodes=Nodes(), devices=2, device="cpu") == [2, 2]
+    assert said == ["device 1 is there again: starting with it", "2 of 2 devices are there"]
+    assert restarts.deaths == []
 
 
 def failed(job: Path, step: int | None) -> Path:

@@ -67,6 +67,7 @@ class Restarts:
         command: fails for a lost device, whose number is in WEFT_DEVICE; None: all devices are there.
         say: tells people.
         pause_s: the first pause.
+        ask_every_s: how often lost devices are asked again.
         deaths: so far.
     """
 
@@ -74,6 +75,7 @@ class Restarts:
     command: str | None = None
     say: Callable[[str], None] = print
     pause_s: float = PAUSE_S
+    ask_every_s: float = ASK_EVERY_S
     deaths: list[Death] = field(default_factory=list)
     _asked: float = 0.0
 
@@ -95,7 +97,7 @@ class Restarts:
     def more(self, devices: Sequence[int], running: Sequence[int]) -> tuple[int, ...]:
         """Devices that are there again, of those the job is not running on. Asks only from time to time."""
         lost = [device for device in devices if device not in running]
-        if not lost or time.monotonic() - self._asked < ASK_EVERY_S:
+        if not lost or time.monotonic() - self._asked < self.ask_every_s:
             return ()
         try:
             return self.there(lost)
