@@ -190,7 +190,7 @@ def test_a_schedule_goes_on_where_it_was(pool: Pool, tmp_path: Path, name: str) 
     whole = pool.run(job, 0, 6, ranks=2)[0]
     assert len({rate for rate, _ in whole}) > 1
     assert pool.run(job, 0, 3, ranks=2)[0] == whole[:3]
-    (tmp_path / "step-00000006" / "training.json").unlink()  # of the whole run: the newest is that of step 3
+    (tmp_path / "step-00000006" / "checkpoint.json").unlink()  # of the whole run: the newest is that of step 3
     assert pool.run(job, 3, 6, ranks=2)[0] == whole[3:]
 
 

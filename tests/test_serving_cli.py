@@ -133,8 +133,8 @@ def test_a_port_that_is_taken_is_told(capfd: pytest.CaptureFixture[str]):
     ("arguments", "said"),
     [
         (["http://127.0.0.1:9"], "no server that lists its models"),
-        (["http://127.0.0.1:9", "--clients", "some"], "--clients some: write numbers with commas between"),
-        (["http://127.0.0.1:9", "--clients", "0"], "must be above 0"),
+        (["http://127.0.0.1:9", "--clients", "some"], "--clients some: write numbers above 0 with commas between"),
+        (["http://127.0.0.1:9", "--clients", "0"], "--clients 0: write numbers above 0"),
         (["nowhere.py"], "the server did not start"),
     ],
 )
