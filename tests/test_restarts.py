@@ -47,6 +47,14 @@ def undisturbed(plan: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return directory, ended.result["losses"]
 
 
+def test_what_died_when_all_was_done_has_nothing_left_to_do(plan: str, undisturbed: tuple[Path, list[float]]) -> None:
+    directory, _ = undisturbed
+    ended = train(directory, plan, "--restarts", "1", "--resume").end()
+    assert ended.code == 0, ended.said
+    assert (ended.result["first_step"], ended.result["losses"]) == (STEPS, [])
+    assert train(directory, plan, "--resume").end().code == 2
+
+
 @pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])
 def test_a_killed_process_changes_nothing(
     plan: str, undisturbed: tuple[Path, list[float]], tmp_path: Path, where: str

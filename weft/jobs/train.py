@@ -226,12 +226,12 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
     engine.limit_waiting(order.timeout_s)
     begin = engine.step_count
     end = order.steps if order.steps is not None else engine.steps_per_epoch
-    if end <= begin:
+    if end < begin or (end == begin and not order.restarts):  # one that died when all was done has nothing left to do
         raise InputError(f"the checkpoint is of step {begin} and training goes to step {end}; raise --steps")
     meter = Meter(device, used, batch_size=plan.batch_size, stopwatch=engine.stopwatch)
     losses: list[Any] = []
     interval = time.perf_counter()
-    saved = -1
+    saved = begin
     for step, batch in zip(range(begin + 1, end + 1), engine.batches(epochs=None), strict=False):
         logged = step % order.log_every == 0 or step == end
         warm = step > begin + 1
