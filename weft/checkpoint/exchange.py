@@ -142,9 +142,7 @@ def bring(
         sums, length = write(path / file, forms, (_whole(stored) for stored in weights.values()))
         tensors = {
             MODEL + name: Tensors(form, kinds[name], (Chunk(file, (0,) * len(form.shape), form.shape, total),))
-            for (name, form), total in zip(
-                ((name.removeprefix(MODEL), form) for name, form in forms.items()), sums, strict=True
-            )
+            for name, form, total in zip(weights, forms.values(), sums, strict=True)
         }
         Index(step=0, plan=None, groups=[], model=model, files={file: length}, tensors=tensors).save(path)
         return folder.publish(path, directory, 0)

@@ -8,7 +8,6 @@ samples than pieces) gets a sample of weight 0, so that every rank takes part in
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 from weft.capture.draws import has_drawn, python_state, python_stream, restore_python
 from weft.containers import opened
 from weft.errors import BatchError
-from weft.runtime.randomness import stream
+from weft.runtime.randomness import seed_of, stream
 from weft.shares import apportion
 from weft.workload import Workload
 
@@ -168,8 +167,7 @@ class Sampler:
         return opened(self.workload.collate(read))
 
     def _sample(self, epoch: int, number: int) -> Any:
-        words = repr((self.workload.seed, "sample", epoch, number)).encode()
-        seed = int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little") >> 1
+        seed = seed_of(self.workload.seed, "sample", epoch, number)
         with python_stream(seed, when=True), stream(seed, torch.device("cpu"), when=True):
             return self.workload.data[number]
 

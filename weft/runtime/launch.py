@@ -72,10 +72,16 @@ def launch(
             there are.
         WorkerError: a process died. It names the first: rank, stage and cause.
     """
-    settings = settings_for(devices, memory, device, timeout_s)
-    with _interruptible(), _job(fn, args) as job:
-        _run(job, settings, environment_for(len(settings)), Nodes(), Restarts())
-        return results(job)
+    return launch_again(
+        fn,
+        *args,
+        restarts=Restarts(),
+        nodes=Nodes(),
+        devices=devices,
+        memory=memory,
+        device=device,
+        timeout_s=timeout_s,
+    )
 
 
 def launch_again(

@@ -33,9 +33,13 @@ class Seeds:
         return self._hash(number)
 
     def _hash(self, number: int) -> int:
-        words = (self.seed, self.step, self.microbatch, self.replica, number)
-        digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") >> 1
+        return seed_of(self.seed, self.step, self.microbatch, self.replica, number)
+
+
+def seed_of(*words: int | str) -> int:
+    """The seed of the stream that some words name."""
+    digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 @contextmanager

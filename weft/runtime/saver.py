@@ -154,11 +154,6 @@ class Saver:
             failed, self._failed = self._failed, None
             raise SaveError(failed)
 
-    @property
-    def busy(self) -> bool:
-        """Whether something is being written."""
-        return self._thread is not None and self._thread.is_alive()
-
     def _agree(self, directory: Path, step: int, pieces: Sequence[Piece]) -> tuple[Share, Path]:
         """Who writes what, and where; the folder is there."""
         if self._group is None and dist.get_world_size() > 1:
