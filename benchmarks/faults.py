@@ -4,7 +4,8 @@
     python benchmarks/faults.py --trials 500    the long version, kept in benchmarks/results/faults.json
     python benchmarks/faults.py --seed 17 --trials 1
 
-Each trial has a seed, which is printed: it decides what happens, when and to whom.
+Each trial has a seed, which is printed: it decides what happens, when and to whom. Some run at once (--at-once), since
+a trial waits for most of its time; then seconds are those of a machine that has other work.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +30,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from fault_trials import Outcome, Trials  # noqa: E402  # where the tests are
 
+LONG = 500
+"""Trials whose outcomes are kept."""
+
 
 def main() -> None:
     """Run, print, keep."""
@@ -35,35 +40,54 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--seed", type=int, help="of the first trial; the others count on (default: by the clock)")
     parser.add_argument("--kind", help="of all trials; default: as each seed says")
+    parser.add_argument("--at-once", type=int, default=2, help="trials that run side by side (default: 2)")
     given = parser.parse_args()
     first = int(time.time()) % 10**6 if given.seed is None else given.seed
+    print(f"{given.trials} trials from seed {first}", flush=True)
     done: list[Outcome] = []
     failed: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="weft-faults-") as directory:
+    with tempfile.TemporaryDirectory(prefix="weft-faults-") as directory, ThreadPoolExecutor(given.at_once) as threads:
         trials = Trials(Path(directory))
-        for seed in range(first, first + given.trials):
+
+        def trial(seed: int) -> tuple[Outcome | str, float]:
             began = time.monotonic()
             try:
-                done.append(trials.run(seed, given.kind))
-                told = f"{done[-1].kind:10} {done[-1].plan:8} {done[-1].said}"
+                ended: Outcome | str = trials.run(seed, given.kind)
             except AssertionError as error:
-                failed.append(str(error))
-                told = f"FAILED: {error}"
-            print(f"seed {seed}: {told} ({time.monotonic() - began:.0f} s)", flush=True)
+                ended = str(error)
+            return ended, time.monotonic() - began
+
+        running = {threads.submit(trial, seed): seed for seed in range(first, first + given.trials)}
+        for each in as_completed(running):
+            ended, seconds = each.result()
+            if isinstance(ended, Outcome):
+                done.append(ended)
+                told = f"{ended.kind:10} {ended.plan:8} {ended.said}"
+            else:
+                failed.append(ended)
+                told = f"FAILED: {ended}"
+            print(f"seed {running[each]}: {told} ({seconds:.0f} s)", flush=True)
+            if given.trials >= LONG:
+                keep(given, first, done, failed)
     recovered = [each.recovered_s for each in done if each.recovered_s is not None]
     print(f"{len(done)} of {given.trials} trials went well: {dict(Counter(each.kind for each in done))}")
     if recovered:
         print(f"from fault to next checkpoint: {median(recovered):.1f} s (median), {max(recovered):.1f} s (most)")
-    if given.trials >= 500:
-        kept = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine(),
-            "first_seed": first,
-            "failed": failed,
-            "trials": [asdict(each) for each in done],
-        }
-        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
     sys.exit(1 if failed else 0)
+
+
+def keep(given: argparse.Namespace, first: int, done: list[Outcome], failed: list[str]) -> None:
+    """Write what is known so far: hours of trials are not lost with the last of them."""
+    kept = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "asked": given.trials,
+        "first_seed": first,
+        "at_once": given.at_once,
+        "failed": failed,
+        "trials": [asdict(each) for each in sorted(done, key=lambda each: each.seed)],
+    }
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

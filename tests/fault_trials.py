@@ -23,6 +23,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Outcome:
 
 
 class Trials:
-    """Trials that share undisturbed runs.
+    """Trials that share undisturbed runs. Threads may run some at once.
 
     Args:
         directory: for checkpoints.
@@ -90,6 +91,7 @@ class Trials:
         self.directory = directory
         self._profile = capture(Target.parse(TARGET, {"width": "160"}).load())
         self._undisturbed: dict[str, list[float]] = {}
+        self._making = {plan: threading.Lock() for plan in PLANS}
 
     def run(self, seed: int, kind: str | None = None) -> Outcome:
         """One trial.
@@ -123,10 +125,11 @@ class Trials:
     def undisturbed(self, plan: str) -> tuple[Path, list[float]]:
         """The checkpoints and losses of a run under a plan that nothing happens to."""
         directory = self.directory / f"undisturbed-{plan}"
-        if plan not in self._undisturbed:
-            ended = Run.start(directory, WIDTH, "--plan", str(self.file(plan)), "--steps", str(STEPS)).end()
-            assert ended.code == 0, ended.said
-            self._undisturbed[plan] = ended.result["losses"]
+        with self._making[plan]:
+            if plan not in self._undisturbed:
+                ended = Run.start(directory, WIDTH, "--plan", str(self.file(plan)), "--steps", str(STEPS)).end()
+                assert ended.code == 0, ended.said
+                self._undisturbed[plan] = ended.result["losses"]
         return directory, self._undisturbed[plan]
 
 

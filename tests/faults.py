@@ -97,7 +97,7 @@ class Run:
         while time.monotonic() < end and self.process.poll() is None:
             if what():
                 return True
-            time.sleep(0.01)
+            time.sleep(0.02)
         return bool(what())
 
     def end(self) -> Ended:

@@ -29,6 +29,7 @@ from weft.jobs import predict as predicting
 from weft.jobs import verify as verifying
 from weft.jobs.verbs import train
 from weft.plain import printable
+from weft.plan import Plan
 from weft.planner import Constraints, Keywords, changes, choose, choose_inference, is_inference, search
 from weft.quantity import each_of, parse_sizes
 from weft.report import page, tables
@@ -81,7 +82,8 @@ def plan(
         inference = is_inference(purpose, prompt=prompt, new_tokens=new_tokens, batch=batch)
         if inference and (html is not None or what_if):
             raise PlanError("--html and --what-if are of plans for training; leave them out")
-        options.check_places(save, html)
+        options.check_place(save, Plan.load)
+        options.check_place(html, page.check)
         workload, on = options.target_of(target, arguments).load(), options.cluster_of(cluster, devices, memory)
         if inference:
             tokens = Tokens.asked(prompt, new_tokens)
@@ -216,7 +218,7 @@ def cluster(
 ) -> None:
     """Measure this machine, all devices at once; in a process that torchrun started, the machines of its job."""
     limits = parse_sizes(memory)
-    options.check_places(save)
+    options.check_place(save, Cluster.load)
     rank = os.environ.get("RANK")
     if rank is not None and devices is not None:
         raise InputError(f"this job has its processes already and --devices is {devices}; leave --devices out")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from weft.cluster import Cluster
-from weft.errors import InputError, PlanError, TargetError
+from weft.errors import InputError, PlanError, TargetError, WeftError
 from weft.plan import Plan
 from weft.planner import Constraints
 from weft.quantity import parse_sizes
@@ -63,15 +63,26 @@ def plan_of(path: Path, fixed: dict[str, Any]) -> Plan:
     return Plan.load(path)
 
 
-def check_places(*paths: Path | None) -> None:
-    """Look whether files can be written, before anything is computed for them.
+def check_place(path: Path | None, read: Callable[[Path], object]) -> None:
+    """Look whether a file can be written, before anything is computed for it.
+
+    Args:
+        path: of the file; None: none is written.
+        read: raises a WeftError for a file that is none of its kind: only what it reads is written over, as a typing
+            error must not cost anyone a model's source.
 
     Raises:
-        InputError: there is no folder for one, or a folder has its name.
+        InputError: there is no folder for it, or a folder or a file of another kind has its name.
     """
-    for path in paths:
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise InputError(f"{path}: cannot be written; name a file in a folder there is")
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"{path}: cannot be written; name a file in a folder there is")
+    if path.is_file() and path.stat().st_size:
+        try:
+            read(path)
+        except WeftError as error:
+            raise InputError(f"{path}: is there, and something else; name another file, or remove it") from error
 
 
 def precision_of(fixed: dict[str, Any]) -> str:

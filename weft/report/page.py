@@ -73,6 +73,20 @@ def write(path: Path, choice: Choice, profile: Profile, cluster: Cluster, change
         raise PlanError(f"{path}: cannot be written: {error.strerror}; name a file in a folder there is") from error
 
 
+def check(path: Path) -> None:
+    """Look whether a file is a page.
+
+    Raises:
+        PlanError: it is not.
+    """
+    try:
+        begins = path.read_bytes()[:15].lower()
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be read: {error.strerror}") from error
+    if begins != b"<!doctype html>":
+        raise PlanError(f"{path}: is no page")
+
+
 def render(choice: Choice, profile: Profile, cluster: Cluster, changes: Sequence[Change] = ()) -> str:
     """The page of a choice."""
     plan, estimate = choice.plan, choice.estimate
