@@ -82,13 +82,19 @@ def of(device: torch.device) -> Memory:
     """The memory of a device of this process."""
     if device.type != "cpu":
         return AcceleratorMemory(device)
+    import_late()
+    gc.collect()
+    _give_back()
+    return ProcessMemory() if Path("/proc/self/status").exists() else SampledMemory()
+
+
+def import_late() -> None:
+    """Import what training comes to import of torch and of weft. Done before the baseline, it counts as no model's
+    memory."""
     for module in IMPORTED_LATE:
         importlib.import_module(module)
     for name in weft.__all__:
         getattr(weft, name)  # is imported by this
-    gc.collect()
-    _give_back()
-    return ProcessMemory() if Path("/proc/self/status").exists() else SampledMemory()
 
 
 @contextlib.contextmanager
