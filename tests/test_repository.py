@@ -1,6 +1,7 @@
 """What the repository promises about itself: sizes, rooms, and that every command it shows is one that is run."""
 
 import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -20,6 +21,26 @@ README = (ROOT / "README.md").read_text()
 LIBRARY = sorted((ROOT / "weft").rglob("*.py"))
 LINES_OF_LIBRARY = 37_000
 LINES_OF_FILE = 350
+HEAVY = (
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "sympy",
+    "transformers",
+    "pyarrow",
+    "keras",
+    "fastapi",
+    "uvicorn",
+    "jinja2",
+)
+"""What only some commands and some plans need, and takes long to import."""
+ALSO_HEAVY = {
+    "weft": ("torch", "numpy"),
+    "weft.runtime.worker": ("weft.capture", "weft.planner", "weft.inference", "weft.runtime.engine"),
+    "weft.engines": ("weft.planner", "weft.serving"),
+    "weft.cli": (),
+}
+"""Modules that processes begin with, and what they do without besides."""
 
 
 def lines(path: Path) -> list[str]:
@@ -98,6 +119,32 @@ def test_planner_is_pure_numbers():
         if any(m.startswith("torch") for m in imports(path))
     }
     assert wrong == set()
+
+
+@pytest.mark.parametrize("module", ALSO_HEAVY)
+def test_what_is_heavy_is_imported_where_it_is_needed(module: str):
+    heavy = [*HEAVY, *ALSO_HEAVY[module]]
+    code = f"import sys, {module}; print(*(name for name in {heavy} if name in sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    assert loaded.split() == []
+
+
+def test_public_names_are_what_type_checkers_read():
+    tree = ast.parse((ROOT / "weft" / "__init__.py").read_text())
+    read = {
+        alias.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert sorted(weft.__all__) == sorted(name for name, module in read.items() if (module or "").startswith("weft."))
+    for name in weft.__all__:
+        assert getattr(weft, name) is getattr(importlib.import_module(str(read[name])), name)
+    assert set(weft.__all__) <= set(dir(weft))
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = weft.nothing
+
+
+def test_the_function_plan_hides_the_module_it_shares_its_name_with():
+    code = "from weft.plan import Plan; import weft; assert callable(weft.plan) and weft.plan.__name__ == 'plan'"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize(

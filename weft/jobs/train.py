@@ -212,6 +212,7 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
         memory_bytes=order.memory_bytes,
         goes_on=Path(order.checkpoint) if order.restarts and order.checkpoint is not None else None,
     )
+    memory.import_late()  # by all at once: rank 0 needs it to plan, and the others would do it after that
     planned = make_plan(target, wanted, watcher.say)
     plan, predicted = planned.plan, planned.estimate
     if first:

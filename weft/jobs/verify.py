@@ -15,8 +15,8 @@ from weft.jobs.noise import Noise
 from weft.jobs.reference import FLOOR, SingleDevice, in_dtype, relative_error
 from weft.plan import Plan
 from weft.precision import DTYPES
+from weft.runtime.dtensor import local
 from weft.runtime.launch import launch
-from weft.runtime.totals import local
 from weft.target import Target
 from weft.workload import Workload
 

@@ -8,8 +8,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import jinja2
-
 from weft.capture.profile import Profile
 from weft.cluster import Cluster
 from weft.errors import PlanError
@@ -89,6 +87,8 @@ def check(path: Path) -> None:
 
 def render(choice: Choice, profile: Profile, cluster: Cluster, changes: Sequence[Change] = ()) -> str:
     """The page of a choice."""
+    import jinja2  # nothing else needs it
+
     plan, estimate = choice.plan, choice.estimate
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from weft.checkpoint.checkpoint import Checkpoint
@@ -26,6 +25,7 @@ from weft.checkpoint.index import Index
 from weft.checkpoint.tensors import NAMES
 from weft.errors import CheckpointError
 from weft.plan import Plan
+from weft.runtime.dtensor import is_dtensor
 from weft.runtime.optimizer import plain
 from weft.runtime.part import Part
 from weft.runtime.pieces import boxes
@@ -86,12 +86,12 @@ def _optimizer(part: Part, optimizer: torch.optim.Optimizer) -> Iterator[Piece]:
     """State that is shaped as its parameter is divided as that is."""
     for held in part.held:
         parameter = held.parameter
-        divided = isinstance(parameter, DTensor) or held.name in part.divisions
+        divided = is_dtensor(parameter) or held.name in part.divisions
         for key, value in optimizer.state.get(parameter, {}).items():
             name = f"{OPTIMIZER}{held.name}.{key}"
             if not isinstance(value, Tensor):
                 continue
-            if value.shape == parameter.shape and isinstance(value, DTensor) == isinstance(parameter, DTensor):
+            if value.shape == parameter.shape and is_dtensor(value) == is_dtensor(parameter):
                 yield from _pieces(part, name, held.name, "optimizer", value)
             elif value.numel() > 1 and divided:
                 raise CheckpointError(

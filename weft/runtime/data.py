@@ -13,12 +13,10 @@ sum. The weights that turn the sum into the mean over the global batch are in th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import Shard
 from torch.utils._pytree import tree_map
 
 from weft.plan import Plan, shard_dim
@@ -26,6 +24,10 @@ from weft.runtime.grid import Grid
 from weft.runtime.reducer import Reducer
 from weft.runtime.touch import forget_untouched
 from weft.runtime.unused import leave_unused
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import Shard
 
 
 class DataParallel(Protocol):
@@ -107,6 +109,9 @@ def shard(
     Returns:
         Every wrapped module, the root last.
     """
+    from torch.distributed.fsdp import fully_shard  # what it needs is as large as torch, and other plans do without
+    from torch.distributed.tensor import Shard
+
     for module in units:
         module.register_forward_hook(_without_views)  # before fully_shard's own hooks: they see what it gives
     mesh = grid.mesh[("dp_replicate", "dp_shard") if plan.dp_replicate > 1 else ("dp_shard",)]

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from weft.runtime.crossing import all_gather
 from weft.runtime.division import Division
+from weft.runtime.dtensor import is_dtensor
 from weft.runtime.grid import Grid
 
 
@@ -53,7 +53,7 @@ def gather(mine: Mapping[str, Tensor], divisions: Mapping[str, Division], grid: 
 
 def full(tensor: Tensor, division: Division | None, grid: Grid) -> Tensor:
     """The whole of a tensor; all ranks of its stage call it."""
-    piece = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    piece = tensor.full_tensor() if is_dtensor(tensor) else tensor
     if division is None:
         return piece
     return all_gather(piece.detach(), division, grid.group("tp").group_name)

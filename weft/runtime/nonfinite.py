@@ -20,6 +20,7 @@ from weft.capture.recorder import RecordedCall
 from weft.errors import InputError, NonFiniteError
 from weft.runtime import totals
 from weft.runtime.batches import Batch
+from weft.runtime.dtensor import local
 from weft.runtime.grid import Grid
 from weft.runtime.origin import Finder, Origin
 from weft.runtime.pipeline import Pipeline
@@ -100,7 +101,7 @@ class Judge:
         self._pipeline.run(batch, step, finder=finder)
         totals.sum_copies(self._held)
         gradients = {held.name: held.parameter.grad for held in self._held}
-        finder.after_sums({name: totals.local(g) for name, g in gradients.items() if g is not None})
+        finder.after_sums({name: local(g) for name, g in gradients.items() if g is not None})
         self._forget()
         buffers.restore(kept)
         return finder.first()

@@ -13,13 +13,13 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor, Shard
 
 from weft.capture.initial import FakeModel, assign, materialize
 from weft.capture.recorder import Recording
 from weft.plan import Plan
 from weft.runtime.data import Alone, DataParallel, Replicated, Sharded, shard
 from weft.runtime.division import Division
+from weft.runtime.dtensor import cuts, is_dtensor, local
 from weft.runtime.grid import Grid
 from weft.runtime.pieces import boxes
 from weft.runtime.tensor import Divided, divide
@@ -168,8 +168,10 @@ def draw(
 
 def as_held(values: Tensor, target: Tensor) -> Tensor:
     """This rank's values of a parameter, as fully_shard holds them if it shards the parameter."""
-    if not isinstance(target, DTensor):
+    if not is_dtensor(target):
         return values
+    from torch.distributed.tensor import DTensor  # fully_shard has imported it
+
     mesh, placements, shape = target.device_mesh, target.placements, target.shape
     return DTensor.from_local(values, mesh, placements, run_check=False, shape=shape, stride=target.stride())
 
@@ -183,8 +185,7 @@ def read(stored: Stored, target: Tensor, division: Division | None, device: torc
         division: how tensor parallelism divides it.
         device: where to put it.
     """
-    local = target.to_local() if isinstance(target, DTensor) else target
-    held = as_held(torch.empty(local.shape, dtype=target.dtype, device=device), target)
+    held = as_held(torch.empty(local(target).shape, dtype=target.dtype, device=device), target)
     for box in boxes(held, division):
         ends = zip(box.offsets, box.values.shape, strict=True)
         box.values.copy_(stored.read(tuple(slice(start, start + length) for start, length in ends)))
@@ -196,19 +197,18 @@ def cut_of(target: Tensor | None, division: Division | None) -> Callable[[Tensor
 
     Tensor parallelism cuts first, fully_shard cuts its piece again, in chunks as ``torch.chunk`` makes them.
     """
-    if division is None and not isinstance(target, DTensor):
+    if division is None and not is_dtensor(target):
         return None
 
     def cut(full: Tensor) -> Tensor:
         if division is not None:
             full = division.cut(full)
-        if isinstance(target, DTensor):
+        if is_dtensor(target):
             mesh = target.device_mesh
-            for i, placement in enumerate(target.placements):
-                if isinstance(placement, Shard):
-                    chunks = torch.chunk(full, mesh.size(i), dim=placement.dim)
-                    index = mesh.get_local_rank(i)
-                    full = chunks[index] if index < len(chunks) else full.narrow(placement.dim, 0, 0)
+            for i, dim in cuts(target).items():
+                chunks = torch.chunk(full, mesh.size(i), dim=dim)
+                index = mesh.get_local_rank(i)
+                full = chunks[index] if index < len(chunks) else full.narrow(dim, 0, 0)
         return full.contiguous()
 
     return cut

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from weft.runtime.division import Division
+from weft.runtime.dtensor import cuts, is_dtensor
 
 
 class Box(NamedTuple):
@@ -50,12 +50,11 @@ def boxes(tensor: Tensor, division: Division | None) -> list[Box]:
 
 def _shard(tensor: Tensor) -> tuple[Tensor, int, int]:
     """This rank's shard of a tensor, the dimension fully_shard cut, and where the shard begins along it."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return tensor, 0, 0
-    for i, placement in enumerate(tensor.placements):
-        if isinstance(placement, Shard):
-            chunk = -(-tensor.shape[placement.dim] // tensor.device_mesh.size(i))
-            return tensor.to_local(), placement.dim, chunk * tensor.device_mesh.get_local_rank(i)
+    for i, dim in cuts(tensor).items():
+        chunk = -(-tensor.shape[dim] // tensor.device_mesh.size(i))
+        return tensor.to_local(), dim, chunk * tensor.device_mesh.get_local_rank(i)
     return tensor.to_local(), 0, 0
 
 

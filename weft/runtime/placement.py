@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from weft.adapters import running
@@ -35,6 +34,7 @@ from weft.capture.trace import sequence_number
 from weft.capture.trees import flatten, leaves_of, unflatten
 from weft.errors import ModelError, WeftError
 from weft.runtime.compiled import Compiled, Shared
+from weft.runtime.dtensor import is_dtensor
 from weft.runtime.ending import Ending, Function
 from weft.runtime.logbook import Logbook
 from weft.runtime.randomness import Seeds, stream
@@ -131,7 +131,7 @@ class Placement:
         self._run: Run | None = None
         self._empty: dict[TensorLeaf, Tensor] = {}
         self._entered = False
-        self._sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        self._sharded = any(is_dtensor(parameter) for parameter in model.parameters())
         self._gathers = logbook if self._sharded else None
         shared: dict[Call, Shared] = {}
         self._units: list[tuple[str, nn.Module, Call, Call]] = []

@@ -29,13 +29,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from weft.errors import ReplicaError
 from weft.plan import DIMENSIONS
+from weft.runtime.dtensor import cuts, local
 from weft.runtime.grid import Grid
 from weft.runtime.part import Part
-from weft.runtime.totals import local
 
 WIDTH = 2**12
 """Words in a row."""
@@ -101,7 +100,7 @@ def kept_in(part: Part) -> list[Kept]:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether fully_shard has cut it."""
-    return isinstance(tensor, DTensor) and any(isinstance(p, Shard) for p in tensor.placements)
+    return bool(cuts(tensor))
 
 
 def checksum(tensor: Tensor, weights: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
@@ -65,7 +66,7 @@ class BatchStatistics(TorchFunctionMode):
         return normalise(*args, **settings, group=self.group, counts=self._counts)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+@_disable_dynamo  # as torch.compiler.disable, but the compiler is imported when it is called, not when it is defined
 def normalise(
     x: Tensor,
     running_mean: Tensor | None,

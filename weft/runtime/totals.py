@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
 from weft.runtime.division import Division
+from weft.runtime.dtensor import cuts, is_dtensor, local
 from weft.runtime.grid import Grid
 from weft.runtime.pipeline import Sums
 from weft.runtime.scaling import LossScale
@@ -62,17 +62,12 @@ class Agreed(NamedTuple):
     finite: Tensor
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, sharing memory with it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def holds_first(parameter: nn.Parameter, division: Division | None, grid: Grid, *, first_stage: bool) -> bool:
     """Whether this rank is the first that holds these elements of a parameter."""
     divided = {"tp"} if division else set()
-    if isinstance(parameter, DTensor):
+    if is_dtensor(parameter):
         names = parameter.device_mesh.mesh_dim_names or ()
-        divided |= {n for n, p in zip(names, parameter.placements, strict=True) if isinstance(p, Shard)}
+        divided |= {names[dimension] for dimension in cuts(parameter)}
     copies = [d for d in ("dp_replicate", "dp_shard", "cp", "tp") if d not in divided]
     return first_stage and all(grid.index(d) == 0 for d in copies)
 

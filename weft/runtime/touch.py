@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from weft.capture.trees import flatten, unflatten
+from weft.runtime.dtensor import local
 from weft.runtime.grid import Grid
 
 
@@ -49,7 +49,7 @@ def forget_untouched(parameters: Sequence[nn.Parameter], grid: Grid) -> None:
     if not parameters:
         return
     gradients = [p.grad for p in parameters]
-    parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    parts = [None if g is None else local(g) for g in gradients]
     flags = [bool(part is not None and part.any()) for part in parts]
     used = torch.tensor(flags, dtype=torch.int32, device=grid.device)
     for dimension in ("dp_replicate", "dp_shard"):
