@@ -2,6 +2,7 @@
 
     python benchmarks/faults.py                 60 trials (make test-faults)
     python benchmarks/faults.py --trials 500    the long version, kept in benchmarks/results/faults.json
+    python benchmarks/faults.py --resume        go on with a long one that was cut off
     python benchmarks/faults.py --seed 17 --trials 1
 
 Each trial has a seed, which is printed: it decides what happens, when and to whom. Some run at once (--at-once), since
@@ -17,7 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -34,6 +35,14 @@ LONG = 500
 """Trials whose outcomes are kept."""
 
 
+@dataclass(frozen=True)
+class Failed:
+    """A trial after which something did not hold."""
+
+    seed: int
+    why: str
+
+
 def main() -> None:
     """Run, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,23 +50,29 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="of the first trial; the others count on (default: by the clock)")
     parser.add_argument("--kind", help="of all trials; default: as each seed says")
     parser.add_argument("--at-once", type=int, default=2, help="trials that run side by side (default: 2)")
+    parser.add_argument("--resume", action="store_true", help="the trials that are left of those in the kept file")
     given = parser.parse_args()
     first = int(time.time()) % 10**6 if given.seed is None else given.seed
-    print(f"{given.trials} trials from seed {first}", flush=True)
     done: list[Outcome] = []
-    failed: list[str] = []
+    failed: list[Failed] = []
+    if given.resume:
+        kept = json.loads(RESULTS.read_text())
+        given.trials, first = kept["asked"], kept["first_seed"]
+        done, failed = [Outcome(**each) for each in kept["trials"]], [Failed(**each) for each in kept["failed"]]
+    seeds = sorted(set(range(first, first + given.trials)) - {each.seed for each in (*done, *failed)})
+    print(f"{len(seeds)} trials from seed {first}", flush=True)
     with tempfile.TemporaryDirectory(prefix="weft-faults-") as directory, ThreadPoolExecutor(given.at_once) as threads:
         trials = Trials(Path(directory))
 
-        def trial(seed: int) -> tuple[Outcome | str, float]:
+        def trial(seed: int) -> tuple[Outcome | Failed, float]:
             began = time.monotonic()
             try:
-                ended: Outcome | str = trials.run(seed, given.kind)
+                ended: Outcome | Failed = trials.run(seed, given.kind)
             except AssertionError as error:
-                ended = str(error)
+                ended = Failed(seed, str(error))
             return ended, time.monotonic() - began
 
-        running = {threads.submit(trial, seed): seed for seed in range(first, first + given.trials)}
+        running = {threads.submit(trial, seed): seed for seed in seeds}
         for each in as_completed(running):
             ended, seconds = each.result()
             if isinstance(ended, Outcome):
@@ -65,7 +80,7 @@ def main() -> None:
                 told = f"{ended.kind:10} {ended.plan:8} {ended.said}"
             else:
                 failed.append(ended)
-                told = f"FAILED: {ended}"
+                told = f"FAILED: {ended.why}"
             print(f"seed {running[each]}: {told} ({seconds:.0f} s)", flush=True)
             if given.trials >= LONG:
                 keep(given, first, done, failed)
@@ -76,7 +91,7 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
-def keep(given: argparse.Namespace, first: int, done: list[Outcome], failed: list[str]) -> None:
+def keep(given: argparse.Namespace, first: int, done: list[Outcome], failed: list[Failed]) -> None:
     """Write what is known so far: hours of trials are not lost with the last of them."""
     kept = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -84,7 +99,7 @@ def keep(given: argparse.Namespace, first: int, done: list[Outcome], failed: lis
         "asked": given.trials,
         "first_seed": first,
         "at_once": given.at_once,
-        "failed": failed,
+        "failed": [asdict(each) for each in failed],
         "trials": [asdict(each) for each in sorted(done, key=lambda each: each.seed)],
     }
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n")

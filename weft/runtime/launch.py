@@ -38,8 +38,8 @@ __all__ = ["describe_stage", "launch", "launch_script"]
 LEAST_BYTES = 2**24
 """Of a process: no Python with torch takes less."""
 
-# Before the first import: Ctrl-C during start-up is quiet, and OpenMP and Gloo read their variables when they load. What
-# imports leave is not garbage: looking for some takes a seventh of their time.
+# Before the first import: Ctrl-C during start-up is quiet, and OpenMP and Gloo read their variables when they load.
+# What imports leave is not garbage, and looking for some takes a seventh of their time.
 BOOTSTRAP = (
     "import gc,json,os,signal,sys;signal.signal(signal.SIGINT,signal.SIG_DFL);start=json.loads(sys.argv.pop(1));"
     "sys.path[:]=start['path'];os.environ.update(start['environment']);"
