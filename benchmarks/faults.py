@@ -12,6 +12,7 @@ a trial waits for most of its time; then seconds are those of a machine that has
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -61,15 +62,20 @@ def main() -> None:
         done, failed = [Outcome(**each) for each in kept["trials"]], [Failed(**each) for each in kept["failed"]]
     seeds = sorted(set(range(first, first + given.trials)) - {each.seed for each in (*done, *failed)})
     print(f"{len(seeds)} trials from seed {first}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="weft-faults-") as directory, ThreadPoolExecutor(given.at_once) as threads:
+    with (
+        tempfile.TemporaryDirectory(prefix="weft-faults-") as directory,
+        ThreadPoolExecutor(given.at_once) as threads,
+        contextlib.ExitStack() as ends,
+    ):
+        ends.callback(threads.shutdown, cancel_futures=True)  # Ctrl-C: those that run are waited for, no others begin
         trials = Trials(Path(directory))
 
         def trial(seed: int) -> tuple[Outcome | Failed, float]:
             began = time.monotonic()
             try:
                 ended: Outcome | Failed = trials.run(seed, given.kind)
-            except AssertionError as error:
-                ended = Failed(seed, str(error))
+            except Exception as error:  # what a trial did not expect is no less of a failure
+                ended = Failed(seed, str(error) if isinstance(error, AssertionError) else repr(error))
             return ended, time.monotonic() - began
 
         running = {threads.submit(trial, seed): seed for seed in seeds}
