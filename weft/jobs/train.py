@@ -24,6 +24,7 @@ from weft.plan import Plan
 from weft.runtime import memory, worker
 from weft.runtime.engine import Engine
 from weft.runtime.launch import launch_again
+from weft.runtime.logbook import Logbook
 from weft.runtime.meeting import Nodes
 from weft.runtime.meter import Meter
 from weft.runtime.nonfinite import NonFinite, looks
@@ -177,7 +178,7 @@ def run(target: Target, order: Order, watcher: Watcher, *, devices: int) -> Trai
             f"{order.checkpoint}: holds checkpoints already; add --resume to go on from the newest, or give another "
             "directory"
         )
-    restarts = Restarts(limit=order.restarts, command=order.device_check, say=watcher.say)
+    restarts = Restarts(order.restarts, order.device_check, watcher.say, timeout_s=order.timeout_s)
     found = launch_again(
         train_here,
         target,
@@ -202,6 +203,7 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
     that there are now.
     """
     device = join()
+    Logbook.here().note("loading the workload")
     with memory.uncounted():  # the libraries and the data it brings are no memory of the plan
         workload = target.load()
     first = dist.get_rank() == 0
