@@ -22,7 +22,7 @@ STEPS = [0]
 """Steps that the optimizer of this process has begun."""
 
 
-BUSY_S = 7.0
+BUSY_S = 6.0
 """Longer than the timeout of those who ask for it."""
 
 
