@@ -135,9 +135,10 @@ def test_after_the_first_step_only_what_is_stopped_hangs(
 ) -> None:
     monkeypatch.setattr("weft.runtime.hang.SETTLE_S", 0.1)
     workers, log = start("exec sleep 60"), Logbook(tmp_path / "0.log", 0)
+    assert not hangs(tmp_path, workers, world=1)
     log.introduce(stage=0, pipeline=(0,), timeout_s=0.5)
     log.begin_step(7)
-    assert not hangs(tmp_path, workers)
+    assert not hangs(tmp_path, workers, world=2)
     os.kill(workers[0], signal.SIGSTOP)
     assert hangs(tmp_path, workers)
     assert "stopped by a signal for 1 s (step 8, beginning)" in str(read_failure(tmp_path, {}))

@@ -97,7 +97,7 @@ class Order:
         device_check: a command that fails for a device that is lost, whose number is in WEFT_DEVICE.
         nodes: machines of the job.
         log_every: steps per logged line.
-        timeout_s: seconds a rank waits for another one once training runs, before the job fails.
+        timeout_s: seconds a rank waits for another once training runs, or a start stands still, before the job fails.
         nonfinite: what becomes of a step whose numbers are not finite, as ``Engine.nonfinite``. Nobody watches a long
             run, so what PyTorch does (train on with weights that are NaN) is not what it does unasked.
         check_replicas: compare copies every so many steps, and before a checkpoint is written; 0: never.

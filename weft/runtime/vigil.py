@@ -7,8 +7,9 @@ and compiles for minutes that another does not. Waiting tells nothing then, but 
     still     until the first step is done: no process of the job computes, reads, writes or notes anything
 
 Either hangs when it lasts for the job's timeout; a process that computes, however long, does not. After the first step
-``still`` is no sign any more, since a job may wait for a slow device or for data, and ranks see for themselves.
-Only time counts in which somebody looked: a machine that slept, or stood still itself, says nothing of its processes.
+``still`` is no sign any more: a job may wait for a slow device or for data, and ranks see for themselves. Nor is it one
+of a single process, for which nobody waits, and in which somebody may be debugging. Only time counts in which somebody
+looked: a machine that slept, or stood still itself, says nothing of its processes.
 
 What is not seen is a start in which a process spins while it waits, as one does that waits with NCCL for a peer which
 is neither stopped nor gone: the collective gives up by itself (``worker.TIMEOUT_S``).
@@ -51,7 +52,7 @@ class Trace(NamedTuple):
 
     Attributes:
         used_s: processor time.
-        moved: bytes read and written, through files mostly.
+        moved: bytes read and written, of files and pages of them.
         noted: when it noted something last; 0 where it never has.
     """
 
@@ -121,7 +122,7 @@ class Vigil:
         for rank, for_s in stopped.items():
             if for_s >= patience_s:
                 return self._stuck(rank, f"stopped by a signal for {for_s:.0f} s", notes)
-        if not starting:
+        if not starting or world == 1:
             return None
         self._still_s += passed
         if self._gets_on(notes, store):
@@ -195,5 +196,5 @@ def _trace(pid: int, note: Note | None) -> Trace:
                 used_s += sum(each.cpu_times()[:4])  # user, system, and the same of children that are over
                 if sys.platform == "linux":
                     io = each.io_counters()
-                    moved += io.read_chars + io.write_chars
+                    moved += io.read_chars + io.write_chars + io.read_bytes  # the last: of mapped files
     return Trace(used_s, moved, 0.0 if note is None else note.moment)
