@@ -81,13 +81,13 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     processes: list[subprocess.Popen[bytes]] = []
 
     def start(*commands: str) -> dict[int, int]:
-        processes.extend(subprocess.Popen(["/bin/sh", "-c", command]) for command in commands)
+        for command in commands:
+            processes.append(subprocess.Popen(["/bin/sh", "-c", command], start_new_session=True))
         return {rank: process.pid for rank, process in enumerate(processes)}
 
     yield start
     for process in processes:
-        for each in [*psutil.Process(process.pid).children(), process]:
-            each.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # what it started too
         process.wait()
 
 
