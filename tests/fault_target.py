@@ -1,10 +1,12 @@
-"""A tiny model in float64 whose processes can be told to die: FAULT is ``where:step:rank:signal``, for a job's first
-attempt, or with FAULT_ALWAYS for each; steps are those that the process has done."""
+"""A tiny model in float64 whose processes can be told to die: FAULT is ``where:step:rank:how``, for a job's first
+attempt, or with FAULT_ALWAYS for each; several with commas between are for one attempt after the other. ``how`` is a
+signal, ``busy`` (compute for a while) or ``idle`` (do nothing any more); steps are those that the process has done."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 import torch
@@ -20,14 +22,28 @@ STEPS = [0]
 """Steps that the optimizer of this process has begun."""
 
 
+BUSY_S = 6.0
+"""Longer than the timeout of those who ask for it."""
+
+
 def trip(where: str) -> None:
     """Die here, if this is where and when."""
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT") != "0" and "FAULT_ALWAYS" not in os.environ
-    if FAULT not in os.environ or again:
+    faults = os.environ.get(FAULT, "").split(",")
+    attempt = 0 if "FAULT_ALWAYS" in os.environ else int(os.environ.get("TORCHELASTIC_RESTART_COUNT", len(faults)))
+    if FAULT not in os.environ or attempt >= len(faults):
         return
-    place, step, rank, name = os.environ[FAULT].split(":")
+    place, step, rank, how = faults[attempt].split(":")
     if (place, int(step), rank) == (where, STEPS[0], os.environ.get("RANK")):
-        os.kill(os.getpid(), getattr(signal, name))
+        match how:
+            case "busy":
+                del os.environ[FAULT]  # once is enough
+                end = time.monotonic() + BUSY_S
+                while time.monotonic() < end:
+                    pass
+            case "idle":
+                time.sleep(600)
+            case _:
+                os.kill(os.getpid(), getattr(signal, how))
 
 
 class Trap(torch.autograd.Function):
@@ -58,6 +74,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self, layers: int, width: int) -> None:
         super().__init__()
+        trip("model")
         self.embed = nn.Embedding(32, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
         self.head = nn.Linear(width, 32, bias=False)
@@ -102,3 +119,6 @@ def workload(layers: int = 4, width: int = 32) -> weft.Workload:
         max_grad_norm=1.0,
     )
     return in_dtype(plain, torch.float64)
+
+
+trip("import")

@@ -25,7 +25,7 @@ from weft.fixed import WITHOUT_DEGREES
 from weft.plan import Plan
 from weft.planner import Refused, estimate, search
 from weft.precision import dtypes_of
-from weft.runtime.logbook import JOB
+from weft.runtime.logbook import JOB, Logbook
 from weft.target import Target
 
 MEASURED = "measured.toml"
@@ -66,28 +66,33 @@ def make_plan(target: Target, wanted: Wanted, say: Callable[[str], None]) -> Pla
     Raises:
         InputError: there is none.
     """
-    wanted = _agreed(lambda: fitting(wanted, dist.get_world_size(), say))
+    logbook = Logbook.here()
+    wanted = _agreed(logbook, lambda: fitting(wanted, dist.get_world_size(), say))
     cluster = wanted.cluster
     if cluster is None and wanted.plan is None:
-        cluster = _agreed(lambda: measured_before(dist.get_world_size()))
+        cluster = _agreed(logbook, lambda: measured_before(dist.get_world_size()))
         if cluster is None:
             if dist.get_rank() == 0:
                 say(f"measuring {dist.get_world_size()} devices")
+            logbook.note("measuring the devices")
             precision = wanted.constraints.get("precision", "float32")
             cluster = measure(memory_bytes=wanted.memory_bytes, dtypes=dtypes_of(precision))
             keep(cluster)
-    return _agreed(lambda: plan_alone(target, wanted, cluster, say))
+    return _agreed(logbook, lambda: plan_alone(target, wanted, cluster, say))
 
 
-def _agreed(make: Callable[[], T]) -> T:
+def _agreed(logbook: Logbook, make: Callable[[], T]) -> T:
     """What rank 0 makes, on every rank; and what it raises: all must, or they would wait for rank 0."""
     made: list[Any] = [None]
     if dist.get_rank() == 0:
+        logbook.note("planning")
         try:
             made = [make()]
         except InputError as error:
             made = [error]
+    logbook.note("learning from rank 0 what it planned", waiting=True)
     dist.broadcast_object_list(made, src=0)
+    logbook.note("")
     if isinstance(made[0], InputError):
         raise made[0]
     found: T = made[0]

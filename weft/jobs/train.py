@@ -24,6 +24,7 @@ from weft.plan import Plan
 from weft.runtime import memory, worker
 from weft.runtime.engine import Engine
 from weft.runtime.launch import launch_again
+from weft.runtime.logbook import Logbook
 from weft.runtime.meeting import Nodes
 from weft.runtime.meter import Meter
 from weft.runtime.nonfinite import NonFinite, looks
@@ -96,7 +97,7 @@ class Order:
         device_check: a command that fails for a device that is lost, whose number is in WEFT_DEVICE.
         nodes: machines of the job.
         log_every: steps per logged line.
-        timeout_s: seconds a rank waits for another one once training runs, before the job fails.
+        timeout_s: seconds a rank waits for another once training runs, or a start stands still, before the job fails.
         nonfinite: what becomes of a step whose numbers are not finite, as ``Engine.nonfinite``. Nobody watches a long
             run, so what PyTorch does (train on with weights that are NaN) is not what it does unasked.
         check_replicas: compare copies every so many steps, and before a checkpoint is written; 0: never.
@@ -177,7 +178,7 @@ def run(target: Target, order: Order, watcher: Watcher, *, devices: int) -> Trai
             f"{order.checkpoint}: holds checkpoints already; add --resume to go on from the newest, or give another "
             "directory"
         )
-    restarts = Restarts(limit=order.restarts, command=order.device_check, say=watcher.say)
+    restarts = Restarts(order.restarts, order.device_check, watcher.say, timeout_s=order.timeout_s)
     found = launch_again(
         train_here,
         target,
@@ -202,6 +203,7 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
     that there are now.
     """
     device = join()
+    Logbook.here().note("loading the workload")
     with memory.uncounted():  # the libraries and the data it brings are no memory of the plan
         workload = target.load()
     first = dist.get_rank() == 0

@@ -19,6 +19,7 @@ from weft.errors import JobError
 from weft.runtime.failure import read_failure
 from weft.runtime.meeting import Meeting, Nodes
 from weft.runtime.restarts import Restarts
+from weft.runtime.vigil import Vigil
 
 SHUTDOWN_S = 5
 """Seconds the processes get to end by themselves after Ctrl-C."""
@@ -101,17 +102,26 @@ class Agent(LocalElasticAgent):
         logs = DefaultLogsSpecs(log_dir=str(start.job))
         super().__init__(spec, logs, shutdown_timeout=SHUTDOWN_S)
         self._start, self._running = start, tuple(running)
+        self._vigil = Vigil(start.job, start.restarts.timeout_s)
         self.exits: Mapping[int, int] = {}
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """How the processes are; when all is well, lost devices are asked whether they are there again."""
         result: RunResult = super()._monitor_workers(worker_group)
+        if result.state is WorkerState.HEALTHY and self._hangs(worker_group):
+            result = RunResult(state=WorkerState.FAILED)
         if result.is_failed():
             self.exits = {rank: failure.exitcode for rank, failure in result.failures.items()}
         elif back := self._start.restarts.more(self._start.devices, self._running):
             self._start.restarts.say(f"device {', '.join(map(str, back))} is there again: starting with it")
             self._restart_workers(worker_group)
         return result
+
+    def _hangs(self, worker_group: WorkerGroup) -> bool:
+        """Whether one of them does, and all were ended for that."""
+        workers = worker_group.workers
+        store = worker_group.store if len(workers) < workers[0].world_size else None
+        return self._vigil.ends({each.global_rank: each.id for each in workers}, workers[0].world_size, store)
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         """Start the processes again, on the devices that are there.

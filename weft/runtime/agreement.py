@@ -28,23 +28,24 @@ from weft.errors import DisagreementError
 from weft.plan import Plan
 from weft.runtime.batches import Batch
 from weft.runtime.grid import current_device
+from weft.runtime.logbook import Logbook
 from weft.runtime.recordings import describe, is_words
 
 Facts = Mapping[str, str]
 """Names of what there is, to what it is, in words."""
 
 
-def on_plan(plan: Plan) -> None:
+def on_plan(plan: Plan, logbook: Logbook) -> None:
     """Compare versions and plans; all ranks call it.
 
     Raises:
         DisagreementError: they differ.
     """
     versions = {"torch": torch.__version__, "weft": weft.__version__}
-    _compare({"installation": versions, "plan": {k: json.dumps(v) for k, v in plan.to_json().items()}})
+    _compare({"installation": versions, "plan": {k: json.dumps(v) for k, v in plan.to_json().items()}}, logbook)
 
 
-def on_model(model: nn.Module, recording: Recording) -> None:
+def on_model(model: nn.Module, recording: Recording, logbook: Logbook) -> None:
     """Compare models, on fake tensors, and how they are called; all ranks call it.
 
     Raises:
@@ -56,10 +57,10 @@ def on_model(model: nn.Module, recording: Recording) -> None:
         f"call {number} of a unit": f"{call.name} -> {', '.join(_form(leaf) for leaf in call.tensors)}"
         for number, call in enumerate(recording.calls, 1)
     }
-    _compare({"model": held, "forward": calls})
+    _compare({"model": held, "forward": calls}, logbook)
 
 
-def on_batch(batch: Batch, replica: int) -> None:
+def on_batch(batch: Batch, replica: int, logbook: Logbook) -> None:
     """Compare batches of one step; all ranks call it, each with its replica's part.
 
     Shapes may differ between replicas: these may have unequal shares, and pad their samples to other lengths.
@@ -74,12 +75,14 @@ def on_batch(batch: Batch, replica: int) -> None:
             tensor = isinstance(leaf, Tensor)
             structure[name] = f"{leaf.dtype} of {leaf.ndim} dimensions" if tensor else type(leaf).__name__
             shapes[f"{name} of microbatch {m}"] = _form(leaf) if tensor else str(describe(leaf))
-    _compare({"batch": structure, "part of the batch": shapes}, {"part of the batch": replica})
+    _compare({"batch": structure, "part of the batch": shapes}, logbook, {"part of the batch": replica})
 
 
-def _compare(facts: Mapping[str, Facts], parts: Mapping[str, int] = MappingProxyType({})) -> None:
+def _compare(facts: Mapping[str, Facts], logbook: Logbook, parts: Mapping[str, int] = MappingProxyType({})) -> None:
     """Compare facts of some kinds: among all ranks, or those in the same of several parts of the job."""
+    logbook.note(f"comparing {' and '.join(facts)} with the other ranks", waiting=True)
     every = _gathered([(parts.get(kind, 0), _hash(facts[kind])) for kind in facts])
+    logbook.note("")
     for kind, rows in zip(facts, every, strict=True):
         first: dict[int, tuple[int, int]] = {}
         for rank, (part, found) in enumerate(rows):

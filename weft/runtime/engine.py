@@ -79,8 +79,8 @@ class Engine:
                 f"{workload.batch_size}; make the plan again, or set the workload's batch_size"
             )
         join()
-        agreement.on_plan(plan)
         self.logbook = Logbook.here()
+        agreement.on_plan(plan, self.logbook)
         written = workload.loss
         workload = in_precision(workload, plan.precision)
         self.workload, self.plan = workload, plan
@@ -96,11 +96,12 @@ class Engine:
         self._timeout: timedelta | None = None
         self.recordings = Recordings(workload)
         self._first = self.recordings.longest(workload.sample_batch(plan.samples_per_microbatch))
-        agreement.on_model(self.recordings.fake.model, self._first)
+        agreement.on_model(self.recordings.fake.model, self._first, self.logbook)
         units = list(self._first.units)
         stage_of = Routes.find(self._first, plan).stage_of
         fake = self.recordings.hand_over()
         parameters = dict(fake.model.named_parameters())
+        self.logbook.note("making the parameters")
         self.part = part.build(fake, units, self._first, stage_of, plan, self.grid)
         parameters |= {h.name: h.parameter for h in self.part.held}
         self.model = self.part.model
@@ -195,7 +196,7 @@ class Engine:
                 microbatches=self.plan.microbatches,
             )
         if not self._agreed:
-            agreement.on_batch(batch, self.grid.replica)
+            agreement.on_batch(batch, self.grid.replica, self.logbook)
         self.optimizer.zero_grad(set_to_none=True)
         first = self.step_count == 0 and not watched
         kept = self._pipeline.buffers.kept() if watched else {}
@@ -324,6 +325,7 @@ class Engine:
         Raises:
             CheckpointError: there is none, or it is of another model.
         """
+        self.logbook.note("loading a checkpoint")
         found = checkpoint.open_newest(Path(directory))
         checkpoint.load_model(found, self.part)
         checkpoint.load_optimizer(found, self.part, self.optimizer)

@@ -66,6 +66,7 @@ class Restarts:
         limit: restarts at most.
         command: fails for a lost device, whose number is in WEFT_DEVICE; None: all devices are there.
         say: tells people.
+        timeout_s: processes that hang for so long count as dead (``vigil``); None: nobody looks.
         pause_s: the first pause.
         ask_every_s: how often lost devices are asked again.
         deaths: so far.
@@ -74,6 +75,7 @@ class Restarts:
     limit: int = 0
     command: str | None = None
     say: Callable[[str], None] = print
+    timeout_s: float | None = None
     pause_s: float = PAUSE_S
     ask_every_s: float = ASK_EVERY_S
     deaths: list[Death] = field(default_factory=list)
