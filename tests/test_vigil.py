@@ -49,9 +49,9 @@ def test_a_job_whose_ranks_hang_while_it_starts_goes_on(tmp_path: Path) -> None:
     ended = run.end()
     assert ended.code == 0, ended.said
     first, second = (death["cause"] for death in ended.result["deaths"])
-    assert re.match(
-        rf"rank 1 on {HOST} is stuck: stopped by a signal for \d s \(loading the workload\); "
-        rf"rank 0 on {HOST} waited for others: learning from rank 0 what it planned",
+    assert re.fullmatch(  # rank 0 may still be busy with its own start by then
+        rf"rank 1 on {HOST} is stuck: stopped by a signal for \d s \(loading the workload\)"
+        rf"(; rank 0 on {HOST} waited for others: learning from rank 0 what it planned)?",
         first,
     )
     assert re.match(

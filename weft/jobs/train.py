@@ -233,8 +233,7 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
         raise InputError(f"the checkpoint is of step {begin} and training goes to step {end}; raise --steps")
     meter = Meter(device, used, batch_size=plan.batch_size, stopwatch=engine.stopwatch)
     losses: list[Any] = []
-    interval = time.perf_counter()
-    saved = begin
+    interval, saved = time.perf_counter(), begin
     for step, batch in zip(range(begin + 1, end + 1), engine.batches(epochs=None), strict=False):
         logged = step % order.log_every == 0 or step == end
         warm = step > begin + 1
