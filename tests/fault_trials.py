@@ -220,6 +220,11 @@ class _Trial:
         if self.kind not in INSIDE and newest < STEPS and run.until(lambda: run.newest() > newest + EVERY):
             recovered_s = time.monotonic() - moment
         ended = run.end()
+        if self.kind == "restart" and ended.code == 1:  # killed while it started, twice in a row
+            assert "gave up: it died while it started twice in a row" in ended.error
+            ended = self.again()
+            self.as_undisturbed(ended, newest)
+            return f"gave up while it started; started again, went on from step {ended.result['first_step']}", None
         assert ended.code == 0, ended.said[-2000:]
         self.as_undisturbed(ended, newest)
         count = len(ended.result["deaths"])
@@ -248,6 +253,15 @@ class _Trial:
         self.as_undisturbed(ended, at)
         return f"went on from step {at}", None
 
+    def again(self) -> Ended:
+        """After an error: the checkpoints that are there are whole, and training goes on from them."""
+        found = complete(self.directory)
+        for path in found:
+            Checkpoint.open(path).verify()
+        ended = self.start(*(["--resume"] if found else [])).end()
+        assert ended.code == 0, ended.said[-2000:]
+        return ended
+
     def disk(self) -> tuple[str, float | None]:
         """The command cannot write a whole checkpoint any more."""
         size = self.chance.randrange(1000, 60_000)
@@ -261,13 +275,9 @@ class _Trial:
             assert "could not be written" in ended.said, ended.said[-2000:]
             return f"said so, and went on from step {ended.result['first_step']}", None
         assert "could not be written" in ended.error, ended.error
-        found = complete(self.directory)
-        for path in found:
-            Checkpoint.open(path).verify()
         assert not list(self.directory.glob(".step-*")), "half a checkpoint is left"
-        ended = self.start("--resume").end()
-        assert ended.code == 0, ended.said[-2000:]
-        self.as_undisturbed(ended, int(found[0].name.removeprefix("step-")))
+        newest = run.newest()
+        self.as_undisturbed(self.again(), newest)
         return "one error; went on where there was room again", None
 
     def link(self) -> tuple[str, float | None]:
