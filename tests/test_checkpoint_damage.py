@@ -6,10 +6,12 @@ import json
 import pickle
 import resource
 import shutil
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from weft.errors import CheckpointError, SaveError
 from weft.plan import Plan
 from weft.planner import make_plan
 from weft.runtime.pool import Pool
+from weft.runtime.saver import Later, Saver
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +257,57 @@ def test_what_is_saved_beside_training_is_of_the_step_it_was_asked_for(pool: Poo
         whole = tuple(slice(0, length) for length in tensor.shape)
         assert torch.equal(found.stored(f"model.{name}").read(whole), tensor)
         assert not torch.equal(before[name], tensor)
+
+
+def late(saver: Saver, later: Sequence[Later], copy: Callable[..., str] = Saver._copy) -> str:
+    """Copies for a save, made when others had time to do something."""
+    time.sleep(0.3)
+    return copy(saver, later)
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+def test_the_optimizer_waits_for_copies(pool: Pool, tmp_path: Path, shard: int) -> None:
+    def job() -> dict[str, torch.Tensor]:
+        engine = weft.parallelize(workloads.mlp(), plan)
+        batches = engine.batches()
+        engine.step(next(batches))
+        before = {name: tensor.clone() for name, tensor in engine.state_dict().items()}
+        with mock.patch.object(Saver, "_copy", late):
+            engine.save(tmp_path, wait=False)
+            engine.step(next(batches))
+        engine.finish_saving()
+        return before
+
+    plan = make_plan(capture(workloads.mlp()), Cluster.local(2), dp_shard=shard, dp_replicate=2 // shard)
+    before = pool.run(job, ranks=2)[0]
+    found = Checkpoint.open(tmp_path / "step-00000001")
+    for name, tensor in before.items():
+        whole = tuple(slice(0, length) for length in tensor.shape)
+        assert torch.equal(found.stored(f"model.{name}").read(whole), tensor), name
+
+
+def test_what_changes_beside_the_optimizer_is_not_saved_half(pool: Pool, plan: Plan, tmp_path: Path) -> None:
+    """A parameter is changed while it is copied: the save fails, and from then on copies are made at once."""
+
+    def job() -> list[str]:
+        engine, said = weft.parallelize(workloads.mlp(), plan), []
+        engine.step(next(engine.batches()))
+        for number in range(2):
+            with mock.patch.object(Saver, "_copy", late):
+                engine.save(tmp_path / str(number), wait=False)
+                with torch.no_grad():
+                    for parameter in engine.model.parameters():
+                        parameter.add_(1)
+                try:
+                    engine.finish_saving()
+                except SaveError as error:
+                    said.append(str(error))
+        return said
+
+    for said in pool.run(job, ranks=2):
+        assert len(said) == 1
+        assert "changed, outside of the optimizer, while it was copied" in said[0]
+    assert [len(complete(tmp_path / number)) for number in "01"] == [0, 1]
 
 
 def test_what_a_killed_job_left_is_no_checkpoint_and_goes(pool: Pool, plan: Plan, copy: Path) -> None:

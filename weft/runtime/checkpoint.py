@@ -45,6 +45,7 @@ class Piece:
         kind: see ``weft.checkpoint.index.KINDS``.
         offsets: where the box begins.
         values: sharing memory with what is trained.
+        source: what is trained; of a DTensor only this counts changes.
     """
 
     name: str
@@ -52,6 +53,12 @@ class Piece:
     kind: str
     offsets: tuple[int, ...]
     values: Tensor
+    source: Tensor
+
+    @property
+    def version(self) -> int:
+        """Changes so far."""
+        return self.source._version
 
 
 def pieces_of(part: Part, optimizer: torch.optim.Optimizer | None) -> list[Piece]:
@@ -99,16 +106,16 @@ def _optimizer(part: Part, optimizer: torch.optim.Optimizer) -> Iterator[Piece]:
                     "has a piece; use an optimizer whose state has its parameters' shapes, or tp=1 and dp_shard=1"
                 )
             else:
-                yield Piece(name, tuple(value.shape), "optimizer", (0,) * value.dim(), value)
+                yield Piece(name, tuple(value.shape), "optimizer", (0,) * value.dim(), value, value)
 
 
 def _pieces(part: Part, name: str, owner: str, kind: str, tensor: Tensor) -> Iterator[Piece]:
     division = part.divisions.get(owner)
     shape = tuple(division.whole(tensor.shape) if division else tensor.shape)
     for box in boxes(tensor.detach(), division):
-        yield Piece(name, shape, kind, tuple(box.offsets), box.values)
+        yield Piece(name, shape, kind, tuple(box.offsets), box.values, tensor)
     if not math.prod(shape):
-        yield Piece(name, shape, kind, (0,) * len(shape), torch.empty(shape, dtype=tensor.dtype))
+        yield Piece(name, shape, kind, (0,) * len(shape), torch.empty(shape, dtype=tensor.dtype), tensor)
 
 
 def plain_values(part: Part, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -295,7 +302,7 @@ def _state(
     # As Optimizer.load_state_dict places it: a count of steps is on the device only for kernels that read it there.
     there = key != "step" or group.get("capturable") or group.get("fused")
     value = torch.zeros(stored.shape, dtype=stored.dtype, device=parameter.device if there else "cpu")
-    _take(checkpoint, Piece(name, stored.shape, "optimizer", (0,) * len(stored.shape), value))
+    _take(checkpoint, Piece(name, stored.shape, "optimizer", (0,) * len(stored.shape), value, value))
     return value
 
 

@@ -90,8 +90,7 @@ class Engine:
         self.step_count = self.skipped = 0
         self.stopwatch = Stopwatch(self.grid.device, inside=max(plan.tp, plan.dp_shard) > 1)
         self.gradient_norm: Tensor | None = None
-        self._sampler = Sampler(workload)
-        self._saver = Saver()
+        self._sampler, self._saver = Sampler(workload), Saver()
         self._agreed = False
         self._timeout: timedelta | None = None
         self.recordings = Recordings(workload)
@@ -222,6 +221,7 @@ class Engine:
             self.logbook.note("in the optimizer")
             self.gradient_norm = agreed.norm
             if self._judge.takes(agreed, batch, self.step_count, self.nonfinite, kept):
+                self._saver.settle()
                 self.optimizer.step()
                 if self.scheduler is not None:
                     self.scheduler.step()
@@ -291,8 +291,9 @@ class Engine:
         Args:
             directory: of checkpoints, the same for all ranks.
             keep: how many of its checkpoints stay, this one included; None: all.
-            wait: until it is written. False goes on with training beside a thread that writes copies; the next
-                ``save``, or ``finish_saving``, waits for it. Under a limit of memory it waits all the same.
+            wait: until it is written. False goes on with training beside a thread, for which the next ``save``, or
+                ``finish_saving``, waits, and the next step's optimizer until it has copies: until then nothing else may
+                change parameters. Under a limit of memory it waits all the same.
 
         Returns:
             its folder.
@@ -301,7 +302,7 @@ class Engine:
             SaveError: it, or the one on its way before it, could not be written. Earlier ones are as they were.
             CheckpointError: the optimizer keeps what no checkpoint can hold.
         """
-        scale = None if self.loss_scale is None else self.loss_scale.state()
+        scale = self.loss_scale.state() if self.loss_scale else None
         index = checkpoint.index_of(self.step_count, self.plan, self.part, self.optimizer, self.scheduler, scale)
         index.values[SKIPPED] = self.skipped
         pieces = checkpoint.pieces_of(self.part, self.optimizer)
@@ -326,6 +327,7 @@ class Engine:
             CheckpointError: there is none, or it is of another model.
         """
         self.logbook.note("loading a checkpoint")
+        self._saver.settle()
         found = checkpoint.open_newest(Path(directory))
         checkpoint.load_model(found, self.part)
         checkpoint.load_optimizer(found, self.part, self.optimizer)

@@ -1,12 +1,14 @@
 """Saver: writes checkpoints while training goes on.
 
-    save      the ranks agree who writes what; each copies what it writes          training waits for this
-    a thread  every rank writes its file, rank 0 the index; then the folder        training goes on
-              gets its name
+    save      the ranks agree who writes what                                      training waits for this
+    a thread  every rank copies what it writes                                     forwards and backwards go on
+              and writes its file, rank 0 the index; then the folder gets its      training goes on
+              name
 
-The thread has a process group of its own, so that what it says to other ranks does not mix with training. A rank whose
-disk is full says so in it: all ranks learn that a save failed, what was written of it is removed, and the checkpoints
-before it stay.
+Parameters and the optimizer's state change in the optimizer only, which waits for the copies; buffers, which change in
+forwards, are copied at once, and so is what lies on an accelerator. The thread has a process group of its own, so that
+what it says to other ranks does not mix with training. A rank whose disk is full says so in it: all ranks learn that a
+save failed, what was written of it is removed, and the checkpoints before it stay.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ from weft.checkpoint.tensors import Form, write
 from weft.errors import CheckpointError, SaveError
 from weft.runtime.checkpoint import Piece, Signature, signature_of
 from weft.runtime.memory import is_limited
+
+SETTLED = ("parameter", "optimizer")
+"""Kinds of tensors that nothing but the optimizer changes."""
 
 DISK_TIMEOUT = timedelta(minutes=30)
 """What the ranks' threads wait for the slowest disk. Training waits as it does for any other collective."""
@@ -72,12 +77,28 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Later:
+    """A tensor that is yet to be copied.
+
+    Attributes:
+        piece: which.
+        copy: where to.
+        version: counts what changed it before the save.
+    """
+
+    piece: Piece
+    copy: Tensor
+    version: int
+
+
+@dataclass(frozen=True)
 class Writing:
     """A save on its way: what a thread needs of it.
 
     Attributes:
         directory, path: of checkpoints, and the folder that is written.
         values: what this rank writes: copies, or the trained tensors themselves.
+        later: what is yet to be copied.
         index: what is known of the checkpoint before files are written.
         keep: how many checkpoints stay, or None: all.
     """
@@ -86,6 +107,7 @@ class Writing:
     path: Path
     share: Share
     values: Iterable[Tensor]
+    later: Sequence[Later]
     index: Index
     keep: int | None
 
@@ -99,6 +121,8 @@ class Saver:
     _group: dist.ProcessGroup | None = None
     _copies: list[Tensor] = field(default_factory=list)
     _thread: threading.Thread | None = None
+    _copied: threading.Event | None = None
+    _at_once: bool = False
     _failed: str | None = None
 
     def save(
@@ -117,8 +141,8 @@ class Saver:
             pieces: what this rank has.
             index: step, plan and settings; values of this rank's only. Files and tensors are added here.
             keep: how many checkpoints stay, this one included; None: all.
-            wait: until it is written; else copies are made and a thread writes them. Under a limit of memory, which
-                copies would take from training, this waits too.
+            wait: until it is written; else a thread copies and writes it: see ``settle``. Under a limit of memory,
+                which copies would take from training, this waits too.
 
         Returns:
             the folder it has when it is complete.
@@ -129,17 +153,24 @@ class Saver:
         """
         self.wait()
         share, path = self._agree(directory, index.step, pieces)
-        values = [pieces[number].values for number in share.mine]
-        wait = wait or is_limited()
-        ready = (value.contiguous().cpu() for value in values) if wait else self._copied(values)
-        writing = Writing(directory, path, share, ready, index, keep)
-        if wait:
-            self._run(writing)
+        mine = [pieces[number] for number in share.mine]
+        if wait or is_limited():
+            ready = (piece.values.contiguous().cpu() for piece in mine)
+            self._run(Writing(directory, path, share, ready, (), index, keep))
             self.wait()
         else:
+            copies, later = self._copies_of(mine)
+            writing = Writing(directory, path, share, copies, later, index, keep)
+            self._copied = threading.Event()
             self._thread = threading.Thread(target=self._run, args=(writing,), name="weft checkpoint")
             self._thread.start()
         return directory / folder.name_of(index.step)
+
+    def settle(self) -> None:
+        """Wait until parameters and the optimizer's state may change."""
+        if self._copied is not None:
+            self._copied.wait()
+            self._copied = None
 
     def wait(self) -> None:
         """Until nothing is being written.
@@ -177,31 +208,51 @@ class Saver:
             self._copies = []
         return self._share, folder.partial(directory, step, f"{mark:x}")
 
-    def _copied(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Copies in the processor's memory, which the next save uses again."""
+    def _copies_of(self, mine: Sequence[Piece]) -> tuple[list[Tensor], list[Later]]:
+        """Room for copies in the processor's memory, which the next save uses again; and what is yet to be copied."""
+        pinned = any(piece.values.device.type != "cpu" for piece in mine)
         if not self._copies:
-            pinned = any(value.device.type != "cpu" for value in values)
-            self._copies = [torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned) for value in values]
-        for copy, value in zip(self._copies, values, strict=True):
-            copy.copy_(value, non_blocking=True)
-        if any(value.device.type != "cpu" for value in values):
+            kinds = [(piece.values.shape, piece.values.dtype) for piece in mine]
+            self._copies = [torch.empty(shape, dtype=dtype, pin_memory=pinned) for shape, dtype in kinds]
+        later = []
+        for piece, copy in zip(mine, self._copies, strict=True):
+            if piece.kind in SETTLED and piece.values.device.type == "cpu" and not self._at_once:
+                later.append(Later(piece, copy, piece.version))
+            else:
+                copy.copy_(piece.values, non_blocking=True)
+        if pinned:
             torch.accelerator.synchronize()
-        return self._copies
+        return self._copies, later
+
+    def _copy(self, later: Sequence[Later]) -> str:
+        """Copy, in the thread. Returns what went wrong, or nothing."""
+        for each in later:
+            each.copy.copy_(each.piece.values)
+        changed = [each.piece.name for each in later if each.piece.version != each.version]
+        if not changed:
+            return ""
+        self._at_once = True
+        return f"{changed[0]} changed, outside of the optimizer, while it was copied; the next save copies at once"
 
     def _run(self, writing: Writing) -> None:
         """Write, in the thread."""
         try:
-            self._write(writing)
+            try:
+                error = self._copy(writing.later)
+            finally:
+                if self._copied is not None:
+                    self._copied.set()
+            self._write(writing, error)
         except Exception as error:  # whatever stopped a thread: the next call of save or wait raises it
             self._failed = f"the checkpoint of step {writing.index.step} could not be written: {error}"
 
-    def _write(self, writing: Writing) -> None:
-        rank, error, sums, length = dist.get_rank(), "", list[str](), 0
+    def _write(self, writing: Writing, error: str) -> None:
+        rank, sums, length = dist.get_rank(), list[str](), 0
         file = f"rank-{rank:05d}.safetensors"
         mine = writing.share.everyone[rank]
         try:
             forms = {key_of(name, offsets): Form(dtype, lengths) for name, _, _, offsets, lengths, dtype in mine}
-            if mine:
+            if mine and not error:
                 sums, length = write(writing.path / file, forms, writing.values)
         except OSError as raised:
             error = f"rank {rank}: {file}: {raised.strerror or raised}"
