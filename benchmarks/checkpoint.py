@@ -5,8 +5,8 @@
 
     save, load    the same tensors under the same plan, by both, in turns, in the same processes, until the disk has
                   them; weft's are with checksums, which loading compares
-    stall         seconds that training loses while a checkpoint is written beside it, against the seconds of a save that
-                  is waited for: of one process, whose thread has a core to itself
+    stall         seconds that training loses while a checkpoint is written beside it, against the seconds of a save
+                  that is waited for: of one process, whose thread has a core to itself
     stall, full   the same of two processes on two cores: what the threads compute (checksums, copies from memory to
                   memory) is taken from training; no aim
 
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--directory", help="where to write; default: this directory's disk")
     given = parser.parse_args()
     arguments = {"layers": "2", "hidden": "64"} if given.small else {"layers": "16", "hidden": "512", "batch_size": "4"}
-    short = arguments | {"batch_size": "2", "context": "128"}  # steps of less than a save's seconds
+    short = arguments | {"batch_size": "2", "context": "32"}  # steps of less than a save's seconds
     place = given.directory or Path.cwd()
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(dir=place, prefix="checkpoints-") as directory:
