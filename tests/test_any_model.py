@@ -29,6 +29,7 @@ def verified(pool: Pool, name: str, degrees: dict[str, int], steps: int = 3) -> 
 
 @pytest.mark.parametrize("pp", [2, 3])
 @pytest.mark.parametrize("name", any_models.MODELS)
+@pytest.mark.matrix
 def test_a_pipeline_equals_one_device(pool: Pool, name: str, pp: int) -> None:
     result = verified(pool, name, {"pp": pp}, steps=4)
     assert result.loss_error <= 1e-10
@@ -41,6 +42,7 @@ ODD = ["reversible", "written", "latents"]
 
 @pytest.mark.parametrize("degrees", [{"dp_replicate": 2}, {"dp_shard": 2}, {"pp": 2, "dp_replicate": 2}], ids=str)
 @pytest.mark.parametrize("name", ["layer drop", "checked layer drop", "remade", "routed", "direct", *ODD])
+@pytest.mark.matrix
 def test_with_replicas(pool: Pool, name: str, degrees: dict[str, int]) -> None:
     result = verified(pool, name, degrees)
     assert result.loss_error <= 1e-10

@@ -88,6 +88,7 @@ def test_saved_activations_are_kept_once(profile: Profile) -> None:
 
 
 @pytest.mark.parametrize("name", ["example", "llama", "gpt2", "bert", "vit", "mixtral", "mlp", "skips"])
+@pytest.mark.matrix
 def test_saved_bytes_are_those_of_a_real_run(name: str) -> None:
     case = CASES[name]
     torch.manual_seed(0)

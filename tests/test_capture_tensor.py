@@ -408,6 +408,7 @@ def test_a_table_of_heads_and_what_stands_alone() -> None:
 
 @pytest.mark.parametrize("build", [tensor_models.language, patches], ids=["language", "patches"])
 @pytest.mark.parametrize("degrees", [{"tp": 2}, {"tp": 4}, {"pp": 2, "tp": 2}], ids=str)
+@pytest.mark.matrix
 def test_what_is_found_equals_one_device(
     pool: Pool, build: Callable[[], weft.Workload], degrees: dict[str, int]
 ) -> None:

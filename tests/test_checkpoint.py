@@ -121,7 +121,7 @@ def plan_of(kind: str, profile: Profile) -> Plan:
     return make_plan(profile, Cluster.local(devices), **{"microbatches": 2, **choices})
 
 
-@pytest.mark.parametrize("optimizer", [adamw, sgd])
+@pytest.mark.parametrize("optimizer", [adamw, pytest.param(sgd, marks=pytest.mark.long)])
 def test_every_plan_continues_what_any_other_saved(pool: Pool, tmp_path: Path, optimizer: Any) -> None:
     profile = capture(everything(optimizer))
     plans = {kind: plan_of(kind, profile) for kind in KINDS}

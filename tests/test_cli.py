@@ -136,6 +136,7 @@ def test_train_on_two_processes(weft: WEFT, tmp_path: Path) -> None:
     assert "step 3/4" not in out
 
 
+@pytest.mark.long
 def test_a_plan_with_unequal_shares_is_verified_and_trained(weft: WEFT, tmp_path: Path) -> None:
     plan = Plan.from_json(as_json(weft, "plan", *SMALL, "--devices", "2", "--dp-replicate", "2")["plan"])
     replace(plan, shares=(3, 1)).save(tmp_path / "plan.json")
@@ -145,12 +146,14 @@ def test_a_plan_with_unequal_shares_is_verified_and_trained(weft: WEFT, tmp_path
     assert data["plan"]["shares"] == [3, 1]
 
 
+@pytest.mark.long
 def test_verify_holds(weft: WEFT) -> None:
     data = as_json(weft, "verify", *SMALL, "--devices", "2", "--dp-replicate", "2", "--steps", "1")
     assert data["ok"] is True
     assert set(data) >= {"steps", "dtype", "loss_error", "gradient_error", "parameter_error", "parameter_bytes"}
 
 
+@pytest.mark.long
 def test_a_script_that_fails_is_one_line_and_exit_code_1(weft: WEFT, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("import sys\nprint(sys.argv[1:])\nraise OSError('no disk')\n")
     code, out, err = weft("launch", "script.py", "--lr", "3", "--devices", "1", "x=2")
@@ -162,6 +165,7 @@ def test_a_script_that_fails_is_one_line_and_exit_code_1(weft: WEFT, tmp_path: P
     assert err.endswith("\nweft: rank 0 failed: OSError: no disk (script.py:3 in <module>)\n")
 
 
+@pytest.mark.long
 def test_compare_and_cluster(weft: WEFT, tmp_path: Path) -> None:
     data = as_json(weft, "compare", *SMALL, "--devices", "2", "--steps", "1")
     rows = {row["strategy"]: row for row in data["rows"]}

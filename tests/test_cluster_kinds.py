@@ -256,6 +256,7 @@ def test_a_quota_is_read_where_the_kernel_keeps_it(tmp_path: Path, files: dict[s
     assert core_share(tmp_path) == share
 
 
+@pytest.mark.long
 def test_processes_of_unequal_memory_are_measured_and_held_to_it(pool: Pool) -> None:
     found = pool.run(lambda: measure(memory_bytes=[2**30, 2**29]), ranks=2)[0]
     assert [found.device_of(i).memory_bytes for i in range(2)] == [2**30, 2**29]
@@ -272,6 +273,7 @@ def test_processes_of_unequal_memory_are_measured_and_held_to_it(pool: Pool) -> 
 
 
 @pytest.mark.root
+@pytest.mark.long
 def test_a_process_with_a_quota_is_measured_as_slower(pool: Pool) -> None:
     root = Path("/sys/fs/cgroup/cpu" if Path("/sys/fs/cgroup/cpu").is_dir() else "/sys/fs/cgroup")
     group = root / f"weft-test-{os.getpid()}"

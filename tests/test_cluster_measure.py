@@ -10,6 +10,7 @@ def measured(memory_bytes=None, devices_per_node=None):
     return measure(memory_bytes=memory_bytes, devices_per_node=devices_per_node)
 
 
+@pytest.mark.long
 def test_four_processes_agree_on_what_they_are(pool, tmp_path):
     clusters = pool.run(measured, 2**30, ranks=4)
     assert clusters == clusters[:1] * 4
@@ -33,6 +34,7 @@ def test_four_processes_agree_on_what_they_are(pool, tmp_path):
     assert Cluster.load(tmp_path / "here.toml") == cluster
 
 
+@pytest.mark.long
 def test_two_nodes_have_a_link_inside_and_one_between(pool):
     cluster = pool.run(measured, 2**30, 2, ranks=4)[0]
     assert [(link.name, link.devices) for link in cluster.links] == [("inside a node", 2), ("between nodes", 4)]

@@ -73,6 +73,7 @@ def one_by_one(name: str, plan: weft.Plan, count: int) -> dict[int, list[int]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.matrix
 def test_requests_come_and_go(pool: Pool, name: str, kind: str):
     alone = pool.run(one_by_one, name, plan_for(GENERATIVE[name](), {}), 20, ranks=1)[0]
     degrees, groups = KINDS[kind]

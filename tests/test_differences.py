@@ -107,6 +107,7 @@ def off(report: dict[str, Any]) -> set[str]:
 
 
 @pytest.mark.parametrize("degrees", [("--pp", "2"), ("--dp-shard", "2")], ids=["pp", "dp_shard"])
+@pytest.mark.long
 def test_a_wrong_cluster_file_is_told_by_its_term(
     degrees: tuple[str, str], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

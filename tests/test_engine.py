@@ -65,6 +65,7 @@ def test_one_process_is_a_job_of_one() -> None:
     [{"pp": 2}, {"dp_shard": 2}, {"dp_replicate": 2}, {"tp": 2}, {"pp": 2, "dp_shard": 2}],
     ids=lambda d: "-".join(f"{k}{v}" for k, v in d.items()),
 )
+@pytest.mark.matrix
 def test_a_resumed_run_continues_exactly(pool: Pool, tmp_path: Path, degrees: dict[str, int]) -> None:
     plan = plan_for(workloads.gpt2(), degrees, microbatches=2)
 
@@ -178,6 +179,7 @@ def large() -> weft.Workload:
 
 
 @pytest.mark.parametrize("degrees", [{"pp": 4}, {"dp_shard": 4}], ids=["pp4", "dp_shard4"])
+@pytest.mark.long
 def test_a_model_larger_than_a_process_may_hold(degrees: dict[str, int]) -> None:
     limit = 96 * 2**20  # two thirds of what one device needs
     plan = plan_for(large(), degrees)

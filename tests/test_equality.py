@@ -49,6 +49,7 @@ def name_of(degrees: dict[str, int]) -> str:
 
 @pytest.mark.parametrize("degrees", DEGREES, ids=name_of)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.matrix
 def test_equals_one_device(pool: Pool, family: str, degrees: dict[str, int]) -> None:
     build = FAMILIES[family]
     plan = plan_for(build(), degrees, profile_of(family), microbatches=2)
@@ -66,6 +67,7 @@ def test_equals_one_device(pool: Pool, family: str, degrees: dict[str, int]) -> 
 @pytest.mark.parametrize("zero", [1, 2])
 @pytest.mark.parametrize("degrees", [{"dp_shard": 2}, {"pp": 2, "dp_shard": 2}, {"tp": 2, "dp_shard": 2}], ids=name_of)
 @pytest.mark.parametrize("family", ["tied_decoder", "batchnorm_cnn", "experts"])
+@pytest.mark.matrix
 def test_stages_of_the_sharded_optimizer_equal_one_device(
     pool: Pool, family: str, degrees: dict[str, int], zero: int
 ) -> None:

@@ -50,6 +50,7 @@ def expected(name: str) -> Tensor:
 
 @pytest.mark.parametrize("kind", PLANS)
 @pytest.mark.parametrize("name", GENERATIVE)
+@pytest.mark.matrix
 def test_greedy_tokens_are_those_of_transformers(pool: Pool, name: str, kind: str):
     plan = plan_of(name, kind)
     for found in pool.run(generate, name, plan, {"max_new_tokens": TOKENS, "eos_token_id": ()}, ranks=plan.devices):
@@ -105,6 +106,7 @@ def while_training(plan: weft.Plan) -> list[Any]:
     return found[:3]
 
 
+@pytest.mark.long
 def test_an_engine_that_trains_generates_too(pool: Pool):
     alone = pool.run(while_training, plan_of("llama", "one"), ranks=1)[0]
     assert all(training for _, training in alone)

@@ -24,6 +24,7 @@ def alone(prompt: str, tokens: int) -> list[int]:
     return found[0, ids.shape[1] :].tolist()
 
 
+@pytest.mark.long
 def test_what_is_generated_is_what_one_device_generates(capfd: pytest.CaptureFixture[str]):
     prompts = ["import sys", "d"]
     asked = [word for prompt in prompts for word in ("--prompt", prompt)]
@@ -34,6 +35,7 @@ def test_what_is_generated_is_what_one_device_generates(capfd: pytest.CaptureFix
     assert found["plan"]["pp"] == 2
 
 
+@pytest.mark.long
 def test_the_text_of_one_prompt_comes_as_it_is_generated(capfd: pytest.CaptureFixture[str]):
     assert run(["generate", *SMALL, "--devices", "1", "--prompt", "import sys", "--max-new-tokens", "6"]) == 0
     assert capfd.readouterr().out == bytes(alone("import sys", 6)).decode(errors="replace") + "\n"
@@ -51,6 +53,7 @@ def test_the_text_of_one_prompt_comes_as_it_is_generated(capfd: pytest.CaptureFi
         (["--prompt", "a", "--pp", "9", "--devices", "9"], "pp=9"),
     ],
 )
+@pytest.mark.matrix
 def test_what_is_wrong_is_told_in_a_line(capfd: pytest.CaptureFixture[str], arguments: list[str], what: str):
     fewer = [] if "--max-new-tokens" in arguments else ["--max-new-tokens", "4"]
     devices = [] if "--devices" in arguments else ["--devices", "1"]

@@ -28,6 +28,7 @@ def report(*options: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.long
 def test_its_path_on_the_cpu() -> None:
     found = report("--small", "--way", "plain", "--steps", "2")
     tiny, large = found["rows"]

@@ -112,6 +112,7 @@ def caught(pool: Pool, degrees: dict[str, Any], stuck: int, how: str, **settings
 
 
 @pytest.mark.parametrize(("stuck", "how"), [(0, "sleeps"), (1, "stops")])
+@pytest.mark.long
 def test_a_stage_that_hangs_in_its_forward(own: Pool, stuck: int, how: str) -> None:
     error = caught(own, {"pp": 2}, stuck, how, microbatches=2)
     assert error.action == "step 4, forward of microbatch 0"
@@ -124,12 +125,14 @@ def test_a_stage_that_hangs_in_its_forward(own: Pool, stuck: int, how: str) -> N
     ("degrees", "waits"),
     [({"dp_replicate": 2}, "summing gradients over the replicas"), ({"dp_shard": 2}, "gathering the parameters of 1")],
 )
+@pytest.mark.long
 def test_a_replica_that_hangs_in_its_forward(own: Pool, degrees: dict[str, Any], waits: str) -> None:
     error = caught(own, degrees, 1, "stops")
     assert error.action == "step 4, forward of microbatch 0"
     assert error.cause.endswith(f"gave up after 2 s: step 4, {waits}")
 
 
+@pytest.mark.long
 def test_one_of_four_hangs_in_the_users_loop_and_all_others_wait_for_each_other(own: Pool) -> None:
     error = caught(own, {"pp": 2, "dp_replicate": 2}, 2, "outside", microbatches=2)
     assert error.action == "step 4, after it, in the training loop"
@@ -194,6 +197,7 @@ def workload():
 """
 
 
+@pytest.mark.long
 def test_a_process_of_weft_train_that_is_stopped_at_any_moment(tmp_path: Path) -> None:
     (tmp_path / "target.py").write_text(TARGET)
     plan_for(workload(), {"pp": 2}, microbatches=2).save(tmp_path / "plan.json")

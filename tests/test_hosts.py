@@ -45,6 +45,7 @@ def measured(across: Pool) -> Cluster:
     return across.run(measure)[0]
 
 
+@pytest.mark.long
 def test_links_are_measured_at_both_levels(measured: Cluster):
     # Two hosts of a busy machine may seem unlike: which are alike is the question of test_cluster_kinds.
     assert (sum(node.count for node in measured.nodes), measured.devices_per_node) == (2, 2)
@@ -77,6 +78,7 @@ def test_a_plan_across_hosts_equals_one_device(across: Pool, degrees: dict[str, 
     assert result.ok, result
 
 
+@pytest.mark.long
 def test_weft_cluster_measures_the_job_it_is_started_in(network: hosts.Network):
     # What torchrun does on every host: a process with the job's variables.
     variables = {

@@ -176,6 +176,7 @@ print(len(kept))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts tensors on Linux only")
 @pytest.mark.parametrize("cast", ["", "cast"])
+@pytest.mark.long
 def test_memory_is_for_about_one_weight_at_a_time(cast: str) -> None:
     def run(parts: int) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", MEMORY, str(parts), cast]

@@ -35,6 +35,7 @@ PLANS: list[dict[str, int]] = [
 
 @pytest.mark.parametrize("degrees", PLANS, ids=lambda degrees: "-".join(f"{n}{d}" for n, d in degrees.items()))
 @pytest.mark.parametrize("family", keras_models.FAMILIES)
+@pytest.mark.matrix
 def test_equals_one_device(pool: Pool, family: str, degrees: dict[str, int]):
     devices = math.prod(degrees.values())
     profile = capture(keras_models.workload(family))

@@ -91,6 +91,7 @@ def test_launch_names_the_process_that_was_killed(capfd: pytest.CaptureFixture[s
         ("hides", "RuntimeError: wrapped (test_launch.py:", "ValueError: inner"),
     ],
 )
+@pytest.mark.matrix
 def test_a_pool_names_the_first_failure_and_goes_on(pool: Pool, how: str, cause: str, traceback: str) -> None:
     before = time.monotonic()
     with pytest.raises(WorkerError) as caught:

@@ -145,6 +145,7 @@ WHERE = {
 
 @pytest.mark.parametrize("bad", WHERE)
 @pytest.mark.parametrize("degrees", PLANS, ids=name_of)
+@pytest.mark.matrix
 def test_a_step_is_left_out_as_if_it_had_not_been(pool: Pool, degrees: dict[str, int], bad: str) -> None:
     plan = plan_of(degrees)
 
@@ -369,6 +370,7 @@ def workload():
 """
 
 
+@pytest.mark.long
 def test_training_from_the_command_line(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

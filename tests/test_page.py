@@ -94,6 +94,7 @@ def test_spans_are_the_timeline_the_estimate_was_read_from(cluster: Cluster, fix
     assert any(s.part == "recompute" for s in found) == ("recompute" in fixed)
 
 
+@pytest.mark.long
 def test_the_longest_timeline_is_cut_in_the_middle() -> None:
     profile = planner_profiles.gpt(layers=30, hidden=2048, context=2048, batch_size=4096)
     choice = chosen(H100, profile, pp=16, microbatches=4096)

@@ -37,6 +37,7 @@ def lower(build: Any, precision: str, degrees: dict[str, int], **choices: Any) -
 
 @pytest.mark.parametrize("degrees", PLANS, ids=name_of)
 @pytest.mark.parametrize(("family", "precision"), [("llama", "bf16"), ("code_lm", "bf16"), ("code_lm", "fp16")])
+@pytest.mark.matrix
 def test_a_plan_is_within_the_noise_of_one_device(
     pool: Pool, family: str, precision: str, degrees: dict[str, int]
 ) -> None:

@@ -86,6 +86,7 @@ def assert_close(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("kind", ["pp=2", "tp=2", "dp=2 x pp=2"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.matrix
 def test_predictions_of_every_family_are_one_devices(pool: Pool, family: str, kind: str):
     degrees, microbatches = KINDS[kind]
     plan = plan_for(workload_of(family), degrees, microbatches=microbatches)
@@ -96,6 +97,7 @@ def test_predictions_of_every_family_are_one_devices(pool: Pool, family: str, ki
 
 @pytest.mark.parametrize("samples", [8, 5, 1])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.matrix
 def test_batches_of_any_size_are_put_together_in_order(pool: Pool, kind: str, samples: int):
     degrees, microbatches = KINDS[kind]
     plan = plan_for(workload_of("decoder"), degrees, microbatches=microbatches)

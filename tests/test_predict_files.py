@@ -118,6 +118,7 @@ def workload(input: str, seconds: float = 0.0):
 """
 
 
+@pytest.mark.long
 def test_killed_and_resumed(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "slow.py").write_text(SLOW)

@@ -43,6 +43,7 @@ def both(plan: weft.Plan, numbers: list[range], purpose: Any) -> tuple[list[Any]
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.matrix
 def test_each_batch_is_predicted_as_by_itself(pool: Pool, kind: str):
     degrees, microbatches = KINDS[kind]
     plan = plan_for(workload_of("decoder"), degrees, microbatches=microbatches)
@@ -112,6 +113,7 @@ def failing(plan: weft.Plan) -> None:
     list(engine.predictions([range(2)] * 3))
 
 
+@pytest.mark.long
 def test_an_error_in_another_replica_ends_the_job():
     with Pool(2, device="cpu", timeout_s=30) as own, pytest.raises(WorkerError, match="on purpose"):
         own.run(failing, plan_for(workload_of("decoder"), {"dp_replicate": 2}), ranks=2)

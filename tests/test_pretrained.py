@@ -90,6 +90,7 @@ def read_on_each(directory: str, plan: weft.Plan) -> tuple[dict[str, Tensor], in
 
 
 @pytest.mark.parametrize(("family", "degrees"), [(family, plan) for family, plans in PLANS.items() for plan in plans])
+@pytest.mark.matrix
 def test_every_rank_reads_what_it_holds(
     pool: Pool, directory: Callable[[str], Path], family: str, degrees: dict[str, int]
 ) -> None:

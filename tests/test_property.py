@@ -17,6 +17,7 @@ CHUNK = 30
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("first", range(0, DRAWS, CHUNK))
+@pytest.mark.matrix
 def test_random_models_under_random_plans_equal_one_device(pool: Pool, first: int) -> None:
     wrong = []
     seeds = range(first, first + CHUNK)

@@ -306,6 +306,7 @@ def run_with(shape: Shape) -> Run:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.matrix
 def test_models_are_captured_with_blocks_alike_and_divided(name):
     shape = MODELS[name]
     profile = capture(workload(run_with(shape)))
@@ -435,6 +436,7 @@ def test_questions_differ_by_model_batch_and_devices_but_not_by_plan():
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_command_predicts_a_table_and_names_what_it_cannot(tmp_path: Path):
     rows = [
         training_row(layers="2", hidden="64", heads="4", source="here"),

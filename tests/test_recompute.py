@@ -47,6 +47,7 @@ def recomputed(build: Any, degrees: dict[str, int], mode: str, **choices: Any) -
     [(workloads.llama, "selective"), (dropping, "full"), (workloads.code_lm, "full")],
     ids=["llama-selective", "dropout-full", "code_lm-full"],
 )
+@pytest.mark.matrix
 def test_gradients_are_unchanged(pool: Pool, build: Any, mode: str, degrees: dict[str, int]) -> None:
     plan = recomputed(build, degrees, mode)
     assert plan.recompute
@@ -193,6 +194,7 @@ def test_what_is_costly() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are the Linux kernel's")
+@pytest.mark.long
 def test_the_peak_is_the_predicted_one_in_every_mode() -> None:
     cluster = Cluster.local(1, "900MiB")
     profile = capture(activations())

@@ -45,6 +45,7 @@ def plan_of(family: str, degrees: tuple[tuple[str, int], ...]) -> Plan:
 
 
 @pytest.mark.parametrize(("family", "degrees"), NORMAL)
+@pytest.mark.matrix
 def test_copies_stay_equal_in_training(pool: Pool, family: str, degrees: dict[str, int]) -> None:
     """Tied weights, frozen ones, statistics over the batch, buffers that glue changes."""
     plan = plan_of(family, tuple(degrees.items()))
@@ -95,6 +96,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("degrees", "name", "rank", "ranks"), CASES)
+@pytest.mark.matrix
 def test_one_flipped_bit_is_found_and_named(
     pool: Pool, degrees: dict[str, int], name: str, rank: int, ranks: tuple[tuple[int, ...], ...]
 ) -> None:
@@ -196,6 +198,7 @@ def workload():
 """
 
 
+@pytest.mark.long
 def test_training_from_the_command_line(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

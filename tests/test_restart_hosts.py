@@ -42,6 +42,7 @@ def start(network: hosts.Network, host: int, directory: Path, *arguments: str) -
 
 @pytest.mark.root
 @pytest.mark.skipif(hosts.missing() is not None, reason=f"no hosts here: {hosts.missing()}")
+@pytest.mark.long
 def test_a_host_is_killed_and_returns(network: hosts.Network, tmp_path: Path) -> None:
     directory, alone = tmp_path / "disturbed", tmp_path / "undisturbed"
     ended = Run.start(alone, WIDTH, "--devices", "2", "--steps", str(STEPS)).end()

@@ -47,6 +47,7 @@ def undisturbed(plan: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return directory, ended.result["losses"]
 
 
+@pytest.mark.long
 def test_what_died_when_all_was_done_has_nothing_left_to_do(plan: str, undisturbed: tuple[Path, list[float]]) -> None:
     directory, _ = undisturbed
     ended = train(directory, plan, "--restarts", "1", "--resume").end()
@@ -56,6 +57,7 @@ def test_what_died_when_all_was_done_has_nothing_left_to_do(plan: str, undisturb
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])
+@pytest.mark.long
 def test_a_killed_process_changes_nothing(
     plan: str, undisturbed: tuple[Path, list[float]], tmp_path: Path, where: str
 ) -> None:
@@ -71,6 +73,7 @@ def test_a_killed_process_changes_nothing(
     same(tmp_path, directory)
 
 
+@pytest.mark.long
 def test_what_dies_at_the_same_step_twice_is_given_up(plan: str, tmp_path: Path) -> None:
     run = train(tmp_path, plan, "--restarts", "5", "nothing=1")
     assert run.end().code == 2  # the target takes no such argument: nothing is tried again
@@ -86,6 +89,7 @@ def test_what_dies_at_the_same_step_twice_is_given_up(plan: str, tmp_path: Path)
     assert ended.error.count("killed by SIGKILL") == 2
 
 
+@pytest.mark.long
 def test_a_lost_device_is_done_without(tmp_path: Path) -> None:
     """Four processes, one of them gone for good after step 20."""
     lost = tmp_path / "lost"
@@ -110,6 +114,7 @@ def test_a_lost_device_is_done_without(tmp_path: Path) -> None:
     same(tmp_path / "disturbed", tmp_path / "undisturbed", 1e-8)
 
 
+@pytest.mark.long
 def test_a_device_that_is_back_is_taken_back(tmp_path: Path) -> None:
     lost, said = tmp_path / "lost", []
     lost.touch()

@@ -40,17 +40,20 @@ def holds(pool: Pool, build: Any, degrees: dict[str, int], *, steps: int = 3, **
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 @pytest.mark.parametrize("degrees", REPLICAS, ids=name_of)
+@pytest.mark.matrix
 def test_statistics_over_the_batch(pool: Pool, degrees: dict[str, int], microbatches: int) -> None:
     # 21 samples in batches of 8: the last batch of 5 is uneven
     holds(pool, lambda: workloads.cnn(samples=21), degrees, microbatches=microbatches)
 
 
 @pytest.mark.parametrize("degrees", REPLICAS, ids=name_of)
+@pytest.mark.matrix
 def test_statistics_over_the_batch_and_dropout(pool: Pool, degrees: dict[str, int]) -> None:
     holds(pool, lambda: workloads.cnn(samples=21, dropout=0.3), degrees, microbatches=2)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.long
 def test_stand_in_samples_enter_no_statistics(pool: Pool, dropout: float) -> None:
     # batches of 8 and 2: with 4 replicas of 2 microbatches, most of the last batch's pieces are empty
     for degrees in ({"dp_replicate": 4}, {"dp_shard": 4}, {"pp": 2, "dp_shard": 2}):
@@ -58,6 +61,7 @@ def test_stand_in_samples_enter_no_statistics(pool: Pool, dropout: float) -> Non
 
 
 @pytest.mark.parametrize("degrees", REPLICAS, ids=name_of)
+@pytest.mark.matrix
 def test_every_kind_of_normalisation_over_the_batch(pool: Pool, degrees: dict[str, int]) -> None:
     holds(pool, lambda: workloads.norms(samples=22), degrees, microbatches=2)
 
@@ -130,10 +134,12 @@ def test_the_planner_says_what_statistics_are_over() -> None:
 
 
 @pytest.mark.parametrize("degrees", REPLICAS, ids=name_of)
+@pytest.mark.matrix
 def test_draws_of_torch_numpy_and_python(pool: Pool, degrees: dict[str, int]) -> None:
     holds(pool, workloads.noisy, degrees, microbatches=2)
 
 
+@pytest.mark.long
 def test_masks_agree_in_a_tensor_group_and_differ_elsewhere(pool: Pool) -> None:
     plan = plan_for(workloads.gpt2(dropout=0.2), {"dp_replicate": 2, "tp": 2}, microbatches=2)
 
@@ -155,6 +161,7 @@ def test_masks_agree_in_a_tensor_group_and_differ_elsewhere(pool: Pool) -> None:
 
 
 @pytest.mark.parametrize("degrees", ALL, ids=name_of)
+@pytest.mark.matrix
 def test_groups_with_settings_and_a_schedule(pool: Pool, degrees: dict[str, int]) -> None:
     holds(pool, workloads.grouped, degrees, microbatches=2)
 
@@ -227,6 +234,7 @@ def test_an_optimizer_that_leaves_parameters_out(pool: Pool) -> None:
 
 @pytest.mark.parametrize("degrees", ALL, ids=name_of)
 @pytest.mark.parametrize("build", [workloads.lora_llama, workloads.lora_mlp], ids=["llama", "mlp"])
+@pytest.mark.matrix
 def test_adapters_beside_frozen_parameters(pool: Pool, build: Any, degrees: dict[str, int]) -> None:
     if build is workloads.lora_mlp and "tp" in degrees:
         pytest.skip("its layers are no pairs that tensor parallelism divides")
@@ -235,22 +243,26 @@ def test_adapters_beside_frozen_parameters(pool: Pool, build: Any, degrees: dict
 
 @pytest.mark.parametrize("degrees", REPLICAS, ids=name_of)
 @pytest.mark.parametrize("build", [workloads.unused, workloads.tied_frozen], ids=["unused", "tied"])
+@pytest.mark.matrix
 def test_parameters_without_gradients_stay_as_they_are(pool: Pool, build: Any, degrees: dict[str, int]) -> None:
     holds(pool, build, degrees, microbatches=2)
 
 
 @pytest.mark.parametrize("degrees", REPLICAS, ids=name_of)
+@pytest.mark.matrix
 def test_replicas_with_nothing_to_count(pool: Pool, degrees: dict[str, int]) -> None:
     holds(pool, workloads.unlabelled, degrees, microbatches=2)
 
 
 @pytest.mark.parametrize("degrees", [*REPLICAS, {"pp": 3}, {"pp": 4, "dp_shard": 2}], ids=name_of)
 @pytest.mark.parametrize("build", [workloads.adversaries, workloads.towers, workloads.twice])
+@pytest.mark.matrix
 def test_losses_that_call_parts_of_the_model(pool: Pool, build: Any, degrees: dict[str, int]) -> None:
     holds(pool, build, degrees, microbatches=2)
 
 
 @pytest.mark.parametrize("degrees", ALL, ids=name_of)
+@pytest.mark.matrix
 def test_lengths_that_vary_between_steps_and_replicas(pool: Pool, degrees: dict[str, int]) -> None:
     holds(pool, workloads.sentences, degrees, microbatches=2, steps=4)
 

@@ -45,6 +45,7 @@ def alone(prompts: list[str], new: int) -> list[str]:
     return texts
 
 
+@pytest.mark.long
 def test_requests_together_get_what_the_library_says_alone(url: str):
     prompts = ["import sys\n" * n + "def " for n in range(1, 8)] * 3
 
@@ -82,6 +83,7 @@ def test_bench_of_a_server(url: str, capfd: pytest.CaptureFixture[str]):
     assert "2 clients" in table
 
 
+@pytest.mark.long
 def test_a_server_that_is_told_to_end_leaves_nothing_behind(tmp_path: Path):
     path = json.dumps([p for p in sys.path if p])
     command = [sys.executable, "-c", bench.BOOTSTRAP, path, "serve", *SMALL, "--devices", "1", "--port", "0", "--json"]

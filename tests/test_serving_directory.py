@@ -55,6 +55,7 @@ def client(library: Library) -> Iterator[openai.OpenAI]:
         yield found
 
 
+@pytest.mark.long
 def test_the_server_completes_and_chats_as_the_library(client: openai.OpenAI, library: Library):
     (model,) = client.models.list().data
     assert model.id == "tiny-llama"
@@ -74,6 +75,7 @@ def test_the_server_completes_and_chats_as_the_library(client: openai.OpenAI, li
     assert answer.usage.prompt_tokens == len(prompt)
 
 
+@pytest.mark.long
 def test_generate_says_what_the_library_says(library: Library, capfd: pytest.CaptureFixture[str]):
     asked = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
     divided = ["--devices", "2", "--tp", "2", "--max-new-tokens", str(NEW), "--json"]

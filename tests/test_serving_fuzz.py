@@ -69,6 +69,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("route", "mode"), KINDS)
+@pytest.mark.matrix
 def test_every_answer_is_as_described(running: Running, route: str, mode: schemathesis.GenerationMode):
     headers = {"Authorization": f"Bearer {KEY}"}
     schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json", headers=headers)

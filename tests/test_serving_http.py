@@ -46,6 +46,7 @@ def expected(decoder: ReferenceDecoder, prompt: str, new: int, **more: Any) -> s
     return TOKENIZER.decode(tokens[:-1] if tokens[-1] in TOKENIZER.ends else tokens)
 
 
+@pytest.mark.long
 def test_a_completion_is_the_text_of_one_process(client: openai.OpenAI, decoder: ReferenceDecoder):
     found = client.completions.create(model=MODEL, prompt="def main", max_tokens=20, temperature=0)
     assert found.choices[0].text == expected(decoder, "def main", 20)

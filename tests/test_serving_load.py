@@ -54,6 +54,7 @@ def quick() -> Iterator[Running]:
         yield found
 
 
+@pytest.mark.long
 def test_two_hundred_at_once_of_whom_some_leave():
     drawn = random.Random(1)
     requests = [
@@ -222,6 +223,7 @@ def resident() -> list[int]:
     return [process.memory_info().rss for process in [psutil.Process(), *workers()]]
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_requests(quick: Running):
     async def many(count: int) -> None:
         async with asynchronous(quick) as http:

@@ -111,6 +111,7 @@ def running() -> Iterator[Running]:
         yield found
 
 
+@pytest.mark.long
 def test_a_long_step_is_let_be(running: Running):
     with running.http() as http:
         body = {"model": MODEL, "prompt": [1] * 8, "max_tokens": 2}
@@ -119,6 +120,7 @@ def test_a_long_step_is_let_be(running: Running):
 
 
 @pytest.mark.parametrize("how", ["stopped", "asleep"])
+@pytest.mark.long
 def test_a_worker_that_hangs_is_noticed_and_replaced(running: Running, how: str):
     before = running.health()["restarts"]
     victim = max(workers(), key=psutil.Process.create_time)  # rank 1

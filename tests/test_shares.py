@@ -92,6 +92,7 @@ def test_a_file_without_shares_is_of_another_version(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 @pytest.mark.parametrize(("degrees", "shares"), PLANS[:6], ids=str)
+@pytest.mark.matrix
 def test_an_uneven_last_batch(pool: Pool, degrees: dict[str, int], shares: tuple[int, ...], microbatches: int) -> None:
     # 21 samples in batches of 8: 8, 8 and 5
     result = shared(pool, lambda: workloads.llama_of(samples=21), degrees, shares, microbatches=microbatches)
@@ -99,6 +100,7 @@ def test_an_uneven_last_batch(pool: Pool, degrees: dict[str, int], shares: tuple
 
 
 @pytest.mark.parametrize(("degrees", "shares"), PLANS, ids=str)
+@pytest.mark.matrix
 def test_sum_and_count(pool: Pool, degrees: dict[str, int], shares: tuple[int, ...]) -> None:
     result = shared(pool, workloads.padded, degrees, shares)
     assert result.ok, result
@@ -106,6 +108,7 @@ def test_sum_and_count(pool: Pool, degrees: dict[str, int], shares: tuple[int, .
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("degrees", "shares"), PLANS[:6], ids=str)
+@pytest.mark.matrix
 def test_statistics_over_the_batch(
     pool: Pool, degrees: dict[str, int], shares: tuple[int, ...], dropout: float
 ) -> None:

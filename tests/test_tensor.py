@@ -144,6 +144,7 @@ MORE = [{"pp": 2}, {"dp_shard": 2}, {"pp": 1}, {"tp": 4}, {"tp": 2, "dp_shard": 
 
 
 @pytest.mark.parametrize("degrees", MORE, ids=name_of)
+@pytest.mark.matrix
 def test_a_checkpoint_goes_from_any_plan_to_any_plan(pool: Pool, tmp_path: Path, degrees: dict[str, int]) -> None:
     divided = plan_of(models.language(), models.LANGUAGE, tp=2)
     tensor = models.LANGUAGE if degrees.get("tp", 1) > 1 else {}
