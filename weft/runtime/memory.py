@@ -91,14 +91,10 @@ def of(device: torch.device) -> Memory:
 def import_late() -> None:
     """Import what training comes to import of torch and of weft. Done before the baseline, it counts as no model's
     memory."""
-    gc.disable()  # what imports leave is not garbage, and looking for some takes a fifth of their time
-    try:
-        for module in IMPORTED_LATE:
-            importlib.import_module(module)
-        for name in weft.__all__:
-            getattr(weft, name)  # is imported by this
-    finally:
-        gc.enable()
+    for module in IMPORTED_LATE:
+        importlib.import_module(module)
+    for name in weft.__all__:
+        getattr(weft, name)  # is imported by this
 
 
 @contextlib.contextmanager
