@@ -235,7 +235,7 @@ class Saver:
         return f"{changed[0]} changed, outside of the optimizer, while it was copied; the next save copies at once"
 
     def _run(self, writing: Writing) -> None:
-        """Write, in the thread."""
+        """Copy what is yet to be copied, let the optimizer go on, and write; in the thread, where there is one."""
         try:
             try:
                 error = self._copy(writing.later)
