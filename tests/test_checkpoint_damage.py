@@ -9,12 +9,14 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import workloads
 
 import weft
@@ -233,6 +235,36 @@ def test_a_save_that_fails_leaves_what_was_there(pool: Pool, plan: Plan, copy: P
         assert there == ["step-00000001", "step-00000002", "step-00000003"]
         assert (step, count) == (5, 4)
     assert load(pool, plan, copy)[0] == 5
+
+
+@pytest.mark.parametrize(("wait", "copies"), [(True, "contiguous"), (False, "copy_")])
+def test_a_rank_without_memory_for_a_copy_tells_the_others(
+    pool: Pool, plan: Plan, copy: Path, wait: bool, copies: str
+) -> None:
+    """They would else wait for it as long as for a disk."""
+
+    def short(*given: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("no memory is left")
+
+    def job() -> tuple[str, float]:
+        engine = weft.parallelize(workloads.mlp(), plan)
+        engine.load(copy)
+        engine.step(next(engine.batches()))
+        engine.save(copy.parent / "first")
+        began, said = time.monotonic(), ""
+        with mock.patch.object(torch.Tensor, copies, short) if dist.get_rank() == 1 else nullcontext():
+            try:
+                engine.save(copy, wait=wait)
+                engine.finish_saving()
+            except SaveError as error:
+                said = str(error)
+        return said, time.monotonic() - began
+
+    for said, seconds in pool.run(job, ranks=2):
+        assert "rank 1: " in said
+        assert "no memory is left" in said
+        assert seconds < 30
+    assert [path.name for path in complete(copy)] == ["step-00000003", "step-00000002", "step-00000001"]
 
 
 def test_what_is_saved_beside_training_is_of_the_step_it_was_asked_for(pool: Pool, plan: Plan, tmp_path: Path) -> None:

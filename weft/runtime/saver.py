@@ -226,8 +226,11 @@ class Saver:
 
     def _copy(self, later: Sequence[Later]) -> str:
         """Copy, in the thread. Returns what went wrong, or nothing."""
-        for each in later:
-            each.copy.copy_(each.piece.values)
+        try:
+            for each in later:
+                each.copy.copy_(each.piece.values)
+        except RuntimeError as error:  # out of memory: other ranks' threads wait to hear of it
+            return f"rank {dist.get_rank()}: {error}"
         changed = [each.piece.name for each in later if each.piece.version != each.version]
         if not changed:
             return ""
@@ -256,6 +259,8 @@ class Saver:
                 sums, length = write(writing.path / file, forms, writing.values)
         except OSError as raised:
             error = f"rank {rank}: {file}: {raised.strerror or raised}"
+        except RuntimeError as raised:  # out of memory for a copy: other ranks wait to hear of it
+            error = f"rank {rank}: {file}: {raised}"
         told = _gathered((file, length, sums, writing.index.values, error), self._group)
         outcome = [next((each[-1] for each in told if each[-1]), "")]
         if rank == 0:
