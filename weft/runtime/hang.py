@@ -21,6 +21,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from weft.runtime.logbook import Note, Who, give_up, read_all
 
 SETTLE_S = 1.0
@@ -93,18 +95,22 @@ def find(mine: Note, notes: Mapping[int, Note], *, world: int, now: float, gone:
             cause=f"nothing came from it, or could go to it; {waited}",
         )
     reason = "ranks whose logbooks are not here are stuck" if len(notes) < world else "all ranks wait for one another"
-    return _stuck(mine, mine.tensor, f"{waited}; {reason}, or the link between them is dead, or they disagree")
+    return _stuck(mine, mine.tensor, f"{reason}, or the link between them is dead, or they disagree; {waited}")
 
 
 def is_stopped(who: Who) -> bool:
     """Whether a process of this machine is stopped (SIGSTOP, Ctrl-Z, a debugger), as far as the system tells."""
     if who.host != socket.gethostname():
         return False
+    return status_of(who.pid) in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+
+
+def status_of(pid: int) -> str | None:
+    """Of a process of this machine, as psutil names it; None where there is none."""
     try:
-        state = Path(f"/proc/{who.pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state in ("T", "t")
+        return str(psutil.Process(pid).status())
+    except psutil.Error:
+        return None
 
 
 def wake(job: Path) -> None:

@@ -117,9 +117,10 @@ class Vigil:
         starting = any(rank not in notes or notes[rank].who.timeout_s is None for rank in workers)
         # Once ranks find out by themselves they know more: what they waited for. So they get a little longer.
         patience_s = self._timeout_s + (0 if starting else hang.SETTLE_S + LOOK_S)
-        stopped = {rank: self._stopped.get(rank, 0.0) + passed for rank, pid in workers.items() if _is_stopped(pid)}
-        self._stopped = stopped
-        for rank, for_s in stopped.items():
+        # By a signal only: one that a debugger holds is not to be ended.
+        stopped = [rank for rank, pid in workers.items() if hang.status_of(pid) == psutil.STATUS_STOPPED]
+        self._stopped = {rank: self._stopped.get(rank, 0.0) + passed for rank in stopped}
+        for rank, for_s in self._stopped.items():
             if for_s >= patience_s:
                 return self._stuck(rank, f"stopped by a signal for {for_s:.0f} s", notes)
         if not starting or world == 1:
@@ -177,13 +178,6 @@ class Vigil:
             tensor=None if waits is None else waits.tensor,
             cause=f"{how} ({action}){more}",
         )
-
-
-def _is_stopped(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _trace(pid: int, note: Note | None) -> Trace:
