@@ -125,6 +125,12 @@ def where() -> tuple[str | None, ...]:
     return tuple(os.environ.get(name) for name in ("COLOUR", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"))
 
 
+def test_ranks_that_leave_at_once_cut_off_nobody(pool: Pool) -> None:
+    """Those that are connected already are done while others still connect."""
+    for _ in range(30):
+        assert pool.run(time.sleep, 0) == [None] * 8
+
+
 def test_a_pools_processes_run_where_they_are_told() -> None:
     places = [Place(node=0, environment={"COLOUR": "red"}), Place(node=1, command=("env", "COLOUR=blue"))]
     with Pool(3, device="cpu", timeout_s=60, places=places) as pool:

@@ -80,6 +80,8 @@ def join(*, device: str | None = None, timeout_s: float = TIMEOUT_S, store: Stor
         timeout=timedelta(seconds=timeout_s),
         device_id=None if kind == "cpu" else here,
     )
+    # Gloo connects each rank with each. One that is done and leaves at once would cut off those that still connect.
+    dist.all_reduce(torch.zeros(1))
     return here
 
 
