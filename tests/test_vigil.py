@@ -132,6 +132,19 @@ def test_a_process_whose_child_computes_does_not_hang(start: Start, tmp_path: Pa
     assert not hangs(tmp_path, start("exec sleep 60", "(while :; do :; done) & wait"))
 
 
+def test_a_process_that_waits_for_others_does_not_compute(start: Start, tmp_path: Path) -> None:
+    """It may spin, as with NCCL: while it says that it waits, who hangs is another."""
+    workers, log = start("while :; do :; done", "exec sleep 60"), Logbook(tmp_path / "0.log", 0)
+    log.note("learning from rank 1 what it planned")
+    assert not hangs(tmp_path, workers)
+    log.note("learning from rank 1 what it planned", waiting=True)
+    assert hangs(tmp_path, workers)
+    said = str(read_failure(tmp_path, {}))
+    assert said.startswith(f"rank 1 on {HOST} is stuck: no process has done anything for ")
+    assert "; rank 0 on " in said
+    assert said.endswith(" waited for others: learning from rank 1 what it planned")
+
+
 def test_processes_do_not_hang_while_those_of_another_node_get_on(start: Start, tmp_path: Path) -> None:
     workers, store = start("exec sleep 60"), HashStore()
     assert not hangs(tmp_path, workers, lambda: store.add(SIGNS, 1), world=2, store=store)

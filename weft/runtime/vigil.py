@@ -11,8 +11,8 @@ Either hangs when it lasts for the job's timeout; a process that computes, howev
 of a single process, for which nobody waits, and in which somebody may be debugging. Only time counts in which somebody
 looked: a machine that slept, or stood still itself, says nothing of its processes.
 
-What is not seen is a start in which a process spins while it waits, as one does that waits with NCCL for a peer which
-is neither stopped nor gone: the collective gives up by itself (``worker.TIMEOUT_S``).
+Nor does one compute that notes that it waits for others, whatever processor time it uses: NCCL spins. What is not seen
+is a process that spins before it notes anything; its collective gives up by itself (``worker.TIMEOUT_S``).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Trace(NamedTuple):
     """What a process, its children included, has done so far.
 
     Attributes:
-        used_s: processor time.
+        used_s: processor time; 0 while it waits for others.
         moved: bytes read and written, of files and pages of them.
         noted: when it noted something last; 0 where it never has.
     """
@@ -191,4 +191,6 @@ def _trace(pid: int, note: Note | None) -> Trace:
                 if sys.platform == "linux":
                     io = each.io_counters()
                     moved += io.read_chars + io.write_chars + io.read_bytes  # the last: of mapped files
-    return Trace(used_s, moved, 0.0 if note is None else note.moment)
+    if note is None:
+        return Trace(used_s, moved, 0.0)
+    return Trace(0.0 if note.waiting else used_s, moved, note.moment)
