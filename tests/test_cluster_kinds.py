@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from planner_profiles import gpt
 from rich.console import Console
 
 from weft.cluster import Cluster, Device, Link, Nodes, measure, presets
@@ -18,6 +19,7 @@ from weft.cluster.kinds import Rank, kinds_of, nodes_of
 from weft.cluster.local import core_share
 from weft.cluster.rates import Probe
 from weft.errors import ClusterError, InputError, WorkerError
+from weft.planner import choose
 from weft.quantity import parse_sizes
 from weft.report import tables
 from weft.runtime.launch import launch
@@ -126,6 +128,14 @@ def test_parts_of_a_mix() -> None:
     assert mixed.with_devices(4).devices_per_node == 4
     with pytest.raises(ClusterError, match=r"24 devices of .* in whole nodes of 8"):
         mixed.with_devices(20)
+
+
+@pytest.mark.parametrize("devices", [2, 3, 4, 8])
+def test_the_levels_of_a_part_of_a_mix_are_those_it_has(devices: int) -> None:
+    part = Cluster.parse("a100-80:2x4+h100-sxm:1x2").with_devices(devices)
+    names = {min(devices, 4): "NVLink 3", devices: "InfiniBand HDR" if devices > 4 else "NVLink 3"}
+    assert {level.devices: level.name for level in part.levels} == names
+    assert choose(gpt(), part).plan.devices == devices
 
 
 def test_memory_device_by_device() -> None:

@@ -258,7 +258,7 @@ class Cluster:
         """The links as one hierarchy for all devices: where some have another link than others, the slowest of them."""
         if all(link.among is None for link in self.links):
             return self.links
-        spans = sorted({link.devices for link in self.links})
+        spans = sorted({min(link.devices, self.devices) for link in self.links})  # a part of a cluster has fewer
         found = [(span, self.link(span)) for span in spans]
         outer = [*found[1:], None]
         return tuple(
