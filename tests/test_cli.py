@@ -60,7 +60,10 @@ BROKEN_PLAN = json.dumps({"version": VERSION, "pp": 1, "colour": "red"})
         (["train", *SMALL, "--resume"], "add --checkpoint DIR"),
         (["train", *SMALL, "--memory", "2 apples"], "unit 'apples' is unknown"),
         (["train", *SMALL, "--steps", "0"], "'--steps'"),
-        (["train", *SMALL, "--timeout", "0"], "--timeout must be above 0 s, got 0; leave it out for 120 s"),
+        (
+            ["train", *SMALL, "--timeout", "0"],
+            "--timeout must be above 0 s and at most 1e+06 s, got 0; leave it out for 120 s",
+        ),
         (["plan", *SMALL, "--devices", "4", "--pp", "3"], "pp=3"),
         (["plan", *SMALL, "--devices", "4", "--pp", "4", "--tp", "2"], "multiply to 8"),
         (["plan", *SMALL, "--schedule", "zigzag"], "'zigzag' is unknown; choose from gpipe, 1f1b"),

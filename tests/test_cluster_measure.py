@@ -1,6 +1,9 @@
 """Measuring a job's devices and links from inside."""
 
+import os
+
 import pytest
+import torch.distributed as dist
 
 from weft.cluster import Cluster, measure
 from weft.errors import ClusterError
@@ -50,3 +53,12 @@ def test_one_process_alone_has_no_links():
 def test_nodes_must_be_equal(pool):
     with pytest.raises(ClusterError, match="3 devices per node"):
         pool.run(measured, 2**30, 3, ranks=4)
+
+
+def test_nodes_that_have_lost_devices_are_measured_one_by_one(pool):
+    def job():
+        os.environ["LOCAL_WORLD_SIZE"] = "2" if dist.get_rank() < 2 else "1"
+        return measure(memory_bytes="1GiB")
+
+    cluster = pool.run(job, ranks=3)[0]
+    assert (cluster.devices, cluster.devices_per_node, len(cluster.links)) == (3, 1, 1)

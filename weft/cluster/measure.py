@@ -71,14 +71,16 @@ def measure(
     Args:
         memory_bytes: limit of each device, or of every rank's; None: an accelerator's own memory, or an equal part of
             the machine's.
-        devices_per_node: consecutive ranks on one node; None: as many as torchrun says, or all.
+        devices_per_node: consecutive ranks on one node; None: as many as torchrun says, or all; where nodes differ in
+            it, every rank counts as a node by itself.
         dtypes: of the matrix products to time.
 
     Raises:
         ClusterError: nodes that are not equal.
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    per_node = devices_per_node or round(_mean([float(os.environ.get("LOCAL_WORLD_SIZE", ranks))])[0])
+    own = devices_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    per_node = own if len(set(_gather(own))) == 1 else 1  # nodes that lost devices: all links are those between nodes
     if ranks % per_node:
         raise ClusterError(f"{ranks} ranks do not make whole nodes of {per_node} devices per node")
     accelerator = torch.accelerator.current_accelerator()
@@ -90,7 +92,7 @@ def measure(
     if device.type == "cpu":
         reserved, share = presets.process_bytes(), LIMITED_SHARE if limits else UNLIMITED_SHARE
     work = list(probes(device, tuple(getattr(torch, dtype) for dtype in dtypes)))
-    memory = _memory(limits, ranks, per_node)[dist.get_rank() if ranks > 1 else 0]
+    memory = _memory(limits, ranks, own)[dist.get_rank() if ranks > 1 else 0]
     every = _gather(look(clock, work, name=name, memory_bytes=memory, per_node=per_node))
     found = Cluster(
         name=" + ".join(f"{count} x {name}" for name, count in Counter(rank.name for rank in every).items()),
@@ -108,11 +110,12 @@ def measure(
     return _agree(found)
 
 
-def _memory(limits: Sequence[int], ranks: int, per_node: int) -> list[int]:
-    """Memory of every rank's device. Where nothing limits it, nodes that differ a little count as equal."""
+def _memory(limits: Sequence[int], ranks: int, own: int) -> list[int]:
+    """Memory of every rank's device, of which this node has ``own``. Where nothing limits it, nodes that differ little
+    count as equal."""
     if limits:
         return [limit for limit in each_of(limits, ranks) if limit is not None]
-    every = _gather(device_memory(per_node))
+    every = _gather(device_memory(own))
     return [min(every)] * ranks if min(every) > 0.95 * max(every) else every
 
 

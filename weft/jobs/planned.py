@@ -7,8 +7,9 @@ others it plans again; the batch stays as it is, so the trajectory does too.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,13 +20,14 @@ from weft.capture import capture
 from weft.checkpoint.folder import complete
 from weft.checkpoint.index import Index
 from weft.cluster import Cluster, measure
-from weft.errors import CheckpointError, InputError, PlanError
+from weft.errors import CheckpointError, ClusterError, InputError, PlanError
 from weft.estimate import Estimate
 from weft.fixed import WITHOUT_DEGREES
-from weft.plan import Plan
+from weft.plan import DIMENSIONS, Plan
 from weft.planner import Refused, estimate, search
 from weft.precision import dtypes_of
 from weft.runtime.logbook import JOB, Logbook
+from weft.runtime.worker import limit_here
 from weft.target import Target
 
 MEASURED = "measured.toml"
@@ -68,6 +70,7 @@ def make_plan(target: Target, wanted: Wanted, say: Callable[[str], None]) -> Pla
     """
     logbook = Logbook.here()
     wanted = _agreed(logbook, lambda: fitting(wanted, dist.get_world_size(), say))
+    limits = limits_of(wanted.memory_bytes)
     cluster = wanted.cluster
     if cluster is None and wanted.plan is None:
         cluster = _agreed(logbook, lambda: measured_before(dist.get_world_size()))
@@ -76,8 +79,10 @@ def make_plan(target: Target, wanted: Wanted, say: Callable[[str], None]) -> Pla
                 say(f"measuring {dist.get_world_size()} devices")
             logbook.note("measuring the devices")
             precision = wanted.constraints.get("precision", "float32")
-            cluster = measure(memory_bytes=wanted.memory_bytes, dtypes=dtypes_of(precision))
+            cluster = measure(memory_bytes=limits, dtypes=dtypes_of(precision))
             keep(cluster)
+    if cluster is not None and len(limits) == cluster.devices > 1:  # of several, those that are there
+        cluster = cluster.with_memory(*limits)
     return _agreed(logbook, lambda: plan_alone(target, wanted, cluster, say))
 
 
@@ -99,14 +104,30 @@ def _agreed(logbook: Logbook, make: Callable[[], T]) -> T:
     return found
 
 
+def limits_of(asked: Sequence[int]) -> tuple[int, ...]:
+    """Of the memory of the ranks that there are; ``asked`` are those of all devices. All ranks call it."""
+    if len(asked) < 2:
+        return tuple(asked)
+    every: list[int | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, limit_here())
+    return tuple(limit for limit in every if limit is not None) if None not in every else tuple(asked)
+
+
 def measured_before(devices: int) -> Cluster | None:
     """The devices of this job as they were measured before its processes were started again, where there are no more
     of them now: measuring again would keep training waiting."""
     job = os.environ.get(JOB)
     if job is None or not Path(job, MEASURED).exists():
         return None
-    known = Cluster.load(Path(job, MEASURED))
-    return known.with_devices(devices) if devices <= known.devices else None
+    return _part(Cluster.load(Path(job, MEASURED)), devices)
+
+
+def _part(cluster: Cluster, devices: int) -> Cluster | None:
+    """So many devices of a cluster, where it can be cut so."""
+    try:
+        return cluster.with_devices(devices)
+    except ClusterError:
+        return None
 
 
 def keep(cluster: Cluster) -> None:
@@ -121,15 +142,29 @@ def fitting(wanted: Wanted, devices: int, say: Callable[[str], None]) -> Wanted:
     than what was given is for."""
     if wanted.goes_on is None:
         return wanted
-    before = newest_plan(wanted.goes_on)
+    if wanted.plan is not None and wanted.plan.devices == devices:
+        return wanted
+    before, asked = newest_plan(wanted.goes_on), wanted.constraints
     if before is not None and before.devices == devices:
-        return replace(wanted, plan=before)
-    if wanted.plan is not None and wanted.plan.devices != devices:
+        if _is_as_asked(before, asked):
+            return replace(wanted, plan=before)
+        say("the checkpoint's plan is not what is asked for: planning again")
+    if wanted.plan is not None:
         say(f"the plan is for {wanted.plan.devices} devices and {devices} are there: planning again")
-        wanted = replace(wanted, plan=None)
-    if wanted.cluster is not None and wanted.cluster.devices > devices:
-        wanted = replace(wanted, cluster=wanted.cluster.with_devices(devices))
-    return wanted
+    if (known := wanted.plan or before) is not None:  # numbers are to stay what they would have been
+        asked = {"precision": known.precision, "compile": known.compile, **asked}
+    cluster = wanted.cluster
+    if cluster is not None and cluster.devices > devices:
+        cluster = _part(cluster, devices)
+    return replace(wanted, plan=None, constraints=asked, cluster=cluster)
+
+
+def _is_as_asked(plan: Plan, asked: Mapping[str, Any]) -> bool:
+    """Whether a plan has what options of ``weft.fixed`` ask for. Degrees that its devices cannot have do not count, nor
+    does recomputing, of which a plan has the units."""
+    whole = math.prod(asked.get(name, 1) for name in DIMENSIONS)
+    names = [name for name in asked if plan.devices % whole == 0 or name in WITHOUT_DEGREES]
+    return all(name == "recompute" or getattr(plan, name) == asked[name] for name in names)
 
 
 def newest_plan(directory: Path) -> Plan | None:

@@ -6,20 +6,20 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from weft.checkpoint.folder import complete
 from weft.cluster import Cluster
 from weft.engines import parallelize
-from weft.errors import CheckpointError, InputError, SaveError
+from weft.errors import InputError
 from weft.estimate import Difference, Estimate, Measurement, differences
+from weft.jobs import saves
 from weft.jobs.planned import Wanted, make_plan
+from weft.jobs.saves import Saves
 from weft.plan import Plan
 from weft.runtime import memory, worker
 from weft.runtime.engine import Engine
@@ -37,6 +37,9 @@ KEPT = 3
 
 TIMEOUT_S = 120.0
 """Seconds that ranks wait for one another once training runs, where nothing else is asked for."""
+
+LONGEST_S = 1e6
+"""The longest that they may wait."""
 
 SETTLE_STEPS = 6
 """Steps after which prediction and measurement are compared; the first warms up and does not count."""
@@ -128,10 +131,15 @@ class Order:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
-        if not self.timeout_s > 0:
-            raise InputError(f"--timeout must be above 0 s, got {self.timeout_s:g}; leave it out for {TIMEOUT_S:g} s")
+        if not 0 < self.timeout_s <= LONGEST_S:
+            raise InputError(
+                f"--timeout must be above 0 s and at most {LONGEST_S:g} s, got {self.timeout_s:g}; leave it out for "
+                f"{TIMEOUT_S:g} s"
+            )
         if self.checkpoint is None and (self.resume or self.checkpoint_every):
             raise InputError("--resume and --checkpoint-every need a folder: add --checkpoint DIR")
+        if not self.restarts and (self.device_check or self.nodes.least < self.nodes.most):
+            raise InputError("devices and nodes that come and go start training again: add --restarts N")
         if self.restarts and not self.checkpoint_every:
             raise InputError("--restarts goes on from checkpoints: add --checkpoint DIR --checkpoint-every N")
 
@@ -173,11 +181,7 @@ def run(target: Target, order: Order, watcher: Watcher, *, devices: int) -> Trai
         InputError: what was asked for cannot be.
         WorkerError: a process died.
     """
-    if order.checkpoint is not None and not order.resume and complete(Path(order.checkpoint)):
-        raise CheckpointError(
-            f"{order.checkpoint}: holds checkpoints already; add --resume to go on from the newest, or give another "
-            "directory"
-        )
+    saves.check_place(order.checkpoint, order.resume)
     restarts = Restarts(order.restarts, order.device_check, watcher.say, timeout_s=order.timeout_s)
     found = launch_again(
         train_here,
@@ -224,8 +228,10 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
     used = memory.of(device)  # after measuring and planning, which are no part of training
     engine = parallelize(workload, plan)
     engine.nonfinite = order.nonfinite
-    with heard(watcher):
-        resume(engine, order)
+    checkpoints = Saves(engine, order.checkpoint, every=order.checkpoint_every, keep=order.keep, say=watcher.say)
+    if order.restarts or order.resume:
+        with heard(watcher):
+            checkpoints.resume(required=not order.restarts)
     engine.limit_waiting(order.timeout_s)
     begin = engine.step_count
     end = order.steps if order.steps is not None else engine.steps_per_epoch
@@ -233,37 +239,32 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
         raise InputError(f"the checkpoint is of step {begin} and training goes to step {end}; raise --steps")
     meter = Meter(device, used, batch_size=plan.batch_size, stopwatch=engine.stopwatch)
     losses: list[Any] = []
-    interval, saved = time.perf_counter(), begin
-    for step, batch in zip(range(begin + 1, end + 1), engine.batches(epochs=None), strict=False):
-        logged = step % order.log_every == 0 or step == end
-        warm = step > begin + 1
-        if warm:
-            meter.start()
-        with heard(watcher):
-            losses.append(engine.step(batch, gradient_norm=logged))
-        if warm:
-            meter.stop()
-        if logged:
-            done = (step - begin - 1) % order.log_every + 1
-            line = log_line(engine, meter, losses[-1], step, end, done, time.perf_counter() - interval)
-            interval = time.perf_counter()
-        if first:
-            watcher.step(step, end, float(losses[-1]) if logged else None)
+    interval, told = time.perf_counter(), begin
+    with checkpoints.finished():
+        for step, batch in zip(range(begin + 1, end + 1), engine.batches(epochs=None), strict=False):
+            logged = step % order.log_every == 0 or step == end
+            warm = step > begin + 1
+            if warm:
+                meter.start()
+            with heard(watcher):
+                losses.append(engine.step(batch, gradient_norm=logged))
+            if warm:
+                meter.stop()
             if logged:
-                watcher.line(line)
-        if step == begin + SETTLE_STEPS and predicted is not None and step < end:
-            seen = meter.measurement()
+                line = log_line(engine, meter, losses[-1], step, end, step - told, time.perf_counter() - interval)
+                interval, told = time.perf_counter(), step
             if first:
-                watcher.compared(predicted, seen)
-        due = order.checkpoint_every is not None and step % order.checkpoint_every == 0
-        if order.check_replicas and (step % order.check_replicas == 0 or due or (order.checkpoint and step == end)):
-            engine.check_replicas()
-        if order.checkpoint and due:
-            go_on_without(engine.finish_saving, watcher)
-            if go_on_without(partial(engine.save, order.checkpoint, keep=order.keep, wait=False), watcher):
-                saved = step
-    if order.checkpoint and not (go_on_without(engine.finish_saving, watcher) and saved == end):
-        engine.save(order.checkpoint, keep=order.keep)
+                watcher.step(step, end, float(losses[-1]) if logged else None)
+                if logged:
+                    watcher.line(line)
+            if step == begin + SETTLE_STEPS and predicted is not None and step < end:
+                seen = meter.measurement()
+                if first:
+                    watcher.compared(predicted, seen)
+            if order.check_replicas and (step % order.check_replicas == 0 or checkpoints.due(step, end)):
+                engine.check_replicas()
+            checkpoints.after(step)
+    checkpoints.last()
     measurement = meter.measurement() if meter.steps else None
     if first:
         if predicted and measurement:
@@ -284,20 +285,6 @@ def train_here(target: Target, order: Order, watcher: Watcher) -> Training:
     )
 
 
-def resume(engine: Engine, order: Order) -> None:
-    """Go on from the newest checkpoint, where that is asked for; one that is to be there, unless processes may be
-    started again: then there may be none yet."""
-    if order.checkpoint is None:
-        return
-    if order.restarts:
-        there = [bool(complete(Path(order.checkpoint)))]
-        dist.broadcast_object_list(there, src=0)
-        if there[0]:
-            engine.load(order.checkpoint)
-    elif order.resume:
-        engine.load(order.checkpoint)
-
-
 @contextlib.contextmanager
 def heard(watcher: Watcher) -> Iterator[None]:
     """Tell people of what is warned of inside."""
@@ -305,18 +292,6 @@ def heard(watcher: Watcher) -> Iterator[None]:
         yield
     for warning in caught:
         watcher.say(f"warning: {warning.message}")
-
-
-def go_on_without(save: Callable[[], object], watcher: Watcher) -> bool:
-    """Save a checkpoint, or say why not: training is worth more than one checkpoint, and the next one may succeed.
-    Whether it was saved, on which all ranks agree."""
-    try:
-        save()
-    except SaveError as error:
-        if dist.get_rank() == 0:
-            watcher.say(f"warning: {error}; training goes on, with the checkpoints that are there")
-        return False
-    return True
 
 
 def log_line(engine: Engine, meter: Meter, loss: Any, step: int, steps: int, done: int, elapsed_s: float) -> Line:

@@ -8,12 +8,14 @@ samples than pieces) gets a sample of weight 0, so that every rank takes part in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import keystr as path_name
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
@@ -134,6 +136,26 @@ class Sampler:
     def steps_per_epoch(self) -> int:
         """Batches per epoch, the partial last one included."""
         return -(-self.samples // self.workload.batch_size)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the samples of a step depend on, as checkpoints have it."""
+        work = self.workload
+        found = {"batch_size": work.batch_size, "samples": self.samples, "seed": work.seed, "shuffle": work.shuffle}
+        return {f"data.{name}": value for name, value in found.items()}
+
+    def compare(self, before: Mapping[str, Any]) -> None:
+        """Warn where training goes on with other facts than those it had before."""
+        now = self.facts
+        other = [name for name in now if name in before and before[name] != now[name]]
+        if other and dist.get_rank() == 0:
+            changes = ", ".join(f"{name.partition('.')[2]} was {before[name]!r} and is {now[name]!r}" for name in other)
+            warnings.warn(
+                f"training goes on with other batches than the checkpoint's ({changes}): of the samples of this epoch "
+                "some are taken twice or not at all",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def order(self, epoch: int) -> list[int]:
         """The samples of an epoch in the order they are seen."""

@@ -304,7 +304,7 @@ class Engine:
         """
         scale = self.loss_scale.state() if self.loss_scale else None
         index = checkpoint.index_of(self.step_count, self.plan, self.part, self.optimizer, self.scheduler, scale)
-        index.values[SKIPPED] = self.skipped
+        index.values.update({SKIPPED: self.skipped, **self._sampler.facts})
         pieces = checkpoint.pieces_of(self.part, self.optimizer)
         self.logbook.note("saving a checkpoint", waiting=True)
         path = self._saver.save(Path(directory), pieces, index, keep=keep, wait=wait)
@@ -332,8 +332,8 @@ class Engine:
         checkpoint.load_model(found, self.part)
         checkpoint.load_optimizer(found, self.part, self.optimizer)
         self.step_count = found.index.step
-        skipped = found.index.values.get(SKIPPED, 0)
-        self.skipped = skipped if type(skipped) is int else 0
+        self.skipped = skipped if type(skipped := found.index.values.get(SKIPPED)) is int else 0
+        self._sampler.compare(found.index.values)
         if self.loss_scale is not None and found.index.loss_scale is not None:
             self.loss_scale.restore(found.index.loss_scale)
         if self.scheduler is not None:

@@ -104,8 +104,7 @@ def main() -> None:
     atexit.register(_leave, 0)
     job, rank, limit = Path(os.environ[JOB]), int(os.environ["RANK"]), ""
     try:
-        every = cloudpickle.loads((job / "settings").read_bytes())
-        settings = Settings(**every[int(os.environ["LOCAL_RANK"])])
+        settings = _settings(job)
         prepare(settings)
         if (job / "script").exists():
             script, arguments = cloudpickle.loads((job / "script").read_bytes())
@@ -145,6 +144,17 @@ def run_script(script: str, arguments: list[str]) -> None:
     except SystemExit as end:
         if end.code not in (None, 0):
             raise
+
+
+def limit_here() -> int | None:
+    """This process's limit of memory in bytes, where who started it has left one for it."""
+    job = os.environ.get(JOB)
+    return _settings(Path(job)).memory_bytes if job and Path(job, "settings").exists() else None
+
+
+def _settings(job: Path) -> Settings:
+    every = cloudpickle.loads((job / "settings").read_bytes())
+    return Settings(**every[int(os.environ["LOCAL_RANK"])])
 
 
 def prepare(settings: Settings) -> None:
