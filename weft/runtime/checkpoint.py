@@ -7,7 +7,6 @@ written. What several ranks hold is written by one of them, by turns, so that al
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from weft.checkpoint.index import Index
 from weft.checkpoint.tensors import NAMES
 from weft.errors import CheckpointError
 from weft.plan import Plan
+from weft.runtime.configuration import configuration_of
 from weft.runtime.dtensor import is_dtensor
 from weft.runtime.optimizer import plain
 from weft.runtime.part import Part
@@ -147,18 +147,6 @@ def schedule_of(scheduler: LRScheduler | None) -> dict[str, Any]:
     """A scheduler's state, as far as it is plain data."""
     state: dict[str, Any] = plain(scheduler.state_dict()) if scheduler is not None else {}
     return state
-
-
-def configuration_of(model: nn.Module) -> dict[str, Any] | None:
-    """The configuration of a transformers model; None of another."""
-    if "transformers" not in sys.modules:
-        return None
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        return None
-    described: dict[str, Any] = plain(model.config.to_dict())
-    return described | {"architectures": [type(model).__name__]}
 
 
 def index_of(
