@@ -15,6 +15,8 @@ from typing import Any, cast
 import hypothesis
 import mutations
 import pytest
+import safetensors.torch
+import torch
 from hypothesis import strategies as st
 
 from weft.cli import run
@@ -326,6 +328,7 @@ def test_command_lines(weft: Weft, arguments: list[str]) -> None:
 # -- what was found this way -------------------------------------------------------------------------------------------
 
 NINES = "9" * 400
+WEIGHTS = "model.safetensors"
 FOUND = {
     "a plan thousands of lists deep": ["train", "tiny.py", "--plan", "deep.json"],
     "a style that is no text": ["train", "tiny.py", "--plan", "style.json"],
@@ -353,6 +356,12 @@ FOUND = {
     "a dtype that is no text": ["export", "dtype", "out"],
     "a tensor of nothing and far too long": ["export", "long", "out"],
     "groups forty levels deep": ["export", "groups", "out"],
+    "an index of weights that is no JSON": ["import", "tiny.py", "torn", "--checkpoint", "new"],
+    "an index of weights without a map": ["import", "tiny.py", "empty", "--checkpoint", "new"],
+    "an index of weights that is a list": ["import", "tiny.py", "listed", "--checkpoint", "new"],
+    "weights in a number": ["import", "tiny.py", "numbered", "--checkpoint", "new"],
+    "weights in another directory": ["import", "tiny.py", "above", "--checkpoint", "new"],
+    "weights by an absolute name": ["import", "tiny.py", "absolute", "--checkpoint", "new"],
 }
 
 
@@ -380,12 +389,28 @@ def found(folder: Path) -> Path:
         change(data)
         text = json.dumps(mutations.signed(data)).replace('"@fifty levels@"', mutations.RAW["@fifty levels@"])
         (folder / name / mutations.NAME).write_text(text)
+    safetensors.torch.save_model(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1)), folder / WEIGHTS)
+    maps = {"numbered": 3, "above": f"../{WEIGHTS}", "absolute": str(folder / WEIGHTS)}
+    indexes = {name: json.dumps({"weight_map": {"0.weight": file}}) for name, file in maps.items()}
+    for name, text in {"torn": "{no", "empty": "{}", "listed": "[]", **indexes}.items():
+        (folder / name).mkdir()
+        (folder / name / f"{WEIGHTS}.index.json").write_text(text)
     return folder
 
 
 @pytest.mark.parametrize("what", FOUND)
 def test_what_was_found(found: Path, weft: Weft, what: str) -> None:
     assert weft(FOUND[what])[0] == 2
+
+
+def test_files_of_weights_may_be_links(found: Path) -> None:
+    """As in a cache of downloads."""
+    (found / "cache").mkdir()
+    (found / "cache" / "model-00001.safetensors").symlink_to(found / WEIGHTS)
+    index = {"weight_map": {"0.weight": "model-00001.safetensors", "0.bias": "model-00001.safetensors"}}
+    (found / "blob").write_text(json.dumps(index))
+    (found / "cache" / f"{WEIGHTS}.index.json").symlink_to(found / "blob")
+    assert run(["import", "tiny.py", "cache", "--checkpoint", "new"]) == 0
 
 
 def test_strange_names_are_told(found: Path, weft: Weft) -> None:

@@ -185,6 +185,66 @@ def test_an_index_that_lies_is_refused(copy: Path, change: Callable[[dict[str, A
         Checkpoint.open(path).verify()
 
 
+def other_parameters(data: dict[str, Any]) -> None:
+    data["groups"][0]["params"] = []
+
+
+def text_for_a_rate(data: dict[str, Any]) -> None:
+    data["groups"][0]["lr"] = "x"
+
+
+def nothing_for_a_rate(data: dict[str, Any]) -> None:
+    data["groups"][0]["lr"] = None
+
+
+def no_rate(data: dict[str, Any]) -> None:
+    del data["groups"][0]["lr"]
+
+
+def a_number_for_a_tensor(data: dict[str, Any]) -> None:
+    del data["tensors"]["optimizer.0.bias.momentum_buffer"]
+    data["values"]["optimizer.0.bias.momentum_buffer"] = 3
+
+
+def no_optimizer(data: dict[str, Any]) -> None:
+    data["values"]["engine.optimizer"] = ["SGD"]
+
+
+ODD = {
+    text_for_a_rate: "lr of parameter group 0 of .*step-00000003: the checkpoint has 'x' in the place of 0.1",
+    nothing_for_a_rate: "the checkpoint has None in the place of 0.1",
+    no_rate: "has no learning rate",
+    a_number_for_a_tensor: "has 3 for optimizer.0.bias.momentum_buffer, which should be a tensor",
+    no_optimizer: r"was saved with the optimizer \['SGD'\]",
+}
+
+
+@pytest.mark.parametrize("change", ODD, ids=lambda change: change.__name__)
+def test_what_an_optimizer_cannot_go_on_with_is_refused(
+    pool: Pool, plan: Plan, copy: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    rewritten(copy / "step-00000003", change)
+    with pytest.raises(CheckpointError, match=ODD[change]):
+        load(pool, plan, copy)
+
+
+def test_an_index_does_not_say_which_parameters_there_are(pool: Pool, plan: Plan, copy: Path) -> None:
+    rewritten(copy / "step-00000003", other_parameters)
+
+    def job() -> int:
+        engine = weft.parallelize(workloads.mlp(), plan)
+        engine.load(copy)
+        return sum(len(group["params"]) for group in engine.optimizer.param_groups)
+
+    assert pool.run(job, ranks=2)[0] == 8
+
+
+def test_a_checkpoint_that_does_not_name_its_optimizer_is_read(pool: Pool, plan: Plan, copy: Path) -> None:
+    """Those of earlier versions do not."""
+    rewritten(copy / "step-00000003", lambda data: data["values"].pop("engine.optimizer"))
+    assert load(pool, plan, copy) == (3, [])
+
+
 class Spiteful:
     """What runs code when it is unpickled."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 import transformers as tf
 import workloads
 from safetensors.torch import load_file, save_model
-from torch import Tensor
+from torch import Tensor, nn
 from workloads import Tokens, causal_lm
 
 import weft
@@ -24,6 +25,7 @@ from weft.cluster import Cluster
 from weft.errors import CheckpointError, ModelError
 from weft.jobs import bring
 from weft.planner import make_plan
+from weft.runtime.configuration import configuration_of
 from weft.runtime.pool import Pool
 
 MODELS: dict[str, Callable[[], tf.PreTrainedModel]] = {
@@ -94,6 +96,60 @@ def test_transformers_reads_what_is_exported_and_back(pool: Pool, tmp_path: Path
     for parameter, tensor in state.items():
         assert torch.equal(brought[parameter], tensor), parameter
     assert math.isfinite(loss)
+
+
+def test_labels_go_out_and_back(tmp_path: Path) -> None:
+    """What a config names by number is there again: JSON's keys are text."""
+
+    def model() -> tf.PreTrainedModel:
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        return tf.BertForSequenceClassification(tf.BertConfig(vocab_size=50, num_labels=5, **sizes))
+
+    made = model()
+    made.save_pretrained(tmp_path / "made")
+    workload = weft.Workload(model=model, data=[torch.zeros(3, dtype=torch.long)] * 4, batch_size=2)
+    for begin, end in (("made", "out"), ("out", "again")):
+        path = bring.run(workload, tmp_path / begin, tmp_path / f"of {begin}")
+        export(Checkpoint.open(path), tmp_path / end)
+        found = tf.BertForSequenceClassification.from_pretrained(tmp_path / end)
+        assert found.config.id2label == made.config.id2label
+        tensors = found.state_dict()
+        for name, tensor in made.state_dict().items():
+            assert torch.equal(tensors[name], tensor), name
+
+
+def test_a_config_that_is_no_json_goes_out_as_far_as_it_is() -> None:
+    model = MODELS["gpt2"]()
+    model.config.mine = {"kept": 1, "function": print}
+    described = configuration_of(model)
+    assert described is not None
+    assert described["mine"] == {"kept": 1, "function": None}
+    assert described["id2label"] == {"0": "LABEL_0", "1": "LABEL_1"}
+
+
+class Rates(nn.Module):
+    """Looks at numbers that it computes, as models with stochastic depth do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]
+        self.layers = nn.ModuleList(nn.Linear(12, 12 if rate < 0.1 else 1) for rate in self.rates)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for rate, layer in zip(self.rates, self.layers, strict=True):
+            x = layer(x) * (1 - rate)
+        return x
+
+
+def test_weights_come_in_for_a_model_that_computes_numbers(tmp_path: Path) -> None:
+    model = Rates()
+    save_model(model, tmp_path / "made.safetensors")
+    workload = dataclasses.replace(workloads.mlp(), model=Rates)
+    found = Checkpoint.open(bring.run(workload, tmp_path / "made.safetensors", tmp_path / "back"))
+    found.verify()
+    for name, tensor in model.state_dict().items():
+        whole = tuple(slice(0, length) for length in tensor.shape)
+        assert torch.equal(found.stored(f"model.{name}").read(whole), tensor), name
 
 
 def test_any_model_goes_out_as_one_file_and_back(pool: Pool, tmp_path: Path) -> None:

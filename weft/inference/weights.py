@@ -7,7 +7,6 @@ becomes the other, and which names are read over; here it is done for the part o
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from weft.checkpoint.tensors import BrokenFileError, Entry, read_header
 from weft.errors import ModelError
+from weft.plain import UnreadableError, read_json, shown
 from weft.workload import Box, Stored
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -88,12 +88,9 @@ def files_of(directory: Path) -> list[Path]:
     """The safetensors files of a directory.
 
     Raises:
-        ModelError: there are none, or one that the index names is missing.
+        ModelError: there are none, or one that the index names is missing, or the index names none, or elsewhere.
     """
-    if (directory / INDEX).is_file():
-        names = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
-    else:
-        names = [SINGLE]
+    names = _named_files(directory / INDEX) if (directory / INDEX).is_file() else [SINGLE]
     for name in names:
         if not (directory / name).is_file():
             raise ModelError(
@@ -101,6 +98,28 @@ def files_of(directory: Path) -> list[Path]:
                 "model.save_pretrained(directory) writes them"
             )
     return [directory / name for name in names]
+
+
+def _named_files(index: Path) -> list[str]:
+    """The files that an index names: of its own directory, though each may be a link, as in a cache of downloads.
+
+    Raises:
+        ModelError: it is no such index.
+    """
+    try:
+        told = read_json(index)
+    except UnreadableError as error:
+        raise ModelError(f"{index}: {error}; download it again") from error
+    places = told.get("weight_map") if isinstance(told, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise ModelError(f"{index}: has no weight_map that tells the file of every tensor; download it again")
+    for name, file in places.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ModelError(
+                f"{index}: says that {shown(name)} is in {shown(file)}, which is no name of a file beside it; download "
+                "it again"
+            )
+    return sorted(set(places.values()))
 
 
 def header_of(path: Path) -> dict[str, Entry]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from weft.adapters import adapt
+from weft.capture.initial import build_fake
 from weft.checkpoint.exchange import bring
 from weft.errors import ModelError
 from weft.inference.weights import SINGLE, entries_of, header_of, match
-from weft.runtime.checkpoint import configuration_of
+from weft.runtime.configuration import configuration_of
 from weft.workload import Stored, Workload
 
 
@@ -28,8 +27,7 @@ def run(workload: Workload, weights: Path, directory: Path) -> Path:
         ModelError: the weights are not this model's.
         CheckpointError: there are checkpoints already.
     """
-    with torch.device("meta"):
-        model = adapt(workload.model())
+    model = build_fake(workload.model, workload.seed).model
     found = stored_for(model, weights)
     first = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     held = model.state_dict(keep_vars=True)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from weft.checkpoint.folder import complete
 from weft.checkpoint.index import NAME
 from weft.errors import CheckpointError, NonFiniteError, ReplicaError, SaveError
+from weft.runtime.checkpoint import pieces_of
 from weft.runtime.engine import Engine
 
 
@@ -40,6 +41,9 @@ class Saves:
         every: so many steps one is written beside training; None: only at the end.
         keep: how many of the directory stay.
         say: tells people; rank 0's is used.
+
+    Raises:
+        CheckpointError: a parameter or buffer is of a dtype that no checkpoint can hold.
     """
 
     def __init__(
@@ -47,6 +51,8 @@ class Saves:
     ) -> None:
         self._engine, self._directory, self._every, self._keep, self._say = engine, directory, every, keep, say
         self._saved: int | None = None
+        if directory is not None:
+            pieces_of(engine.part, None)
 
     def resume(self, *, required: bool) -> None:
         """Go on from the newest checkpoint.

@@ -7,7 +7,6 @@ written. What several ranks hold is written by one of them, by turns, so that al
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,20 +18,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from weft.checkpoint.checkpoint import Checkpoint
+from weft.checkpoint.checkpoint import Checkpoint, StoredTensor
 from weft.checkpoint.folder import candidates
 from weft.checkpoint.index import Index
 from weft.checkpoint.tensors import NAMES
 from weft.errors import CheckpointError
+from weft.plain import shown
 from weft.plan import Plan
+from weft.runtime.configuration import configuration_of
 from weft.runtime.dtensor import is_dtensor
-from weft.runtime.optimizer import plain
+from weft.runtime.optimizer import kind_of, plain, restore_settings, settings_of
 from weft.runtime.part import Part
 from weft.runtime.pieces import boxes
 from weft.workload import Box
 
 T = TypeVar("T")
 MODEL, OPTIMIZER = "model.", "optimizer."
+KIND = "engine.optimizer"
+"""What the optimizer's class is called among a checkpoint's values."""
 
 
 @dataclass(frozen=True)
@@ -138,27 +141,10 @@ def plain_values(part: Part, optimizer: torch.optim.Optimizer) -> dict[str, Any]
     return found
 
 
-def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The plain settings of an optimizer's groups."""
-    return [{k: v for k, v in group.items() if is_plain(v) and k != "params"} for group in optimizer.param_groups]
-
-
 def schedule_of(scheduler: LRScheduler | None) -> dict[str, Any]:
     """A scheduler's state, as far as it is plain data."""
     state: dict[str, Any] = plain(scheduler.state_dict()) if scheduler is not None else {}
     return state
-
-
-def configuration_of(model: nn.Module) -> dict[str, Any] | None:
-    """The configuration of a transformers model; None of another."""
-    if "transformers" not in sys.modules:
-        return None
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        return None
-    described: dict[str, Any] = plain(model.config.to_dict())
-    return described | {"architectures": [type(model).__name__]}
 
 
 def index_of(
@@ -176,7 +162,7 @@ def index_of(
         groups=settings_of(optimizer),
         scheduler=schedule_of(scheduler),
         loss_scale=loss_scale,
-        values=plain_values(part, optimizer),
+        values=plain_values(part, optimizer) | {KIND: kind_of(optimizer)},
         model=configuration_of(part.model),
         files={},
         tensors={},
@@ -232,7 +218,8 @@ def _agreed(make: Callable[[], T]) -> T:
 
 
 def load_model(checkpoint: Checkpoint, part: Part) -> None:
-    """Take parameters and buffers from a checkpoint.
+    """Take parameters and buffers from a checkpoint. A computed buffer has the shape that it was saved with: forwards
+    put longer ones in place of what the constructor made.
 
     Raises:
         CheckpointError: it is of another model.
@@ -244,12 +231,23 @@ def load_model(checkpoint: Checkpoint, part: Part) -> None:
             continue  # state dicts do not have it: the model's constructor has made it
         if stored is None:
             raise CheckpointError(f"{path}: has no {piece.name}; it is a checkpoint of another model")
-        if stored.form.shape != piece.shape:
+        if stored.form.shape != piece.shape and piece.kind == "computed" and piece.values.shape == piece.shape:
+            _replace(part.model, piece.source, checkpoint.stored(piece.name))
+        elif stored.form.shape != piece.shape:
             raise CheckpointError(f"{path}: {piece.name} has shape {stored.form.shape}, the model's is {piece.shape}")
     with torch.no_grad():
         for piece in _model(part):
             if piece.name in checkpoint.index.tensors:
                 _take(checkpoint, piece)
+
+
+def _replace(model: nn.Module, buffer: Tensor, stored: StoredTensor) -> None:
+    """Put room for what is stored in the place of a buffer, wherever the model has it."""
+    room = torch.zeros(stored.shape, dtype=stored.dtype, device=buffer.device)
+    for module in model.modules():
+        for name, each in module._buffers.items():
+            if each is buffer:
+                module._buffers[name] = room
 
 
 def load_optimizer(checkpoint: Checkpoint, part: Part, optimizer: torch.optim.Optimizer) -> None:
@@ -261,6 +259,12 @@ def load_optimizer(checkpoint: Checkpoint, part: Part, optimizer: torch.optim.Op
     index = checkpoint.index
     if index.plan is None:
         return  # weights that were brought from elsewhere: training begins with them
+    kind = kind_of(optimizer)
+    if (kept := index.values.get(KIND, kind)) != kind:
+        raise CheckpointError(
+            f"{checkpoint.path}: was saved with the optimizer {shown(kept)}, the workload's is {kind!r}; use the "
+            "one it was saved with, or take only its weights: weft export, then weft import into another directory"
+        )
     if len(index.groups) != len(optimizer.param_groups):
         raise CheckpointError(
             f"{checkpoint.path}: its optimizer has {len(index.groups)} parameter groups, "
@@ -271,6 +275,8 @@ def load_optimizer(checkpoint: Checkpoint, part: Part, optimizer: torch.optim.Op
         if name.startswith(OPTIMIZER):
             owner, _, key = name.removeprefix(OPTIMIZER).rpartition(".")
             keys.setdefault(owner, []).append(key)
+    _check_values(checkpoint, part, optimizer)
+    restore_settings(optimizer, index.groups, checkpoint.path)
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
     for held in part.held:
         optimizer.state.pop(held.parameter, None)
@@ -280,8 +286,21 @@ def load_optimizer(checkpoint: Checkpoint, part: Part, optimizer: torch.optim.Op
         }
         if state:
             optimizer.state[held.parameter] = state
-    for group, settings in zip(optimizer.param_groups, index.groups, strict=True):
-        group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in settings.items()})
+
+
+def _check_values(checkpoint: Checkpoint, part: Part, optimizer: torch.optim.Optimizer) -> None:
+    """Look whether what the optimizer keeps besides tensors is no tensor's: neither another parameter's nor now.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    tensors = {name.rpartition(".")[2] for name in checkpoint.index.tensors if name.startswith(OPTIMIZER)}
+    for held in part.held:
+        for key, value in optimizer.state.get(held.parameter, {}).items():
+            tensors |= {key} if isinstance(value, Tensor) else set()
+    for name, value in checkpoint.index.values.items():
+        if name.startswith(OPTIMIZER) and name.rpartition(".")[2] in tensors and value is not None:
+            raise CheckpointError(f"{checkpoint.path}: has {shown(value)} for {name}, which should be a tensor")
 
 
 def _state(

@@ -11,6 +11,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from weft.errors import CheckpointError
+from weft.plain import is_whole, shown
+
 INITIAL = 2.0**16
 GROWTH = 2.0
 BACKOFF = 0.5
@@ -46,7 +49,15 @@ class LossScale:
         return {"value": self.value, "clean": self.clean}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what ``state`` gave."""
-        value, clean = float(state["value"]), int(state["clean"])
-        assert math.isfinite(value)
-        self.value, self.clean = value, clean
+        """Continue from what ``state`` gave.
+
+        Raises:
+            CheckpointError: it gave no such thing.
+        """
+        value = state.get("value")
+        if not (isinstance(value, float) and 0 < value < math.inf and is_whole(state.get("clean"))):
+            raise CheckpointError(
+                f"the checkpoint's loss scale is {shown(state)}, where a number above 0 and one of steps should be; go "
+                "on from another checkpoint"
+            )
+        self.value, self.clean = value, state["clean"]
