@@ -38,7 +38,7 @@ SOURCE = Path(__file__).with_name("fault_target.py")
 
 def workload(batch_size: int = 4, **changes: Any) -> weft.Workload:
     return weft.Workload(
-        model=lambda: nn.Sequential(nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 1)),
+        model=changes.pop("model", lambda: nn.Sequential(nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 1))),
         loss=lambda model, batch: F.mse_loss(model(batch[0]), batch[1]),
         data=workloads.Points(32, 12),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
@@ -74,6 +74,23 @@ def test_what_is_on_its_way_is_written_before_training_stops_of_bad_numbers(pool
 
     plan = plan_of(workload(), dp_replicate=2)
     assert pool.run(job, ranks=2) == [["step-00000001"]] * 2
+
+
+def test_what_no_checkpoint_can_hold_is_told_before_training(pool: Pool, tmp_path: Path) -> None:
+    def made() -> nn.Module:
+        model = nn.Sequential(nn.Linear(12, 1))
+        model.register_buffer("phase", torch.zeros(2, dtype=torch.complex128))
+        return model
+
+    def job() -> None:
+        engine = weft.parallelize(work, plan)
+        Saves(engine, None, every=None, keep=1, say=print)
+        with pytest.raises(CheckpointError, match="phase is of torch.complex128"):
+            Saves(engine, str(tmp_path), every=None, keep=1, say=print)
+
+    work = workload(model=made)
+    plan = plan_of(work, dp_replicate=2)
+    pool.run(job, ranks=2)
 
 
 def test_a_directory_that_is_a_checkpoint_is_refused(pool: Pool, tmp_path: Path) -> None:
