@@ -85,7 +85,7 @@ def test_what_no_checkpoint_can_hold_is_told_before_training(pool: Pool, tmp_pat
     def job() -> None:
         engine = weft.parallelize(work, plan)
         Saves(engine, None, every=None, keep=1, say=print)
-        with pytest.raises(CheckpointError, match="phase is of torch.complex128"):
+        with pytest.raises(CheckpointError, match=r"phase is of torch\.complex128"):
             Saves(engine, str(tmp_path), every=None, keep=1, say=print)
 
     work = workload(model=made)
