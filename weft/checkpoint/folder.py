@@ -29,8 +29,13 @@ def name_of(step: int) -> str:
 
 def complete(directory: Path) -> list[Path]:
     """The checkpoints of a directory, the newest first."""
+    return [path for _, path in _complete(directory)]
+
+
+def _complete(directory: Path) -> list[tuple[int, Path]]:
+    """Checkpoints and their steps."""
     found = [(int(match[1]), path) for path in directory.glob("step-*") if (match := STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True) if (path / NAME).is_file()]
+    return [(step, path) for step, path in sorted(found, reverse=True) if (path / NAME).is_file()]
 
 
 def candidates(directory: Path) -> list[Path]:
@@ -88,9 +93,14 @@ def publish(written: Path, directory: Path, step: int) -> Path:
     return final
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Remove all checkpoints of a directory but the newest ``keep``."""
-    for path in complete(directory)[keep:]:
+def prune(directory: Path, step: int, keep: int) -> None:
+    """Remove checkpoints of a directory that has a new one of a step: of those up to it the newest ``keep`` stay.
+
+    Later ones stay and do not count. They are there where training went back to an earlier step, because somebody
+    wanted it or because they are damaged; until training has come past them, whoever resumes takes the newest of all
+    that is whole.
+    """
+    for path in [path for found, path in _complete(directory) if found <= step][keep:]:
         _remove(path)
 
 

@@ -100,7 +100,7 @@ class Writing:
         values: what this rank writes: copies, or the trained tensors themselves.
         later: what is yet to be copied.
         index: what is known of the checkpoint before files are written.
-        keep: how many checkpoints stay, or None: all.
+        keep: how many checkpoints up to this one stay, or None: all.
     """
 
     directory: Path
@@ -140,7 +140,7 @@ class Saver:
             directory: of checkpoints.
             pieces: what this rank has.
             index: step, plan and settings; values of this rank's only. Files and tensors are added here.
-            keep: how many checkpoints stay, this one included; None: all.
+            keep: how many checkpoints up to this one stay, this one included; None: all.
             wait: until it is written; else a thread copies and writes it: see ``settle``. Under a limit of memory,
                 which copies would take from training, this waits too.
 
@@ -292,7 +292,7 @@ def _finish(writing: Writing, told: Sequence[tuple[str, int, list[str], dict[str
     replace(writing.index, files=files, tensors=tensors, values=values).save(writing.path)
     folder.publish(writing.path, writing.directory, writing.index.step)
     if writing.keep is not None:
-        folder.prune(writing.directory, writing.keep)
+        folder.prune(writing.directory, writing.index.step, writing.keep)
 
 
 def _gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
