@@ -2,9 +2,11 @@
 
     DIR/step-00000040/            complete: it gets this name when all of it is on the disk
     DIR/.step-00000040.7f3a.new   being written, or left by a job that was killed while it wrote
+    DIR/.step-00000040.7f3a.was   whole; making room for another of its step, and what there is until that has the name
     DIR/.step-00000040.7f3a.old   being removed
 
-A name that is there is a whole checkpoint, for every reader at every moment.
+A name that is there is a whole checkpoint, for every reader at every moment. No system can give a name to one folder
+and take it from another at once on every file system, so readers know where the other is meanwhile.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from pathlib import Path
 from weft.checkpoint.index import NAME
 from weft.errors import CheckpointError
 
-STEP = re.compile(r"step-([0-9]{8,})", re.ASCII)
-HIDDEN = re.compile(r"\.step-[0-9]{8,}\.[0-9a-f]+\.(new|old)", re.ASCII)
+WHOLE = re.compile(r"step-([0-9]{8,})|\.step-([0-9]{8,})\.[0-9a-f]+\.was", re.ASCII)
+HIDDEN = re.compile(r"\.(step-[0-9]{8,})\.[0-9a-f]+\.(new|was|old)", re.ASCII)
 
 
 def name_of(step: int) -> str:
@@ -34,8 +36,14 @@ def complete(directory: Path) -> list[Path]:
 
 def _complete(directory: Path) -> list[tuple[int, Path]]:
     """Checkpoints and their steps."""
-    found = [(int(match[1]), path) for path in directory.glob("step-*") if (match := STEP.fullmatch(path.name))]
-    return [(step, path) for step, path in sorted(found, reverse=True) if (path / NAME).is_file()]
+    listed = [(path, match) for path in directory.glob("*step-*") if (match := WHOLE.fullmatch(path.name))]
+    found = {}
+    for path, match in sorted(listed, key=lambda each: each[0].name):  # "." is before "s": who has the name counts
+        if (path / NAME).is_file():
+            found[int(match[1] or match[2])] = path
+    if not all(path.exists() for path, _ in listed):  # renamed or removed while this looked
+        return _complete(directory)
+    return sorted(found.items(), reverse=True)
 
 
 def candidates(directory: Path) -> list[Path]:
@@ -61,7 +69,10 @@ def begin(directory: Path, step: int, mark: str) -> Path:
     """
     directory.mkdir(parents=True, exist_ok=True)
     for path in directory.glob(".step-*"):
-        if HIDDEN.fullmatch(path.name):
+        match = HIDDEN.fullmatch(path.name)
+        if match and match[2] == "was" and not (directory / match[1]).exists():
+            path.rename(directory / match[1])
+        elif match:
             shutil.rmtree(path, ignore_errors=True)
     path = partial(directory, step, mark)
     path.mkdir()
@@ -79,17 +90,23 @@ def fresh_mark() -> int:
 
 
 def publish(written: Path, directory: Path, step: int) -> Path:
-    """Give what has been written its name; one of the same step that was there goes.
+    """Give what has been written its name; one of the same step that was there goes when the disk has the new one.
 
     Raises:
         OSError: it cannot be renamed.
     """
     sync(written)
     final = directory / name_of(step)
-    if final.exists():  # of this step again, by a job that went on from an earlier one
-        _remove(final)
-    written.rename(final)
+    before = _aside(final, "was") if final.exists() else None  # by a job that went on from an earlier one
+    try:
+        written.rename(final)
+    except OSError:
+        if before is not None:
+            before.rename(final)
+        raise
     sync(directory)
+    if before is not None:
+        shutil.rmtree(before, ignore_errors=True)
     return final
 
 
@@ -101,7 +118,7 @@ def prune(directory: Path, step: int, keep: int) -> None:
     that is whole.
     """
     for path in [path for found, path in _complete(directory) if found <= step][keep:]:
-        _remove(path)
+        shutil.rmtree(_aside(path, "old"), ignore_errors=True)
 
 
 def sync(directory: Path) -> None:
@@ -113,7 +130,6 @@ def sync(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
-    aside = path.with_name(f".{path.name}.{fresh_mark():x}.old")
-    path.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+def _aside(path: Path, end: str) -> Path:
+    """Rename a checkpoint: its hidden name."""
+    return path.rename(path.with_name(f".{path.name}.{fresh_mark():x}.{end}"))
