@@ -101,6 +101,7 @@ class Writing:
         later: what is yet to be copied.
         index: what is known of the checkpoint before files are written.
         keep: how many checkpoints up to this one stay, or None: all.
+        error: why this rank has nothing to write.
     """
 
     directory: Path
@@ -110,6 +111,7 @@ class Writing:
     later: Sequence[Later]
     index: Index
     keep: int | None
+    error: str = ""
 
 
 @dataclass
@@ -159,8 +161,12 @@ class Saver:
             self._run(Writing(directory, path, share, ready, (), index, keep))
             self.wait()
         else:
-            copies, later = self._copies_of(mine)
-            writing = Writing(directory, path, share, copies, later, index, keep)
+            error = ""
+            try:
+                copies, later = self._copies_of(mine)
+            except (RuntimeError, MemoryError) as raised:
+                self._copies, copies, later, error = [], [], [], _short_of_memory(raised)
+            writing = Writing(directory, path, share, copies, later, index, keep, error)
             self._copied = threading.Event()
             self._thread = threading.Thread(target=self._run, args=(writing,), name="weft checkpoint")
             self._thread.start()
@@ -229,8 +235,8 @@ class Saver:
         try:
             for each in later:
                 each.copy.copy_(each.piece.values)
-        except RuntimeError as error:  # out of memory: other ranks' threads wait to hear of it
-            return f"rank {dist.get_rank()}: {error}"
+        except (RuntimeError, MemoryError) as error:  # other ranks' threads wait to hear of it
+            return _short_of_memory(error)
         changed = [each.piece.name for each in later if each.piece.version != each.version]
         if not changed:
             return ""
@@ -241,7 +247,7 @@ class Saver:
         """Copy what is yet to be copied, let the optimizer go on, and write; in the thread, where there is one."""
         try:
             try:
-                error = self._copy(writing.later)
+                error = writing.error or self._copy(writing.later)
             finally:
                 if self._copied is not None:
                     self._copied.set()
@@ -259,8 +265,8 @@ class Saver:
                 sums, length = write(writing.path / file, forms, writing.values)
         except OSError as raised:
             error = f"rank {rank}: {file}: {raised.strerror or raised}"
-        except RuntimeError as raised:  # out of memory for a copy: other ranks wait to hear of it
-            error = f"rank {rank}: {file}: {raised}"
+        except (RuntimeError, MemoryError) as raised:  # for a copy: other ranks wait to hear of it
+            error = _short_of_memory(raised)
         told = _gathered((file, length, sums, writing.index.values, error), self._group)
         outcome = [next((each[-1] for each in told if each[-1]), "")]
         if rank == 0:
@@ -269,6 +275,8 @@ class Saver:
                     _finish(writing, told)
             except OSError as raised:
                 outcome = [f"{writing.path}: {raised.strerror or raised}"]
+            except MemoryError as raised:
+                outcome = [_short_of_memory(raised)]
             if outcome[0]:
                 shutil.rmtree(writing.path, ignore_errors=True)
         if self._group is not None:
@@ -293,6 +301,11 @@ def _finish(writing: Writing, told: Sequence[tuple[str, int, list[str], dict[str
     folder.publish(writing.path, writing.directory, writing.index.step)
     if writing.keep is not None:
         folder.prune(writing.directory, writing.index.step, writing.keep)
+
+
+def _short_of_memory(error: RuntimeError | MemoryError) -> str:
+    """What other ranks are told where this one has no memory for a copy; PyTorch raises it as either."""
+    return f"rank {dist.get_rank()}: {str(error) or 'no memory is left'}"
 
 
 def _gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
