@@ -1,9 +1,15 @@
-"""The folder of checkpoints: which are there at every moment, whatever is saved over them, removed or interrupted."""
+"""The folder of checkpoints: which are there at every moment, whatever is saved over them, removed or interrupted; and
+disks that fail."""
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 import shutil
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,9 +17,16 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import workloads
 
+import weft
+from weft.capture import capture
 from weft.checkpoint import folder
 from weft.checkpoint.index import NAME
+from weft.cluster import Cluster
+from weft.plan import Plan
+from weft.planner import make_plan
+from weft.runtime.pool import Pool
 
 
 def written(directory: Path, step: int, content: str = "") -> Path:
@@ -138,3 +151,73 @@ def test_a_reader_finds_what_is_renamed_while_it_looks(tmp_path: Path) -> None:
 
     with mock.patch.object(Path, "is_file", late):
         assert [path.name for path in folder.complete(tmp_path)] == [".step-00000003.7f3a.was"]
+
+
+# -- disks that fail --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return make_plan(capture(workloads.mlp()), Cluster.local(2), dp_shard=2)
+
+
+@pytest.fixture
+def saved(pool: Pool, plan: Plan, tmp_path: Path) -> Path:
+    """Checkpoints of steps 1 and 2."""
+
+    def job() -> None:
+        engine = weft.parallelize(workloads.mlp(), plan)
+        for _, batch in zip(range(2), engine.batches(), strict=False):
+            engine.step(batch)
+            engine.save(tmp_path / "saved")
+
+    pool.run(job, ranks=2)
+    return tmp_path / "saved"
+
+
+def test_a_checkpoint_that_the_disk_cannot_read_is_passed_over(pool: Pool, plan: Plan, saved: Path) -> None:
+    def job() -> tuple[int, list[str]]:
+        read = os.preadv
+
+        def broken(file: int, room: list[memoryview], at: int) -> int:
+            if "step-00000002" in os.readlink(f"/proc/self/fd/{file}"):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return read(file, room, at)
+
+        engine = weft.parallelize(workloads.mlp(), plan)
+        with warnings.catch_warnings(record=True) as caught, mock.patch.object(os, "preadv", broken):
+            warnings.simplefilter("always")
+            engine.load(saved)
+        return engine.step_count, [str(each.message) for each in caught]
+
+    (step, said), _ = pool.run(job, ranks=2)
+    assert step == 1
+    assert any("cannot be read: Input/output error" in each for each in said), said
+
+
+CUT = """
+import os, sys
+from pathlib import Path
+from unittest import mock
+from weft.checkpoint import checkpoint
+from weft.errors import CheckpointError
+
+def cut(path, read=checkpoint.read_header):
+    found = read(path)
+    os.truncate(path, 0)
+    return found
+
+with mock.patch.object(checkpoint, "read_header", cut):
+    try:
+        checkpoint.Checkpoint.open(Path(sys.argv[1])).verify()
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+def test_a_file_that_goes_away_while_it_is_looked_through_ends_no_process(saved: Path) -> None:
+    """As pages of a map do that no disk can give any more."""
+    command = [sys.executable, "-c", CUT, str(saved / "step-00000002")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, (ended.returncode, ended.stderr)
+    assert "bytes are missing; the checkpoint is damaged" in ended.stdout
