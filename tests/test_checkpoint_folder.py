@@ -108,6 +108,7 @@ def test_a_step_saved_again_is_there_at_every_moment(tmp_path: Path) -> None:
             ended_at(moment, stack)
             try:
                 folder.publish(path, directory, 3)
+                folder.settle(directory, 3)
             except Killed:
                 ended = True
             else:
@@ -122,6 +123,35 @@ def test_a_step_saved_again_is_there_at_every_moment(tmp_path: Path) -> None:
             break
     assert seen == sorted(seen, key=[{"before"}, {"after"}].index)
     assert len(seen) > 8
+
+
+@pytest.mark.parametrize("fails", ["sync", "prune"])
+def test_what_fails_after_a_checkpoint_is_there_is_a_warning(
+    pool: Pool, plan: Plan, tmp_path: Path, fails: str
+) -> None:
+    """It is there: nobody needs to save it again, and the ones before it stay."""
+
+    def job() -> tuple[list[str], list[str]]:
+        real = getattr(folder, fails)
+
+        def failing(directory: Path, *given: Any) -> None:
+            if directory == tmp_path:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            real(directory, *given)
+
+        engine = weft.parallelize(workloads.mlp(), plan)
+        batches = engine.batches()
+        with warnings.catch_warnings(record=True) as caught, mock.patch.object(folder, fails, failing):
+            warnings.simplefilter("always")
+            for wait in (True, False):
+                engine.step(next(batches))
+                engine.save(tmp_path, keep=1, wait=wait)
+                engine.finish_saving()
+        return [str(each.message) for each in caught], names(tmp_path)
+
+    (said, there), _ = pool.run(job, ranks=2)
+    assert len([each for each in said if "is written, but others" in each and "Input/output error" in each]) == 2, said
+    assert there == ["step-00000001", "step-00000002"]
 
 
 def test_a_step_that_cannot_be_saved_again_is_as_it_was(tmp_path: Path) -> None:

@@ -145,10 +145,12 @@ def bring(
             for name, form, total in zip(weights, forms.values(), sums, strict=True)
         }
         Index(step=0, plan=None, groups=[], model=model, files={file: length}, tensors=tensors).save(path)
-        return folder.publish(path, directory, 0)
+        published = folder.publish(path, directory, 0)
     except BaseException:  # Ctrl-C too: half of it helps nobody
         shutil.rmtree(path, ignore_errors=True)
         raise
+    folder.settle(directory, 0)
+    return published
 
 
 def _form(stored: Stored) -> Form:

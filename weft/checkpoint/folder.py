@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import warnings
 from pathlib import Path
 
 from weft.checkpoint.index import NAME
@@ -90,7 +91,7 @@ def fresh_mark() -> int:
 
 
 def publish(written: Path, directory: Path, step: int) -> Path:
-    """Give what has been written its name; one of the same step that was there goes when the disk has the new one.
+    """Give what has been written its name. One of the same step that was there is set aside: see ``settle``.
 
     Raises:
         OSError: it cannot be renamed.
@@ -104,10 +105,26 @@ def publish(written: Path, directory: Path, step: int) -> Path:
         if before is not None:
             before.rename(final)
         raise
-    sync(directory)
-    if before is not None:
-        shutil.rmtree(before, ignore_errors=True)
     return final
+
+
+def settle(directory: Path, step: int, keep: int | None = None) -> None:
+    """Wait until the disk has the name of a step's checkpoint, then remove those it replaces: one of the same step, and
+    of those up to it all but the newest ``keep``. What cannot be done is warned of: the new one is there.
+    """
+    try:
+        sync(directory)
+        for path in directory.glob(f".{name_of(step)}.*.was"):
+            shutil.rmtree(path, ignore_errors=True)
+        if keep is not None:
+            prune(directory, step, keep)
+    except OSError as error:
+        warnings.warn(
+            f"{directory / name_of(step)} is written, but others that should go may be left beside it: "
+            f"{error.strerror or error}; look after the disk",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def prune(directory: Path, step: int, keep: int) -> None:
@@ -116,6 +133,9 @@ def prune(directory: Path, step: int, keep: int) -> None:
     Later ones stay and do not count. They are there where training went back to an earlier step, because somebody
     wanted it or because they are damaged; until training has come past them, whoever resumes takes the newest of all
     that is whole.
+
+    Raises:
+        OSError: one cannot be renamed.
     """
     for path in [path for found, path in _complete(directory) if found <= step][keep:]:
         shutil.rmtree(_aside(path, "old"), ignore_errors=True)

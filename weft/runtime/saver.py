@@ -283,6 +283,8 @@ class Saver:
             dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[0]:
             raise SaveError(outcome[0])
+        if rank == 0:
+            folder.settle(writing.directory, writing.index.step, writing.keep)
 
 
 def _finish(writing: Writing, told: Sequence[tuple[str, int, list[str], dict[str, Any], str]]) -> None:
@@ -299,8 +301,6 @@ def _finish(writing: Writing, told: Sequence[tuple[str, int, list[str], dict[str
     tensors = {name: Tensors(form, kind, tuple(chunks)) for name, (form, kind, chunks) in found.items()}
     replace(writing.index, files=files, tensors=tensors, values=values).save(writing.path)
     folder.publish(writing.path, writing.directory, writing.index.step)
-    if writing.keep is not None:
-        folder.prune(writing.directory, writing.index.step, writing.keep)
 
 
 def _short_of_memory(error: RuntimeError | MemoryError) -> str:
