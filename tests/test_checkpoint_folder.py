@@ -30,8 +30,10 @@ from weft.runtime.pool import Pool
 
 
 def written(directory: Path, step: int, content: str = "") -> Path:
-    """Something to publish."""
-    path = folder.begin(directory, step, f"{folder.fresh_mark():x}")
+    """Something to publish, of a process that is gone."""
+    begun = folder.begin(directory, step, f"{folder.fresh_mark():x}")
+    begun.end()
+    path = begun.path
     (path / NAME).write_text(content)
     (path / "numbers").write_text(content)
     return path
@@ -116,7 +118,7 @@ def test_a_step_saved_again_is_there_at_every_moment(tmp_path: Path) -> None:
         found = folder.candidates(directory)
         assert len(found) == 1
         seen.append({(found[0] / name).read_text() for name in (NAME, "numbers")})
-        assert folder.begin(directory, 4, "0").is_dir()
+        folder.begin(directory, 4, "0").end()
         assert names(directory) == [".step-00000004.0.new", "step-00000003"]
         assert {(directory / "step-00000003" / name).read_text() for name in (NAME, "numbers")} == seen[-1]
         if not ended:
@@ -181,6 +183,43 @@ def test_a_reader_finds_what_is_renamed_while_it_looks(tmp_path: Path) -> None:
 
     with mock.patch.object(Path, "is_file", late):
         assert [path.name for path in folder.complete(tmp_path)] == [".step-00000003.7f3a.was"]
+
+
+# -- two jobs ---------------------------------------------------------------------------------------------------------
+
+WRITES = """
+import sys, time
+from pathlib import Path
+from weft.checkpoint import folder
+
+begun = folder.begin(Path(sys.argv[1]), 7, "a")
+print("writes", flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_another_job_writes_stays_until_it_is_gone(tmp_path: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-c", WRITES, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "writes\n"
+        (tmp_path / ".step-00000003.7f3a.was").mkdir()
+        begun = folder.begin(tmp_path, 8, "b")
+        assert names(tmp_path) == [".step-00000003.7f3a.was", ".step-00000007.a.new", ".step-00000008.b.new"]
+    finally:
+        other.kill()
+        other.communicate()
+    begun.end()
+    folder.begin(tmp_path, 9, "c")
+    assert names(tmp_path) == [".step-00000009.c.new", "step-00000003"]
+
+
+def test_a_file_system_without_locks_holds_checkpoints_all_the_same(tmp_path: Path) -> None:
+    with mock.patch.object(folder.fcntl, "flock", side_effect=OSError(errno.ENOLCK, "No locks available")):
+        published(tmp_path, 1)
+        folder.begin(tmp_path, 2, "a")
+        folder.begin(tmp_path, 3, "b").end()
+    assert names(tmp_path) == [".step-00000003.b.new", "step-00000001"]
 
 
 # -- disks that fail --------------------------------------------------------------------------------------------------

@@ -6,20 +6,27 @@
     DIR/.step-00000040.7f3a.old   being removed
 
 A name that is there is a whole checkpoint, for every reader at every moment. No system can give a name to one folder
-and take it from another at once on every file system, so readers know where the other is meanwhile.
+and take it from another at once on every file system, so readers know where the other is meanwhile. Who writes holds a
+lock on the folder, which goes with the process: what is hidden and not locked was left by a job that is gone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
 import shutil
+import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 from weft.checkpoint.index import NAME
 from weft.errors import CheckpointError
+
+if sys.platform != "win32":
+    import fcntl
 
 WHOLE = re.compile(r"step-([0-9]{8,})|\.step-([0-9]{8,})\.[0-9a-f]+\.was", re.ASCII)
 HIDDEN = re.compile(r"\.(step-[0-9]{8,})\.[0-9a-f]+\.(new|was|old)", re.ASCII)
@@ -59,8 +66,25 @@ def candidates(directory: Path) -> list[Path]:
     return found
 
 
-def begin(directory: Path, step: int, mark: str) -> Path:
-    """A new folder to write a step's checkpoint into. What a killed job left half written goes.
+@dataclass
+class Begun:
+    """A folder that is being written, locked where the file system can: a descriptor that has the lock."""
+
+    path: Path
+    _lock: int | None
+
+    def end(self) -> None:
+        """Let go of the lock; also for processes that were forked meanwhile and have the descriptor too."""
+        if self._lock is not None:
+            descriptor, self._lock = self._lock, None
+            with contextlib.suppress(OSError):  # a server that is gone
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
+
+
+def begin(directory: Path, step: int, mark: str) -> Begun:
+    """A new folder to write a step's checkpoint into. What a killed job left half written goes, unless another job is
+    writing into the directory now.
 
     Args:
         mark: makes its name one that no other job uses: see ``fresh_mark``.
@@ -69,15 +93,45 @@ def begin(directory: Path, step: int, mark: str) -> Path:
         OSError: it cannot be made.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    for path in directory.glob(".step-*"):
-        match = HIDDEN.fullmatch(path.name)
-        if match and match[2] == "was" and not (directory / match[1]).exists():
-            path.rename(directory / match[1])
-        elif match:
-            shutil.rmtree(path, ignore_errors=True)
+    hidden = [(path, match) for path in directory.glob(".step-*") if (match := HIDDEN.fullmatch(path.name))]
+    if not any(_is_locked(path) for path, _ in hidden):
+        for path, match in hidden:
+            if match[2] == "was" and not (directory / match[1]).exists():
+                path.rename(directory / match[1])
+            else:
+                shutil.rmtree(path, ignore_errors=True)
     path = partial(directory, step, mark)
     path.mkdir()
-    return path
+    return Begun(path, _lock(path))
+
+
+def _lock(path: Path) -> int | None:
+    """Lock a folder; None where that cannot be done.
+
+    Raises:
+        BlockingIOError: it is locked.
+    """
+    if sys.platform == "win32":  # a folder cannot be opened there
+        return None
+    descriptor = None
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # some file systems have no locks
+        if descriptor is not None:
+            os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return descriptor
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        Begun(path, _lock(path)).end()
+    except BlockingIOError:
+        return True
+    return False
 
 
 def partial(directory: Path, step: int, mark: str) -> Path:

@@ -126,6 +126,7 @@ class Saver:
     _copied: threading.Event | None = None
     _at_once: bool = False
     _failed: str | None = None
+    _begun: folder.Begun | None = None
 
     def save(
         self,
@@ -199,8 +200,9 @@ class Saver:
         first = dist.get_rank() == 0
         mark, reason = folder.fresh_mark() if first else 0, ""
         if first:
+            self._end()
             try:
-                folder.begin(directory, step, f"{mark:x}")
+                self._begun = folder.begin(directory, step, f"{mark:x}")
             except OSError as error:
                 reason = f"{directory}: cannot hold a checkpoint: {error.strerror or error}"
         told = torch.tensor([signature != self._signature, mark, bool(reason)], dtype=torch.long)
@@ -254,6 +256,14 @@ class Saver:
             self._write(writing, error)
         except Exception as error:  # whatever stopped a thread: the next call of save or wait raises it
             self._failed = f"the checkpoint of step {writing.index.step} could not be written: {error}"
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        """Let others know that rank 0 writes no more."""
+        if self._begun is not None:
+            self._begun.end()
+            self._begun = None
 
     def _write(self, writing: Writing, error: str) -> None:
         rank, sums, length = dist.get_rank(), list[str](), 0
