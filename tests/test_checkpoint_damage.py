@@ -297,34 +297,54 @@ def test_a_save_that_fails_leaves_what_was_there(pool: Pool, plan: Plan, copy: P
     assert load(pool, plan, copy)[0] == 5
 
 
-@pytest.mark.parametrize(("wait", "copies"), [(True, "contiguous"), (False, "copy_")])
-def test_a_rank_without_memory_for_a_copy_tells_the_others(
-    pool: Pool, plan: Plan, copy: Path, wait: bool, copies: str
-) -> None:
-    """They would else wait for it as long as for a disk."""
+SHORT: dict[str, tuple[bool, Any, str, bool, type[Exception]]] = {
+    "one after the other": (True, torch.Tensor, "contiguous", False, torch.OutOfMemoryError),
+    "in the thread": (False, torch.Tensor, "copy_", False, torch.OutOfMemoryError),
+    "in the thread, of Python's": (False, torch.Tensor, "copy_", False, MemoryError),
+    "at once": (False, torch.Tensor, "copy_", True, torch.OutOfMemoryError),
+    "room for copies": (False, torch, "empty", False, torch.OutOfMemoryError),
+    "room for copies, of Python's": (False, torch, "empty", False, MemoryError),
+}
+"""Whether a save is waited for, what fails, whether copies are made at once, and what is raised."""
 
-    def short(*given: object, **named: object) -> None:
-        raise torch.OutOfMemoryError("no memory is left")
+
+@pytest.mark.parametrize("case", SHORT)
+def test_a_rank_without_memory_for_a_copy_tells_the_others(pool: Pool, plan: Plan, copy: Path, case: str) -> None:
+    """They would else wait for it as long as for a disk. Training goes on, and so does the next save."""
+    wait, owner, copies, at_once, raised = SHORT[case]
 
     def job() -> tuple[str, float]:
         engine = weft.parallelize(workloads.mlp(), plan)
         engine.load(copy)
-        engine.step(next(engine.batches()))
+        batches = engine.batches()
+        engine.step(next(batches))
         engine.save(copy.parent / "first")
-        began, said = time.monotonic(), ""
-        with mock.patch.object(torch.Tensor, copies, short) if dist.get_rank() == 1 else nullcontext():
+        engine._saver._at_once = at_once
+        began, said, real, calls = time.monotonic(), "", getattr(owner, copies), []
+
+        def short(*given: Any, **named: Any) -> Any:
+            calls.append(given)
+            if len(calls) > 1:
+                return real(*given, **named)
+            raise raised("no memory is left" if raised is not MemoryError else "")
+
+        with mock.patch.object(owner, copies, short) if dist.get_rank() == 1 else nullcontext():
             try:
                 engine.save(copy, wait=wait)
                 engine.finish_saving()
             except SaveError as error:
                 said = str(error)
-        return said, time.monotonic() - began
+        seconds = time.monotonic() - began
+        engine.step(next(batches))
+        engine.save(copy.parent / "after", wait=wait)
+        engine.finish_saving()
+        return said, seconds
 
     for said, seconds in pool.run(job, ranks=2):
-        assert "rank 1: " in said
-        assert "no memory is left" in said
+        assert "rank 1: no memory is left" in said
         assert seconds < 30
     assert [path.name for path in complete(copy)] == ["step-00000003", "step-00000002", "step-00000001"]
+    Checkpoint.open(copy.parent / "after" / "step-00000005").verify()
 
 
 def test_what_is_saved_beside_training_is_of_the_step_it_was_asked_for(pool: Pool, plan: Plan, tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ What is read is mapped from the files, so a reader needs memory for what it asks
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from weft.checkpoint.index import Chunk, Index, Tensors
 from weft.checkpoint.tensors import DTYPES, BrokenFileError, Entry, read_header
 from weft.errors import CheckpointError
 from weft.workload import Box
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,19 +53,25 @@ class Checkpoint:
             CheckpointError: they are not.
         """
         for file, length in self.index.files.items():
-            try:
-                found = (self.path / file).stat().st_size
-            except OSError as error:
-                raise self._broken(file, f"cannot be read: {error.strerror}") from error
+            found = self._of(file, (self.path / file).stat).st_size
             if found != length:
                 raise self._broken(file, f"is {found} bytes long and should be {length}")
         chunks = [(name, tensor, chunk) for name, tensor in self.index.tensors.items() for chunk in tensor.chunks]
         ends = list(accumulate(self._entry(*each).form.size for each in chunks))
         total = ends[-1] if ends else 0
         bounds = [0, *(bisect_right(ends, total * number // parts) for number in range(1, parts)), len(chunks)]
+        mine: dict[str, list[tuple[str, Tensors, Chunk]]] = {}
         for name, tensor, chunk in chunks[bounds[part] : bounds[part + 1]]:
-            if self._entry(name, tensor, chunk).checksum() != chunk.checksum:
-                raise self._broken(chunk.file, f"does not hold {chunk.key(name)} as written: its checksum differs")
+            mine.setdefault(chunk.file, []).append((name, tensor, chunk))
+        for file, held in mine.items():
+            self._of(file, partial(self._compare, file, held))
+
+    def _compare(self, file: str, chunks: Sequence[tuple[str, Tensors, Chunk]]) -> None:
+        """Look whether some chunks of a file are what was written."""
+        with (self.path / file).open("rb", buffering=0) as content:
+            for name, tensor, chunk in chunks:
+                if self._entry(name, tensor, chunk).checksum(content.fileno()) != chunk.checksum:
+                    raise self._broken(file, f"does not hold {chunk.key(name)} as written: its checksum differs")
 
     def stored(self, name: str) -> StoredTensor:
         """One of its tensors. Raises KeyError if it has none of this name."""
@@ -92,16 +101,24 @@ class Checkpoint:
             CheckpointError: it is not there as the index says.
         """
         if chunk.file not in self._headers:
-            try:
-                self._headers[chunk.file] = read_header(self.path / chunk.file)
-            except BrokenFileError as error:
-                raise self._broken(chunk.file, f"cannot be read as safetensors: {error}") from error
-            except OSError as error:
-                raise self._broken(chunk.file, f"cannot be read: {error.strerror}") from error
+            self._headers[chunk.file] = self._of(chunk.file, lambda: read_header(self.path / chunk.file))
         entry = self._headers[chunk.file].get(chunk.key(name))
         if entry is None or entry.shape != chunk.shape or entry.form.dtype != tensor.form.dtype:
             raise self._broken(chunk.file, f"does not hold {chunk.key(name)} as {chunk.shape} of {tensor.form.dtype}")
         return entry
+
+    def _of(self, file: str, read: Callable[[], T]) -> T:
+        """What is read of a file.
+
+        Raises:
+            CheckpointError: it cannot be.
+        """
+        try:
+            return read()
+        except BrokenFileError as error:
+            raise self._broken(file, f"cannot be read as safetensors: {error}") from error
+        except OSError as error:
+            raise self._broken(file, f"cannot be read: {error.strerror}") from error
 
     def _broken(self, file: str, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path / file} {what}; the checkpoint is damaged")

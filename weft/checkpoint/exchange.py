@@ -135,7 +135,8 @@ def bring(
     """
     if folder.complete(directory):
         raise CheckpointError(f"{directory}: holds checkpoints already; give another directory")
-    path = folder.begin(directory, 0, f"{folder.fresh_mark():x}")
+    begun = folder.begin(directory, 0, f"{folder.fresh_mark():x}")
+    path = begun.path
     try:
         file = "rank-00000.safetensors"
         forms = {MODEL + name: _form(stored) for name, stored in weights.items()}
@@ -145,10 +146,14 @@ def bring(
             for name, form, total in zip(weights, forms.values(), sums, strict=True)
         }
         Index(step=0, plan=None, groups=[], model=model, files={file: length}, tensors=tensors).save(path)
-        return folder.publish(path, directory, 0)
+        published = folder.publish(path, directory, 0)
+        folder.settle(directory, 0)
+        return published
     except BaseException:  # Ctrl-C too: half of it helps nobody
         shutil.rmtree(path, ignore_errors=True)
         raise
+    finally:
+        begun.end()
 
 
 def _form(stored: Stored) -> Form:

@@ -2,7 +2,9 @@
 
 A file is eight bytes that say how long its header is, the header as JSON (dtype, shape and place of every tensor), and
 the numbers. The library of that name holds all tensors of a file in memory to write it, and gives no checksums; reading
-here maps the file, so that what is looked at is in the system's cache of files and no memory of this process.
+here maps the file, so that what is looked at is in the system's cache of files and no memory of this process. Headers
+and checksums are of bytes that are read, not mapped: what a disk cannot read is an error then, not a signal (SIGBUS)
+that ends the process.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from xxhash import xxh3_128_hexdigest
+from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from weft.plain import LARGEST, UnreadableError, is_whole, parse_json, shown
 from weft.workload import Box
@@ -52,7 +54,8 @@ LENGTH_BYTES, ALIGNMENT, HEADER_BYTES = 8, 64, 100_000_000
 MOST_DIMENSIONS = 64
 """torch's own limit; numpy's is the same."""
 
-WRITTEN_AT_ONCE = 2**26
+WRITTEN_AT_ONCE, READ_AT_ONCE = 2**26, 2**20
+"""Bytes; those read stay in a processor's cache until they are summed up."""
 
 
 class BrokenFileError(ValueError):
@@ -115,9 +118,22 @@ class Entry:
         else:
             target.copy_(self.read(box))
 
-    def checksum(self) -> str:
-        """Of its bytes."""
-        return checksum(self.content[self.begin : self.begin + self.form.size])
+    def checksum(self, file: int) -> str:
+        """Of its bytes, read from its file, which is open.
+
+        Raises:
+            BrokenFileError: some are missing.
+            OSError: they cannot be read.
+        """
+        found, at, end = xxh3_128(), self.begin, self.begin + self.form.size
+        room = memoryview(bytearray(min(READ_AT_ONCE, self.form.size)))
+        while at < end:
+            count = os.preadv(file, [room[: end - at]], at)
+            if not count:
+                raise BrokenFileError(f"its last {end - at} bytes are missing")
+            found.update(room[:count])
+            at += count
+        return str(found.hexdigest())
 
     @property
     def _numbers(self) -> np.ndarray[Any, Any]:
@@ -145,12 +161,14 @@ def read_header(path: Path) -> dict[str, Entry]:
     length = path.stat().st_size
     if length < LENGTH_BYTES:
         raise BrokenFileError(f"{length} bytes are no safetensors file")
-    content = np.memmap(path, np.uint8, mode="r")
-    begin = LENGTH_BYTES + int(content[:LENGTH_BYTES].view("<u8")[0])
-    if begin > min(length, HEADER_BYTES):
-        raise BrokenFileError(f"its header would be {begin - LENGTH_BYTES} bytes long, of {length} in all")
+    with path.open("rb") as file:
+        begin = LENGTH_BYTES + int.from_bytes(file.read(LENGTH_BYTES), "little")
+        if begin > min(length, HEADER_BYTES):
+            raise BrokenFileError(f"its header would be {begin - LENGTH_BYTES} bytes long, of {length} in all")
+        text = file.read(begin - LENGTH_BYTES)
+        content = np.memmap(file, np.uint8, mode="r")
     try:
-        header = parse_json(bytes(content[LENGTH_BYTES:begin]))
+        header = parse_json(text)
     except UnreadableError as error:
         raise BrokenFileError(f"its header {error}") from error
     if not isinstance(header, dict):

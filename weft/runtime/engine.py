@@ -290,7 +290,7 @@ class Engine:
 
         Args:
             directory: of checkpoints, the same for all ranks.
-            keep: how many of its checkpoints stay, this one included; None: all.
+            keep: how many of its checkpoints up to this one stay, this one included; None: all.
             wait: until it is written. False goes on with training beside a thread, for which the next ``save``, or
                 ``finish_saving``, waits, and the next step's optimizer until it has copies: until then nothing else may
                 change parameters. Under a limit of memory it waits all the same.
@@ -320,8 +320,8 @@ class Engine:
         self._saver.wait()
 
     def load(self, directory: str | Path) -> None:
-        """Continue from the newest checkpoint in ``directory`` (or from the one it is), whatever plan wrote it; all
-        ranks call it. One that is damaged is passed over with a warning.
+        """Continue from the newest checkpoint in ``directory`` (that of the highest step; or from the one it is),
+        whatever plan wrote it; all ranks call it. One that is damaged is passed over with a warning.
 
         Raises:
             CheckpointError: there is none, or it is of another model.

@@ -100,7 +100,8 @@ class Writing:
         values: what this rank writes: copies, or the trained tensors themselves.
         later: what is yet to be copied.
         index: what is known of the checkpoint before files are written.
-        keep: how many checkpoints stay, or None: all.
+        keep: how many checkpoints up to this one stay, or None: all.
+        error: why this rank has nothing to write.
     """
 
     directory: Path
@@ -110,6 +111,7 @@ class Writing:
     later: Sequence[Later]
     index: Index
     keep: int | None
+    error: str = ""
 
 
 @dataclass
@@ -124,6 +126,7 @@ class Saver:
     _copied: threading.Event | None = None
     _at_once: bool = False
     _failed: str | None = None
+    _begun: folder.Begun | None = None
 
     def save(
         self,
@@ -140,7 +143,7 @@ class Saver:
             directory: of checkpoints.
             pieces: what this rank has.
             index: step, plan and settings; values of this rank's only. Files and tensors are added here.
-            keep: how many checkpoints stay, this one included; None: all.
+            keep: how many checkpoints up to this one stay, this one included; None: all.
             wait: until it is written; else a thread copies and writes it: see ``settle``. Under a limit of memory,
                 which copies would take from training, this waits too.
 
@@ -159,8 +162,12 @@ class Saver:
             self._run(Writing(directory, path, share, ready, (), index, keep))
             self.wait()
         else:
-            copies, later = self._copies_of(mine)
-            writing = Writing(directory, path, share, copies, later, index, keep)
+            error = ""
+            try:
+                copies, later = self._copies_of(mine)
+            except (RuntimeError, MemoryError) as raised:
+                self._copies, copies, later, error = [], [], [], _short_of_memory(raised)
+            writing = Writing(directory, path, share, copies, later, index, keep, error)
             self._copied = threading.Event()
             self._thread = threading.Thread(target=self._run, args=(writing,), name="weft checkpoint")
             self._thread.start()
@@ -193,8 +200,9 @@ class Saver:
         first = dist.get_rank() == 0
         mark, reason = folder.fresh_mark() if first else 0, ""
         if first:
+            self._end()
             try:
-                folder.begin(directory, step, f"{mark:x}")
+                self._begun = folder.begin(directory, step, f"{mark:x}")
             except OSError as error:
                 reason = f"{directory}: cannot hold a checkpoint: {error.strerror or error}"
         told = torch.tensor([signature != self._signature, mark, bool(reason)], dtype=torch.long)
@@ -229,8 +237,8 @@ class Saver:
         try:
             for each in later:
                 each.copy.copy_(each.piece.values)
-        except RuntimeError as error:  # out of memory: other ranks' threads wait to hear of it
-            return f"rank {dist.get_rank()}: {error}"
+        except (RuntimeError, MemoryError) as error:  # other ranks' threads wait to hear of it
+            return _short_of_memory(error)
         changed = [each.piece.name for each in later if each.piece.version != each.version]
         if not changed:
             return ""
@@ -241,13 +249,21 @@ class Saver:
         """Copy what is yet to be copied, let the optimizer go on, and write; in the thread, where there is one."""
         try:
             try:
-                error = self._copy(writing.later)
+                error = writing.error or self._copy(writing.later)
             finally:
                 if self._copied is not None:
                     self._copied.set()
             self._write(writing, error)
         except Exception as error:  # whatever stopped a thread: the next call of save or wait raises it
             self._failed = f"the checkpoint of step {writing.index.step} could not be written: {error}"
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        """Let others know that rank 0 writes no more."""
+        if self._begun is not None:
+            self._begun.end()
+            self._begun = None
 
     def _write(self, writing: Writing, error: str) -> None:
         rank, sums, length = dist.get_rank(), list[str](), 0
@@ -259,8 +275,8 @@ class Saver:
                 sums, length = write(writing.path / file, forms, writing.values)
         except OSError as raised:
             error = f"rank {rank}: {file}: {raised.strerror or raised}"
-        except RuntimeError as raised:  # out of memory for a copy: other ranks wait to hear of it
-            error = f"rank {rank}: {file}: {raised}"
+        except (RuntimeError, MemoryError) as raised:  # for a copy: other ranks wait to hear of it
+            error = _short_of_memory(raised)
         told = _gathered((file, length, sums, writing.index.values, error), self._group)
         outcome = [next((each[-1] for each in told if each[-1]), "")]
         if rank == 0:
@@ -269,12 +285,16 @@ class Saver:
                     _finish(writing, told)
             except OSError as raised:
                 outcome = [f"{writing.path}: {raised.strerror or raised}"]
+            except MemoryError as raised:
+                outcome = [_short_of_memory(raised)]
             if outcome[0]:
                 shutil.rmtree(writing.path, ignore_errors=True)
         if self._group is not None:
             dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[0]:
             raise SaveError(outcome[0])
+        if rank == 0:
+            folder.settle(writing.directory, writing.index.step, writing.keep)
 
 
 def _finish(writing: Writing, told: Sequence[tuple[str, int, list[str], dict[str, Any], str]]) -> None:
@@ -291,8 +311,11 @@ def _finish(writing: Writing, told: Sequence[tuple[str, int, list[str], dict[str
     tensors = {name: Tensors(form, kind, tuple(chunks)) for name, (form, kind, chunks) in found.items()}
     replace(writing.index, files=files, tensors=tensors, values=values).save(writing.path)
     folder.publish(writing.path, writing.directory, writing.index.step)
-    if writing.keep is not None:
-        folder.prune(writing.directory, writing.keep)
+
+
+def _short_of_memory(error: RuntimeError | MemoryError) -> str:
+    """What other ranks are told where this one has no memory for a copy; PyTorch raises it as either."""
+    return f"rank {dist.get_rank()}: {str(error) or 'no memory is left'}"
 
 
 def _gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
