@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -44,17 +44,26 @@ def nodes_at(port: int, least: int = 1, most: int = 2) -> Nodes:
     return Nodes(least=least, most=most, rendezvous=f"{LOOPBACK}:{port}")
 
 
-def child(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """Another host's Python."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+Child = Callable[..., subprocess.Popen[str]]
+"""Starts another host's Python: ``child(code, *arguments)``."""
+
+
+@pytest.fixture
+def child() -> Iterator[Child]:
+    with contextlib.ExitStack() as started:
+
+        def start(code: str, *arguments: object) -> subprocess.Popen[str]:
+            command = [sys.executable, "-c", code, *map(str, arguments)]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            started.enter_context(process)
+            started.callback(process.kill)
+            return process
+
+        yield start
 
 
 def said(process: subprocess.Popen[str]) -> str:
-    try:
-        return process.communicate(timeout=PATIENCE_S)[0]
-    finally:
-        process.kill()
+    return process.communicate(timeout=PATIENCE_S)[0]
 
 
 @contextlib.contextmanager
@@ -85,10 +94,11 @@ from datetime import timedelta
 import torch.distributed.elastic.rendezvous.dynamic_rendezvous as dynamic
 from weft.runtime import register
 from weft.runtime.meeting import Meeting, Nodes
-class Clock(dynamic.datetime):
+real, ahead = dynamic.datetime, timedelta(seconds=float(sys.argv[2]))
+class Clock(real):
     @classmethod
     def now(cls, tz=None):
-        return super().now(tz) + timedelta(seconds=float(sys.argv[2]))
+        return real.now(tz) + ahead
 dynamic.datetime = register.datetime = Clock
 meeting = Meeting.of(Nodes(least=2, most=2, rendezvous=sys.argv[1]), "weft")
 world = meeting.next_rendezvous().world_size
@@ -98,7 +108,7 @@ print(world, len(meeting._state_holder.state.participants))
 """
 
 
-def test_hosts_whose_clocks_differ_agree_on_who_is_there() -> None:
+def test_hosts_whose_clocks_differ_agree_on_who_is_there(child: Child) -> None:
     nodes = nodes_at(free_port(), least=2)
     made = Meeting.of(nodes, "weft")
 
@@ -248,7 +258,7 @@ except Exception as error:
 
 
 @pytest.mark.usefixtures("own_signals")
-def test_a_node_without_devices_leaves_the_others_to_go_on(tmp_path: Path) -> None:
+def test_a_node_without_devices_leaves_the_others_to_go_on(child: Child, tmp_path: Path) -> None:
     nodes, lost = nodes_at(free_port()), tmp_path / "lost"
     jobs = tmp_path / "here", tmp_path / "there"
     for job in jobs:
@@ -339,14 +349,12 @@ time.sleep(600)
 
 
 @pytest.fixture
-def silent() -> Iterator[tuple[TCPStore, subprocess.Popen[str]]]:
+def silent(child: Child) -> tuple[TCPStore, subprocess.Popen[str]]:
     """A store, and its process, which can be stopped."""
     process = child(KEEPS)
     assert process.stdout is not None
     port = int(process.stdout.readline())
-    yield TCPStore(LOOPBACK, port, is_master=False, timeout=timedelta(seconds=5)), process
-    process.kill()
-    process.communicate()
+    return TCPStore(LOOPBACK, port, is_master=False, timeout=timedelta(seconds=5)), process
 
 
 def test_a_silent_store_is_not_waited_for(
@@ -371,6 +379,10 @@ def test_a_silent_store_is_not_waited_for(
     with pytest.raises(KeyboardInterrupt), interrupted(0.5):
         answer(lambda: store.get("never"))
     assert time.monotonic() - began < 10
+    process.kill()
+    for thread in threading.enumerate():
+        if thread.name == "weft-answer":
+            thread.join(PATIENCE_S)
 
 
 def test_what_a_store_says_is_brought_back() -> None:
