@@ -182,8 +182,8 @@ def _knock(nodes: Nodes, patience: timedelta) -> None:
         except OSError as error:
             if time.monotonic() > until:
                 raise InputError(
-                    f"--rendezvous {nodes.rendezvous}: nobody is there; start the job on {place} too, where it "
-                    "has to find that it is meant: give the address it has on this network, if not its name"
+                    f"--rendezvous {nodes.rendezvous}: nobody listens at {place}, port {port}; start the job "
+                    "there too, and give the address which that machine has on this network"
                 ) from error
         time.sleep(PAUSE_S)
 
