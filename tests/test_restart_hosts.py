@@ -3,6 +3,7 @@ listens on a network card that the job has nothing to do with."""
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,24 @@ def test_a_host_is_killed_and_returns(network: hosts.Network, tmp_path: Path) ->
     degrees = ended.result["plan"]
     assert degrees["pp"] * degrees["dp_replicate"] * degrees["dp_shard"] * degrees["tp"] == 4
     same(directory, alone, 1e-8)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(hosts.missing() is not None, reason=f"no hosts here: {hosts.missing()}")
+@pytest.mark.long
+def test_a_host_whose_link_is_dead_ends_with_an_error(network: hosts.Network, tmp_path: Path) -> None:
+    directory = tmp_path / "cut"
+    directory.mkdir()
+    stays, cut = (start(network, host, directory, "--timeout", "10") for host in (0, 1))
+    assert stays.until(lambda: stays.newest() >= 10), (stays.said(), cut.said())
+    subprocess.run([*network.commands[1], "ip", "link", "set", hosts.CARD, "down"], check=True)
+    began, before = time.monotonic(), stays.newest()
+    assert stays.until(lambda: stays.newest() > before + EVERY), stays.said()
+    ended = cut.end()  # no sooner than its store has been silent for so long
+    print(f"{time.monotonic() - began:.1f} s from the cut of a host's link to its end")
+    stays.kill()
+    assert ended.code == 1, ended.said
+    assert "cannot be met any more" in ended.error
 
 
 def test_a_job_listens_on_loopback_only() -> None:

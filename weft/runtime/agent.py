@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -17,15 +18,22 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 
 from weft.errors import JobError
 from weft.runtime.failure import read_failure
-from weft.runtime.meeting import Meeting, Nodes
+from weft.runtime.meeting import LostNodeError, Meeting, Nodes
 from weft.runtime.restarts import Restarts
 from weft.runtime.vigil import Vigil
 
 SHUTDOWN_S = 5
 """Seconds the processes get to end by themselves after Ctrl-C."""
 
+MEETINGS = 3
+"""How often nodes meet in vain: one of them was gone before all had said how many processes they have."""
+
 LEFT = ("*.failure", "*.stage", "*.log", "*.result")
 """What processes leave in a job's directory, for those who ask why they died."""
+
+
+class LeavesError(JobError):
+    """This node cannot go on. The others may."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,18 +82,17 @@ def run(start: Start) -> None:
     closes = True
     try:
         result = agent.run()
-    except SignalException:
+    except (SignalException, LeavesError):
         closes = False  # the others may go on: closing the meeting would end it for ever
         raise
     except RendezvousError as error:
         closes = False
         raise JobError(
             f"the machines of this job cannot be met any more at {nodes.rendezvous}: it is over, or the machine there "
-            "is gone; start it again with --resume"
+            "is gone or cannot be reached; start it again with --resume"
         ) from error
     finally:
-        if closes:
-            meeting.shutdown()
+        meeting.shutdown() if closes else meeting.leave()
     if result.is_failed():
         raise read_failure(start.job, agent.exits)
 
@@ -134,7 +141,10 @@ class Agent(LocalElasticAgent):
         worker_group.state = WorkerState.STOPPED
         if failed:
             start.restarts.after_death(start.job, self.exits, self._running)
-        running = start.restarts.there(start.devices)
+        try:
+            running = start.restarts.there(start.devices)
+        except JobError as error:
+            raise LeavesError(str(error)) from error
         if running != self._running:
             start.restarts.say(f"{len(running)} of {len(start.devices)} devices are there")
         for pattern in LEFT:
@@ -148,3 +158,25 @@ class Agent(LocalElasticAgent):
         worker_group.spec.local_world_size = len(running)
         worker_group.spec.args = _escaped(start.command(running))
         self._initialize_workers(worker_group)
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        """Meet the other nodes.
+
+        Raises:
+            LeavesError: one was gone before all had said how many processes they have, time and again.
+        """
+        meeting = worker_group.spec.rdzv_handler
+        assert isinstance(meeting, Meeting)
+        gone: Exception | None = None
+        for _ in range(MEETINGS):
+            try:
+                super()._rendezvous(worker_group)
+                return
+            except (DistError, LostNodeError) as error:
+                gone = error
+                self._start.restarts.say("a machine was gone before the job began there: meeting again")
+                meeting.forget_processes()
+        raise LeavesError(
+            f"the machines of this job met {MEETINGS} times, and each time one was gone before it had said how many "
+            "processes it has; see what ends it, and start the job again with --resume"
+        ) from gone

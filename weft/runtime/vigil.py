@@ -18,6 +18,7 @@ is a process that spins before it notes anything; its collective gives up by its
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -35,6 +36,7 @@ from weft.runtime import hang
 from weft.runtime.failure import Failure
 from weft.runtime.hang import Stuck
 from weft.runtime.logbook import Note, Who, read_all
+from weft.runtime.register import answer
 
 LOOK_S = 1.0
 """Seconds between looks; a look stands for twice that at most."""
@@ -89,6 +91,9 @@ class Vigil:
 
         Returns:
             whether they were ended. Then the failure is in the job's directory.
+
+        Raises:
+            RendezvousConnectionError: the store does not answer: the way to the other nodes is dead.
         """
         stuck = None if self._timeout_s is None else self._look(workers, world, store)
         if stuck is None:
@@ -142,7 +147,7 @@ class Vigil:
         )
         if store is not None:
             with contextlib.suppress(RuntimeError):  # the node that keeps it is gone: no signs from there
-                signs = store.add(SIGNS, int(gets_on))
+                signs = answer(functools.partial(store.add, SIGNS, int(gets_on)))
                 gets_on, self._signs = signs != self._signs, signs
         if gets_on:
             self._traces = traces
