@@ -192,12 +192,13 @@ class Logbook:
 
 
 def read(path: Path) -> Note | None:
-    """What was noted last in a file; None if it is none, or nothing has been noted yet."""
+    """What was noted last in a file; None if it is none, or nothing has been noted yet, or the process is just writing
+    who it is."""
     try:
         content = path.read_bytes()
-    except OSError:
+        return parse(content) if any(content[WHO:]) else None
+    except (OSError, ValueError, TypeError, KeyError):  # the last three: some of it is new and some is not
         return None
-    return parse(content) if any(content[WHO:]) else None
 
 
 def parse(page: bytes) -> Note:
