@@ -26,7 +26,7 @@ from weft.errors import StuckError
 from weft.runtime.agent import SHUTDOWN_S
 from weft.runtime.failure import first
 from weft.runtime.hang import SETTLE_S, Stuck, find
-from weft.runtime.logbook import JOB, Logbook, Note, Who, give_up, read, step_of
+from weft.runtime.logbook import JOB, WHO, Logbook, Note, Who, give_up, read, step_of
 from weft.runtime.pool import Pool
 from weft.schedule import Kind
 
@@ -301,4 +301,20 @@ def test_what_is_noted_can_be_read_by_others(tmp_path: Path) -> None:
     log.introduce(stage=1, pipeline=tuple(range(2000)))  # more than a page
     assert read(path) is not None
     path.write_bytes(b"")
+    assert read(path) is None
+
+
+def test_what_is_just_being_written_is_not_there_yet(tmp_path: Path) -> None:
+    path = tmp_path / "5.log"
+    log = Logbook(path, 5)
+    log.introduce(stage=1, pipeline=(2, 5), timeout_s=30.0)
+    long = path.read_bytes()
+    log.introduce()
+    short = path.read_bytes()
+    for at in range(WHO, WHO + 200):
+        for page in (short[:at] + long[at:], long[:at] + short[at:]):
+            path.write_bytes(page)
+            found = read(path)
+            assert found is None or found.who.rank == 5
+    path.write_bytes(b"no kind of action" * 5 + long[85:])
     assert read(path) is None

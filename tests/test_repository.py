@@ -19,7 +19,7 @@ import weft
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 LIBRARY = sorted((ROOT / "weft").rglob("*.py"))
-LINES_OF_LIBRARY = 37_000
+LINES_OF_LIBRARY = 38_000
 LINES_OF_FILE = 350
 HEAVY = (
     "torch._dynamo",

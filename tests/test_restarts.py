@@ -12,12 +12,12 @@ from faults import TARGET, Run, same
 
 from weft.capture import capture
 from weft.cluster import Cluster
-from weft.errors import JobError, WorkerError
+from weft.errors import GaveUpError, JobError, WorkerError
 from weft.planner import make_plan
 from weft.runtime.failure import Failure
 from weft.runtime.launch import launch_again
 from weft.runtime.meeting import Nodes
-from weft.runtime.restarts import Death, GaveUpError, Restarts
+from weft.runtime.restarts import Death, Restarts
 from weft.target import Target
 
 STEPS, EVERY = 24, 4
@@ -142,15 +142,28 @@ def test_pauses_grow_while_nothing_is_gained(tmp_path: Path) -> None:
     said: list[str] = []
     restarts = Restarts(limit=9, say=said.append, pause_s=0.01)
     for devices in ((0, 1), (0,), (0, 1), (0,)):  # never twice in a row on the same
-        restarts.after_death(failed(tmp_path, None), {0: 1}, devices)
+        restarts.after_death(failed(tmp_path, None), {0: 1}, devices, len(devices))
     assert [death.pause_s for death in restarts.deaths] == [0.01, 0.02, 0.04, 0.08]
     assert said[1] == "died while it started on 1 device: rank 0 failed: broken; restart 2 of 9 in 0.02 s"
-    restarts.deaths[-1] = Death(7, "broken", (0, 1))
+    restarts.deaths[-1] = Death(7, "broken", (0, 1), 2)
     restarts.limit = 4
     with pytest.raises(GaveUpError, match="while it started on 2 devices"):
-        restarts.after_death(tmp_path, {0: 1}, (0, 1))
+        restarts.after_death(tmp_path, {0: 1}, (0, 1), 2)
     with pytest.raises(WorkerError):
-        Restarts().after_death(tmp_path, {0: 1}, (0, 1))
+        Restarts().after_death(tmp_path, {0: 1}, (0, 1), 2)
+
+
+def test_the_same_step_on_fewer_hosts_is_not_the_same_again(tmp_path: Path) -> None:
+    restarts = Restarts(limit=9, say=lambda _: None, pause_s=0.01)
+    failed(tmp_path, None)
+    for world in (4, 2, 4):
+        restarts.after_death(tmp_path, {0: 1}, (0, 1), world)
+    assert [death.describe().partition(":")[0] for death in restarts.deaths[:2]] == [
+        "while it started on 2 devices here and 2 elsewhere",
+        "while it started on 2 devices",
+    ]
+    with pytest.raises(GaveUpError, match="twice in a row"):
+        restarts.after_death(tmp_path, {0: 1}, (0, 1), 4)
 
 
 def test_no_device_left_is_an_error() -> None:

@@ -21,7 +21,7 @@ from weft.capture.inference import Tokens
 from weft.checkpoint import verbs as checkpoints
 from weft.cluster import Cluster, measure
 from weft.cluster.file import write_cluster
-from weft.errors import InputError, PlanError, WeftError, WorkerError, of_name
+from weft.errors import GaveUpError, InputError, PlanError, WeftError, WorkerError, of_name
 from weft.fixed import WITHOUT_DEGREES, takes_fixed
 from weft.inference.verbs import generate
 from weft.jobs import compare as comparing
@@ -271,7 +271,7 @@ def run(arguments: Sequence[str]) -> int:
     except USAGE_ERROR as error:
         return complain(cast(typer.BadParameter, error).format_message(), 2)
     except WeftError as error:
-        if isinstance(error, WorkerError) and error.traceback:
+        if isinstance(error, WorkerError | GaveUpError) and error.traceback:
             if "--verbose" in arguments:
                 sys.stderr.write(error.traceback)
             else:

@@ -14,6 +14,7 @@
     └── JobError                the work itself failed: exit code 1
         ├── WorkerError         a process of the job died (rank, stage, cause)
         │   └── StuckError      ranks waited for it too long (host, step, action, tensor)
+        ├── GaveUpError         a job died too often, or at the same step twice in a row (the report)
         ├── SaveError           a checkpoint could not be written
         ├── NonFiniteError      a step's loss or gradient is NaN or infinite (step, unit, what)
         └── ReplicaError        ranks that hold the same weights do not (step, name, ranks)
@@ -74,6 +75,18 @@ class DisagreementError(InputError):
 
 class JobError(WeftError):
     """The work itself failed."""
+
+
+class GaveUpError(JobError):
+    """A job that died too often, or at the same step twice in a row. The message is the report.
+
+    Attributes:
+        traceback: of the last death, as ``WorkerError``'s.
+    """
+
+    def __init__(self, message: str, *, traceback: str = "") -> None:
+        self.traceback = traceback
+        super().__init__(message)
 
 
 class SaveError(JobError):

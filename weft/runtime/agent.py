@@ -17,7 +17,6 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from weft.errors import JobError
-from weft.runtime.failure import read_failure
 from weft.runtime.meeting import LostNodeError, Meeting, Nodes
 from weft.runtime.restarts import Restarts
 from weft.runtime.vigil import Vigil
@@ -81,7 +80,7 @@ def run(start: Start) -> None:
     agent = Agent(spec, start, running)
     closes = True
     try:
-        result = agent.run()
+        result: RunResult | None = agent.run()
     except (SignalException, LeavesError):
         closes = False  # the others may go on: closing the meeting would end it for ever
         raise
@@ -92,9 +91,13 @@ def run(start: Start) -> None:
             "is gone or cannot be reached; start it again with --resume"
         ) from error
     finally:
+        start.restarts.close()
         meeting.shutdown() if closes else meeting.leave()
+    if result is None:
+        raise JobError("the job is over: it had as many machines as it may, and never needed this one")
     if result.is_failed():
-        raise read_failure(start.job, agent.exits)
+        start.restarts.after_death(start.job, agent.exits, agent.running, agent.world)
+        raise AssertionError("the agent stopped with restarts left")
 
 
 def _escaped(arguments: Sequence[str]) -> tuple[str, ...]:
@@ -103,14 +106,24 @@ def _escaped(arguments: Sequence[str]) -> tuple[str, ...]:
 
 
 class Agent(LocalElasticAgent):
-    """The agent of a node. ``exits`` are the exit codes of processes that failed last, by rank."""
+    """The agent of a node.
+
+    Attributes:
+        exits: codes of the processes that failed last, by rank.
+        running: devices that processes run on, or ran last.
+    """
 
     def __init__(self, spec: WorkerSpec, start: Start, running: Sequence[int]) -> None:
         logs = DefaultLogsSpecs(log_dir=str(start.job))
         super().__init__(spec, logs, shutdown_timeout=SHUTDOWN_S)
-        self._start, self._running = start, tuple(running)
+        self._start, self.running = start, tuple(running)
         self._vigil = Vigil(start.job, start.restarts.timeout_s)
         self.exits: Mapping[int, int] = {}
+
+    @property
+    def world(self) -> int:
+        """Ranks of the job, or of the attempt that was last."""
+        return int(self.get_worker_group().workers[0].world_size)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """How the processes are; when all is well, lost devices are asked whether they are there again."""
@@ -119,7 +132,7 @@ class Agent(LocalElasticAgent):
             result = RunResult(state=WorkerState.FAILED)
         if result.is_failed():
             self.exits = {rank: failure.exitcode for rank, failure in result.failures.items()}
-        elif back := self._start.restarts.more(self._start.devices, self._running):
+        elif back := self._start.restarts.more(self._start.devices, self.running):
             self._start.restarts.say(f"device {', '.join(map(str, back))} is there again: starting with it")
             self._restart_workers(worker_group)
         return result
@@ -140,12 +153,12 @@ class Agent(LocalElasticAgent):
         self._stop_workers(worker_group)
         worker_group.state = WorkerState.STOPPED
         if failed:
-            start.restarts.after_death(start.job, self.exits, self._running)
+            start.restarts.after_death(start.job, self.exits, self.running, self.world)
         try:
             running = start.restarts.there(start.devices)
         except JobError as error:
             raise LeavesError(str(error)) from error
-        if running != self._running:
+        if running != self.running:
             start.restarts.say(f"{len(running)} of {len(start.devices)} devices are there")
         for pattern in LEFT:
             for path in start.job.glob(pattern):
@@ -153,7 +166,7 @@ class Agent(LocalElasticAgent):
         meeting = worker_group.spec.rdzv_handler
         assert isinstance(meeting, Meeting)
         meeting.forget_processes()
-        self._running = running
+        self.running = running
         start.write_settings(running)
         worker_group.spec.local_world_size = len(running)
         worker_group.spec.args = _escaped(start.command(running))

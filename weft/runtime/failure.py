@@ -31,7 +31,7 @@ import torch.distributed as dist
 from weft.errors import InputError, NonFiniteError, StuckError, WeftError, WorkerError
 from weft.runtime import hang
 from weft.runtime.hang import Stuck
-from weft.runtime.logbook import JOB, Logbook, Note, give_up, read_all
+from weft.runtime.logbook import JOB, Logbook, Note, read_all
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -84,16 +84,18 @@ class Failure:
 
         Args:
             memory: describes the limit of the process, if it has one.
-            job: directory of the job, where others' logbooks are looked at if this one waited too long for them.
+            job: directory of the job, where others' logbooks are looked at if this one waited too long for them, or
+                lost one that may have: that takes a second or two.
         """
+        moment = time.monotonic()
         lost, stuck = any(_lost_peer(link) for link in chain(error)), None
         if job is not None and any(_timed_out(link) for link in chain(error)):
             stuck = hang.look(job, rank, hang.world_size())
         elif job is not None and lost:
-            give_up(job / f"{rank}.log")
+            hang.linger(job, rank, hang.world_size())
         return cls(
             rank=rank,
-            moment=time.monotonic(),
+            moment=moment,
             cause=cause_of(error, memory),
             traceback="".join(traceback.format_exception(error)),
             lost_peer=lost and stuck is None,
@@ -105,9 +107,9 @@ class Failure:
         """Write the record; a reader sees all of it or none."""
         part = path.with_suffix(".part")
         part.write_bytes(cloudpickle.dumps(self))
-        part.rename(path)
         if self.stuck is not None:
-            hang.wake(path.parent)
+            hang.wake(path.parent)  # first: others leave when they see the record, and then all are ended
+        part.rename(path)
 
     @classmethod
     def load(cls, path: Path) -> Failure:

@@ -6,8 +6,9 @@ do the same, and looks at those that did not: one that is stopped, else the one 
 that is one that computes, rather than one that waits, and the one that has noted nothing for longest.
 
 What torch says (2.13): Gloo raises RuntimeError "Timed out waiting 3000ms for recv operation to complete" (or send) in
-``wait``, and closes its connections, so that others which wait for this rank fail soon after of a lost peer. NCCL's
-watchdog aborts the process, which leaves no record: then the logbooks are read by who started it.
+``wait``, and closes its connections, so that others which wait for this rank fail at that moment of a lost peer. Those
+linger until it has found out: who started the processes ends all as soon as one is gone. NCCL's watchdog aborts the
+process, which leaves no record: then the logbooks are read by who started it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ from pathlib import Path
 
 import psutil
 
-from weft.runtime.logbook import Note, Who, give_up, read_all
+from weft.runtime.logbook import LOST, Note, Who, give_up, read_all
 
 SETTLE_S = 1.0
 """What a rank that gave up leaves others to do the same, before it looks who did not."""
+
+LINGER_S, MOMENT_S, LOOK_S = SETTLE_S + 0.5, 0.5, 0.05
+"""How long at most one that lost a peer leaves another to find out who is stuck; how long it waits for a sign of such a
+one, where it cannot see all; and how often it looks."""
 
 ELSEWHERE = "an unknown host"
 
@@ -61,6 +66,26 @@ def look(job: Path, rank: int, world: int) -> Stuck | None:
     time.sleep(SETTLE_S)
     notes = read_all(job)
     return find(notes[rank], notes, world=world, now=moment) if rank in notes else None
+
+
+def linger(job: Path, rank: int, world: int) -> None:
+    """What this process of a job, which has lost a peer, does before it leaves: it waits for one that waited too long,
+    which closed its connections at that moment and is about to find out for whom it did (``look``).
+
+    Not where a process is gone, or has left a record: that is the peer, or nothing more is to be found out.
+    """
+    own, begun = job / f"{rank}.log", time.monotonic()
+    if not own.exists():
+        return
+    give_up(own, LOST)
+    while (passed := time.monotonic() - begun) < LINGER_S and not any(job.glob("*.failure")):
+        others = [note for other, note in read_all(job).items() if other != rank]
+        if any(is_gone(note.who) for note in others):
+            return
+        # The peer may have been on a host that is gone.
+        if passed > MOMENT_S and len(others) + 1 < world and not any(note.timed_out for note in others):
+            return
+        time.sleep(LOOK_S)
 
 
 def find(mine: Note, notes: Mapping[int, Note], *, world: int, now: float, gone: Collection[int] = ()) -> Stuck:
@@ -103,6 +128,11 @@ def is_stopped(who: Who) -> bool:
     if who.host != socket.gethostname():
         return False
     return status_of(who.pid) in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+
+
+def is_gone(who: Who) -> bool:
+    """Whether a process of this machine has ended."""
+    return who.host == socket.gethostname() and status_of(who.pid) in (None, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
 def status_of(pid: int) -> str | None:

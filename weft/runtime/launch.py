@@ -11,10 +11,8 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +21,6 @@ from typing import Any
 import cloudpickle
 import psutil
 import torch
-from torch.distributed.elastic.multiprocessing import SignalException
 
 from weft.errors import InputError
 from weft.quantity import Sizes, each_of, parse_sizes
@@ -31,6 +28,7 @@ from weft.runtime import agent
 from weft.runtime.logbook import JOB
 from weft.runtime.meeting import Nodes, card_of
 from weft.runtime.restarts import Restarts
+from weft.runtime.signals import given_back, interruptible
 from weft.runtime.worker import TIMEOUT_S, Settings, call_of, describe_stage, device_type
 
 __all__ = ["describe_stage", "launch", "launch_script"]
@@ -38,10 +36,12 @@ __all__ = ["describe_stage", "launch", "launch_script"]
 LEAST_BYTES = 2**24
 """Of a process: no Python with torch takes less."""
 
-# Before the first import: Ctrl-C during start-up is quiet, and OpenMP and Gloo read their variables when they load.
-# What imports leave is not garbage, and looking for some takes a seventh of their time.
+# Before the first import: Ctrl-C during start-up is quiet, SIGTERM ends it even where the caller ignores that, and
+# OpenMP and Gloo read their variables when they load. What imports leave is not garbage, and looking for some takes a
+# seventh of their time.
 BOOTSTRAP = (
-    "import gc,json,os,signal,sys;signal.signal(signal.SIGINT,signal.SIG_DFL);start=json.loads(sys.argv.pop(1));"
+    "import gc,json,os,signal,sys;signal.signal(signal.SIGINT,signal.SIG_DFL);"
+    "signal.signal(signal.SIGTERM,signal.SIG_DFL);start=json.loads(sys.argv.pop(1));"
     "sys.path[:]=start['path'];os.environ.update(start['environment']);"
     "gc.disable();from weft.runtime.{module} import main;gc.enable();main()"
 )
@@ -109,7 +109,7 @@ def launch_again(
         JobError: it was given up.
     """
     settings = settings_for(devices, memory, device, timeout_s)
-    with _interruptible(), _job(fn, args) as job:
+    with interruptible(), _job(fn, args) as job:
         _run(job, settings, environment_for(len(settings), nodes), nodes, restarts)
         return results(job)
 
@@ -146,7 +146,7 @@ def launch_script(
         raise InputError(f"{nodes} nodes need a place to meet; add --rendezvous HOST:PORT of one of them")
     machines = Nodes(least=nodes, most=nodes, rendezvous=rendezvous)
     settings = settings_for(devices, memory, device, TIMEOUT_S)
-    with _interruptible(), _directory() as job:
+    with interruptible(), _directory() as job:
         (job / "script").write_bytes(cloudpickle.dumps((str(path), list(arguments))))
         _run(job, settings, environment_for(len(settings), machines), machines, Restarts())
 
@@ -230,7 +230,7 @@ def _run(
     start = agent.Start(
         job=job, devices=every, command=command_for, write_settings=write_settings, nodes=nodes, restarts=restarts
     )
-    with _quiet(), _own_signals():
+    with _quiet(), given_back():
         agent.run(start)
 
 
@@ -241,18 +241,6 @@ def visible(kind: str, devices: Sequence[int]) -> dict[str, str]:
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = list(map(str, range(device_count(kind)))) if not before else before.split(",")
     return {"CUDA_VISIBLE_DEVICES": ",".join(names[device] for device in devices)}
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Turn what the agent makes of a signal into what the caller would have seen: KeyboardInterrupt, or the signal."""
-    try:
-        yield
-    except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        signal.raise_signal(error.sigval)  # handlers are the caller's own again
-        raise SystemExit(128 + error.sigval) from None
 
 
 @contextlib.contextmanager
@@ -269,18 +257,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, disabled in zip(loggers, before, strict=True):
             logger.disabled = disabled
-
-
-@contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Give the caller's signal handlers back: the agent puts its own in their place."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    names = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if name in dir(signal)]
-    before = {number: signal.getsignal(number) for number in names}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -27,7 +27,10 @@ RECORD = struct.Struct("<dq2sqq?96s")
 microbatch and the other stage; whether other ranks are waited for; and in words what is done or waited for."""
 
 GAVE_UP = RECORD.size
-"""Where one byte says that the process gave up waiting for others."""
+"""Where one byte says that the process gave up waiting for others, and why: TIMED_OUT, LOST."""
+
+TIMED_OUT, LOST = 1, 2
+"""It waited too long, or those that it waited for were gone."""
 
 WHO = 256
 """Where the process says who it is, in JSON; zeros follow."""
@@ -68,7 +71,8 @@ class Note:
         microbatch, peer: of that action, -1 where there is none; ``peer`` is a stage.
         waiting: whether it waited for other ranks.
         what: the tensor it waited for, or what it did outside of the schedule.
-        gave_up: whether it waited too long.
+        gave_up: whether it waited too long, or lost one for which it waited.
+        timed_out: whether it waited too long.
     """
 
     who: Who
@@ -80,6 +84,7 @@ class Note:
     waiting: bool = False
     what: str = ""
     gave_up: bool = False
+    timed_out: bool = False
 
     @property
     def awaited(self) -> int | None:
@@ -187,12 +192,13 @@ class Logbook:
 
 
 def read(path: Path) -> Note | None:
-    """What was noted last in a file; None if it is none, or nothing has been noted yet."""
+    """What was noted last in a file; None if it is none, or nothing has been noted yet, or the process is just writing
+    who it is."""
     try:
         content = path.read_bytes()
-    except OSError:
+        return parse(content) if any(content[WHO:]) else None
+    except (OSError, ValueError, TypeError, KeyError):  # the last three: some of it is new and some is not
         return None
-    return parse(content) if any(content[WHO:]) else None
 
 
 def parse(page: bytes) -> Note:
@@ -209,6 +215,7 @@ def parse(page: bytes) -> Note:
         waiting=waiting,
         what=what.rstrip(b"\0").decode(errors="ignore"),
         gave_up=bool(page[GAVE_UP]),
+        timed_out=page[GAVE_UP] == TIMED_OUT,
     )
 
 
@@ -218,12 +225,12 @@ def read_all(job: Path) -> dict[int, Note]:
     return {note.who.rank: note for note in notes if note is not None}
 
 
-def give_up(path: Path) -> None:
-    """Mark a process of a job as one that gave up waiting for others."""
+def give_up(path: Path, why: int = TIMED_OUT) -> None:
+    """Mark a process of a job as one that gave up waiting for others, since it waited too long or they were gone."""
     if path.exists():  # else it never noted anything
         with path.open("r+b") as file:
             file.seek(GAVE_UP)
-            file.write(b"\1")
+            file.write(bytes([why]))
 
 
 def step_of(job: Path) -> int | None:
