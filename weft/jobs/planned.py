@@ -1,8 +1,8 @@
 """Planned: the plan that a training job runs: the one it was given, the one it ran before its processes were started
 again, or one for the devices that there are now.
 
-A job that goes on with as many devices as before keeps its plan, so that its numbers stay the same to the bit. With
-others it plans again; the batch stays as it is, so the trajectory does too.
+A job that goes on with as many devices as before keeps its plan, so that its numbers stay the same to the bit, unless
+another is asked for. With others it plans again; the batch and the precision stay, so the trajectory does too.
 """
 
 from __future__ import annotations
